@@ -1,0 +1,231 @@
+//! What each route needs: the one place that says which role and which scope. A route without a line here is
+//! the administrator's alone, and fails a test.
+
+use http::Method;
+
+use super::error::{ApiError, ErrorCode};
+use crate::auth::Principal;
+use crate::domain::identity::{Role, Scope};
+
+/// What a caller must have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// Nothing: no credentials are asked for.
+    Open,
+    /// A valid token of any kind.
+    Anyone,
+    /// This role or a higher one, and a token with this scope.
+    Role(Role, Scope),
+}
+
+const READ_RUNS: Need = Need::Role(Role::Viewer, Scope::RunsRead);
+const WRITE_RUNS: Need = Need::Role(Role::User, Scope::RunsWrite);
+const READ_SERVICES: Need = Need::Role(Role::Viewer, Scope::ServicesRead);
+const OPERATE: Need = Need::Role(Role::Operator, Scope::ServicesWrite);
+/// What services wrote, and numbers of all planes: not for everyone, yet nothing is changed.
+const INSPECT: Need = Need::Role(Role::Operator, Scope::ServicesRead);
+const READ_LEDGER: Need = Need::Role(Role::Admin, Scope::LedgerRead);
+const OWN_TOKENS: Need = Need::Role(Role::Viewer, Scope::All);
+const MANAGE_USERS: Need = Need::Role(Role::TenantAdmin, Scope::All);
+const MANAGE_GATEWAY: Need = Need::Role(Role::Admin, Scope::All);
+
+/// Method, path and need. Paths of the gateway API stand without `/api/gateway`, and so hold for the dialect at
+/// the root too.
+pub const NEEDS: &[(&str, &str, Need)] = &[
+    ("GET", "/health", Need::Open),
+    ("GET", "/api/health", Need::Open),
+    ("GET", "/livez", Need::Open),
+    ("GET", "/readyz", Need::Open),
+    ("GET", "/ping", Need::Anyone),
+    ("GET", "/me", Need::Anyone),
+    ("GET", "/metrics", INSPECT),
+    // Runs of the caller's plane.
+    ("POST", "/runs/start", WRITE_RUNS),
+    ("GET", "/runs", READ_RUNS),
+    ("GET", "/runs/{run_id}", READ_RUNS),
+    ("GET", "/runs/{run_id}/input_data", READ_RUNS),
+    ("GET", "/runs/{run_id}/why", READ_RUNS),
+    ("POST", "/runs/{run_id}/purge", WRITE_RUNS),
+    ("GET", "/runs/{run_id}/ledger", READ_RUNS),
+    ("GET", "/runs/{run_id}/ledger/stream", READ_RUNS),
+    ("POST", "/runs/ledger/batch", READ_RUNS),
+    ("GET", "/runs/{run_id}/checkpoint", READ_RUNS),
+    ("PUT", "/runs/{run_id}/checkpoint", WRITE_RUNS),
+    ("POST", "/commands", WRITE_RUNS),
+    ("GET", "/commands/{command_id}", READ_RUNS),
+    ("GET", "/plane/ledger/stream", READ_RUNS),
+    ("POST", "/queue/submit", WRITE_RUNS),
+    ("GET", "/queue/{job_id}", READ_RUNS),
+    ("DELETE", "/queue/{job_id}", WRITE_RUNS),
+    ("GET", "/queue/{job_id}/progress", READ_RUNS),
+    ("POST", "/queue/{job_id}/progress", WRITE_RUNS),
+    ("GET", "/preempt/check/{service}", READ_RUNS),
+    ("POST", "/preempt/execute", WRITE_RUNS),
+    ("POST", "/preempt/release/{service}", WRITE_RUNS),
+    // Services and GPUs, which all planes share.
+    ("GET", "/queue/stats", READ_SERVICES),
+    ("GET", "/gpu", READ_SERVICES),
+    ("GET", "/vram", READ_SERVICES),
+    ("GET", "/available/{service_type}", READ_SERVICES),
+    ("GET", "/services", READ_SERVICES),
+    ("GET", "/services/{name}", READ_SERVICES),
+    ("GET", "/services/{name}/logs", INSPECT),
+    ("POST", "/services/register", OPERATE),
+    ("PUT", "/services/{name}", OPERATE),
+    ("DELETE", "/services/{name}", OPERATE),
+    ("POST", "/services/{name}/enable", OPERATE),
+    ("POST", "/services/{name}/disable", OPERATE),
+    ("POST", "/services/{name}/start", OPERATE),
+    ("POST", "/services/{name}/stop", OPERATE),
+    ("POST", "/services/{name}/restart", OPERATE),
+    // The whole gateway.
+    ("GET", "/ledger", READ_LEDGER),
+    ("GET", "/ledger/stream", READ_LEDGER),
+    ("GET", "/ledger/verify", READ_LEDGER),
+    ("GET", "/ledger/stats", READ_LEDGER),
+    ("GET", "/ledger/export", READ_LEDGER),
+    // People.
+    ("GET", "/tokens", OWN_TOKENS),
+    ("POST", "/tokens", OWN_TOKENS),
+    ("DELETE", "/tokens/{token_id}", OWN_TOKENS),
+    ("GET", "/admin/users", MANAGE_USERS),
+    ("POST", "/admin/users", MANAGE_USERS),
+    ("POST", "/admin/users/import", MANAGE_GATEWAY),
+    ("GET", "/admin/users/{user_id}", MANAGE_USERS),
+    ("PATCH", "/admin/users/{user_id}", MANAGE_USERS),
+    ("DELETE", "/admin/users/{user_id}", MANAGE_USERS),
+    ("GET", "/admin/runtime-reservations", MANAGE_GATEWAY),
+    (
+        "POST",
+        "/admin/runtime-reservations/{runtime_id}/transfer",
+        MANAGE_GATEWAY,
+    ),
+    (
+        "POST",
+        "/admin/runtime-reservations/{runtime_id}/purge",
+        MANAGE_GATEWAY,
+    ),
+];
+
+/// What a route needs; `path` is the route's pattern.
+pub fn need(method: &Method, path: &str) -> Need {
+    let path = path.strip_prefix("/api/gateway").unwrap_or(path);
+    // A HEAD is answered by the GET.
+    let method = match *method {
+        Method::HEAD => "GET",
+        ref other => other.as_str(),
+    };
+    let mut known = false;
+    for (of, pattern, need) in NEEDS {
+        if *pattern == path {
+            known = true;
+            if *of == method {
+                return *need;
+            }
+        }
+    }
+    match known {
+        // A path of ours without this method is answered 405, whoever asks.
+        true => Need::Anyone,
+        false => MANAGE_GATEWAY,
+    }
+}
+
+/// Whether a principal has what is needed.
+pub fn grants(need: Need, principal: &Principal) -> bool {
+    match need {
+        Need::Open | Need::Anyone => true,
+        Need::Role(role, scope) => principal.power() >= role && principal.has_scope(scope),
+    }
+}
+
+/// Lets a caller pass, or says what it lacks (`contracts/run-gateway.md` section 2, row 9).
+pub fn check(
+    need: Need,
+    principal: &Principal,
+    method: &Method,
+    path: &str,
+) -> Result<(), ApiError> {
+    let Need::Role(role, scope) = need else {
+        return Ok(());
+    };
+    if principal.power() < role {
+        return Err(lacks_role(role)
+            .with("resource_class", resource_class(path))
+            .with("action", action(method)));
+    }
+    if !principal.has_scope(scope) {
+        let detail = format!("Token lacks the scope '{}'", scope.name());
+        return Err(ApiError::new(ErrorCode::ScopeRequired, detail)
+            .with("reason_code", "scope_required")
+            .with("required_scope", scope.name())
+            .with("resource_class", resource_class(path))
+            .with("action", action(method)));
+    }
+    Ok(())
+}
+
+/// 403 for want of a role. The contract knows one kind of administrator, and so do its clients.
+pub fn lacks_role(role: Role) -> ApiError {
+    let role = match role {
+        Role::TenantAdmin => Role::Admin,
+        role => role,
+    };
+    let words = match role {
+        Role::Admin | Role::TenantAdmin => "Admin",
+        Role::Operator => "Operator",
+        Role::User => "User",
+        Role::Viewer => "Viewer",
+    };
+    ApiError::new(
+        ErrorCode::RoleRequired,
+        format!("{words} principal required"),
+    )
+    .with("reason_code", format!("{}_required", role.name()))
+    .with("required_role", role.name())
+}
+
+fn action(method: &Method) -> &'static str {
+    match *method {
+        Method::GET | Method::HEAD | Method::OPTIONS => "read",
+        _ => "write",
+    }
+}
+
+/// The first word of a route.
+fn resource_class(path: &str) -> &str {
+    let path = path.strip_prefix("/api/gateway").unwrap_or(path);
+    path.split('/').find(|part| !part.is_empty()).unwrap_or("")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_route_says_what_it_needs_and_no_line_is_idle() {
+        let api = serde_json::to_value(super::super::openapi()).unwrap();
+        let mut used = std::collections::BTreeSet::new();
+        for (path, item) in api["paths"].as_object().unwrap() {
+            let short = path.strip_prefix("/api/gateway").unwrap_or(path);
+            for method in item.as_object().unwrap().keys() {
+                let method = method.to_uppercase();
+                let line = NEEDS
+                    .iter()
+                    .position(|(of, pattern, _)| *of == method && *pattern == short);
+                used.insert(line.unwrap_or_else(|| panic!("{method} {path} has no line")));
+                let open = item[method.to_lowercase()]["security"].is_array();
+                let need = need(&method.parse().unwrap(), path);
+                assert_eq!(need == Need::Open, open, "{method} {path}");
+            }
+        }
+        assert_eq!(used.len(), NEEDS.len(), "a line stands for no route");
+    }
+
+    #[test]
+    fn an_unlisted_route_is_the_administrators() {
+        assert_eq!(need(&Method::GET, "/api/gateway/new"), MANAGE_GATEWAY);
+        assert_eq!(need(&Method::HEAD, "/services"), READ_SERVICES);
+        assert_eq!(need(&Method::PATCH, "/services"), Need::Anyone);
+    }
+}

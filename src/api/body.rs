@@ -1,0 +1,134 @@
+//! Bodies and paths as handlers take them: bounded in size and time, of the right content type, and
+//! refused with the same errors everywhere.
+
+use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use bytes::Bytes;
+use http::request::Parts;
+use http::{HeaderMap, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+
+use super::error::{ApiError, ErrorCode, FieldError};
+use super::fields::Fields;
+use super::json;
+use super::state::App;
+
+/// A JSON body: checked as a whole, kept as it came.
+pub struct JsonBody {
+    bytes: Bytes,
+}
+
+impl JsonBody {
+    /// Its members, to be read one by one.
+    pub fn fields(&self) -> Result<Fields, ApiError> {
+        Fields::of_body(self.text()?)
+    }
+
+    /// As it came.
+    pub fn bytes(&self) -> &Bytes {
+        &self.bytes
+    }
+
+    fn text(&self) -> Result<&str, ApiError> {
+        // Checked when it was read; the error can only say so again.
+        std::str::from_utf8(&self.bytes)
+            .map_err(|_| ApiError::new(ErrorCode::InvalidUtf8, "The body is not UTF-8"))
+    }
+
+    /// blake3 of the body in a canonical form, so that the same request written differently is the same.
+    pub fn canonical_hash(&self) -> [u8; 32] {
+        *blake3::hash(&json::canonical(&self.bytes)).as_bytes()
+    }
+}
+
+impl FromRequest<App> for JsonBody {
+    type Rejection = ApiError;
+    async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
+        check_content_type(request.headers())?;
+        let bytes = read_body(request, app, app.config.max_body_bytes).await?;
+        if bytes.is_empty() {
+            let missing = FieldError::new(vec!["body".to_owned()], "missing", "Field required");
+            return Err(ApiError::validation(vec![missing]));
+        }
+        json::check(&bytes)?;
+        Ok(JsonBody { bytes })
+    }
+}
+
+fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let encoding = headers.get(header::CONTENT_ENCODING);
+    if encoding.is_some_and(|encoding| encoding != "identity") {
+        return Err(ApiError::new(
+            ErrorCode::UnsupportedMediaType,
+            "Compressed bodies are not accepted; send it without Content-Encoding",
+        ));
+    }
+    let Some(value) = headers.get(header::CONTENT_TYPE) else {
+        return Ok(());
+    };
+    let text = value.to_str().unwrap_or_default();
+    let essence = text
+        .split(';')
+        .next()
+        .unwrap_or_default()
+        .trim()
+        .to_ascii_lowercase();
+    if essence == "application/json" || essence.ends_with("+json") {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::UnsupportedMediaType,
+        format!("Content-Type '{essence}' is not accepted; send application/json"),
+    ))
+}
+
+/// All of a body, at most `limit` bytes, within the time that a body may take.
+pub async fn read_body(request: Request, app: &App, limit: usize) -> Result<Bytes, ApiError> {
+    let declared = request
+        .headers()
+        .get(header::CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
+    if let Some(length) = declared
+        && length > limit as u64
+    {
+        return Err(too_large(&length.to_string(), limit));
+    }
+    let body = Limited::new(request.into_body(), limit);
+    match tokio::time::timeout(app.config.body_timeout, body.collect()).await {
+        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => {
+            Err(too_large(&format!("over {limit}"), limit))
+        }
+        Ok(Err(_)) => Err(ApiError::new(
+            ErrorCode::InvalidJson,
+            "The body ended before it was complete",
+        )),
+        Err(_) => Err(ApiError::new(
+            ErrorCode::BodyTimeout,
+            format!(
+                "The body did not arrive within {} s",
+                app.config.body_timeout.as_secs()
+            ),
+        )),
+    }
+}
+
+fn too_large(size: &str, limit: usize) -> ApiError {
+    ApiError::new(
+        ErrorCode::BodyTooLarge,
+        format!("Payload Too Large ({size} bytes > {limit} bytes)"),
+    )
+}
+
+/// Parameters of the path; one that is not UTF-8 names nothing.
+pub struct PathOf<T>(pub T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<App> for PathOf<T> {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, ApiError> {
+        match Path::<T>::from_request_parts(parts, app).await {
+            Ok(Path(value)) => Ok(PathOf(value)),
+            Err(_) => Err(ApiError::new(ErrorCode::NotFound, "Not Found")),
+        }
+    }
+}

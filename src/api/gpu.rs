@@ -1,0 +1,254 @@
+//! GPUs and their memory (`contracts/gpu-gateway.md` sections 2 and 6): the dialect's one-GPU form, filled from
+//! the first, and all of them beside it.
+
+use std::collections::HashMap;
+
+use axum::Json;
+use axum::extract::State;
+use serde_json::{Map, Value, json};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::body::PathOf;
+use super::error::ApiError;
+use super::guard::Caller;
+use super::services::{gib, is_healthy, is_running, source_name};
+use super::state::App;
+use crate::coordinator::GpuStatus;
+use crate::ledger::ServiceView;
+
+/// The routes of this file, at the root and under `/api/gateway`.
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(gpu))
+        .routes(routes!(vram))
+        .routes(routes!(available))
+}
+
+/// MiB in use: what our instances hold and what others were seen to use, at most all there is.
+pub fn used_mib(gpu: &GpuStatus) -> u64 {
+    (gpu.reserved_mib + gpu.foreign_mib).min(gpu.facts.memory_mib)
+}
+
+/// A part of a whole in per cent, with one decimal.
+fn percent(part: u64, whole: u64) -> Value {
+    match whole {
+        0 => Value::Null,
+        _ => json!((part as f64 * 1_000.0 / whole as f64).round() / 10.0),
+    }
+}
+
+fn describe(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Value {
+    let used = used_mib(gpu);
+    let total = gpu.facts.memory_mib;
+    let reservations: Vec<Value> = gpu
+        .reservations
+        .iter()
+        .map(|(service, mib)| json!({"service": service.as_str(), "memory_mb": mib}))
+        .collect();
+    json!({
+        "uuid": gpu.facts.uuid.as_str(),
+        "index": gpu.facts.index,
+        "name": gpu.facts.name.as_str(),
+        "source": source_name(gpu.facts.source),
+        "health": "ok",
+        "memory_total_mb": total,
+        "memory_used_mb": used,
+        "memory_free_mb": total - used,
+        "memory_reserved_mb": gpu.reserved_mib,
+        "memory_foreign_mb": gpu.foreign_mib,
+        "memory_held_mb": gpu.held_mib,
+        "memory_utilization_pct": percent(used, total),
+        "gpu_utilization_pct": null,
+        "temperature_c": null,
+        "power_draw_w": null,
+        "processes": processes(gpu, services),
+        "reservations": reservations,
+    })
+}
+
+/// Our processes that hold memory of a GPU.
+fn processes(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Vec<Value> {
+    let entry = |(service, mib): &(crate::domain::ids::ServiceName, u64)| {
+        let instance = services.get(service.as_str())?.instance.as_ref()?;
+        let process = instance.process.as_ref()?;
+        Some(json!({"pid": process.pid, "type": "C", "name": service.as_str(), "memory_mb": mib}))
+    };
+    gpu.reservations.iter().filter_map(entry).collect()
+}
+
+fn by_name(views: &[ServiceView]) -> HashMap<&str, &ServiceView> {
+    views
+        .iter()
+        .map(|view| (view.spec.name.as_str(), view))
+        .collect()
+}
+
+/// Show the GPUs.
+#[utoipa::path(get, path = "/gpu", tag = "gpu", responses((status = 200, body = Object, example = json!({
+    "available": true, "gpu_name": "Simulated GPU", "gpu_utilization_pct": null, "memory_used_mb": 8192,
+    "memory_total_mb": 24576, "memory_free_mb": 16384, "memory_utilization_pct": 33.3, "temperature_c": null,
+    "power_draw_w": null, "unified_memory": false, "processes": [], "source": "simulated", "gpus": []
+}))))]
+async fn gpu(State(app): State<App>, _caller: Caller) -> Result<Json<Value>, ApiError> {
+    let status = app.handle.gpu_status().await?;
+    let views = app.scan(|ledger| ledger.services()).await?;
+    let services = by_name(&views);
+    let gpus: Vec<Value> = status.iter().map(|gpu| describe(gpu, &services)).collect();
+    let Some(first) = gpus.first() else {
+        return Ok(Json(without_gpu(app.config.no_gpu_reason.as_deref())));
+    };
+    let mut answer = Map::new();
+    answer.insert("available".into(), true.into());
+    answer.insert("gpu_name".into(), first["name"].clone());
+    for member in [
+        "gpu_utilization_pct",
+        "memory_used_mb",
+        "memory_total_mb",
+        "memory_free_mb",
+        "memory_utilization_pct",
+        "temperature_c",
+        "power_draw_w",
+        "processes",
+        "source",
+    ] {
+        answer.insert(member.into(), first[member].clone());
+    }
+    answer.insert("unified_memory".into(), false.into());
+    answer.insert("gpus".into(), gpus.into());
+    Ok(Json(Value::Object(answer)))
+}
+
+fn without_gpu(reason: Option<&str>) -> Value {
+    json!({
+        "available": false,
+        "error": reason.unwrap_or("No GPU was found"),
+        "gpu_name": null,
+        "gpu_utilization_pct": null,
+        "memory_used_mb": null,
+        "memory_total_mb": null,
+        "memory_free_mb": null,
+        "memory_utilization_pct": null,
+        "temperature_c": null,
+        "power_draw_w": null,
+        "unified_memory": false,
+        "processes": [],
+        "gpus": [],
+    })
+}
+
+/// Show GPU memory: used, reserved, and what a new instance could have.
+///
+/// `available_for_new_mb` leaves out what is reserved and not yet used, and what is held for a preemptor.
+#[utoipa::path(get, path = "/vram", tag = "gpu", responses((status = 200, body = Object, example = json!({
+    "total_mb": 24576, "used_mb": 8192, "free_mb": 16384, "reserved_mb": 8192, "available_for_new_mb": 16384,
+    "allocated_services": [{"service": "stats", "vram_gb": 8.0, "vram_mb": 8192, "container_running": true}]
+}))))]
+async fn vram(State(app): State<App>, _caller: Caller) -> Result<Json<Value>, ApiError> {
+    let status = app.handle.gpu_status().await?;
+    let views = app.scan(|ledger| ledger.services()).await?;
+    let sum = |of: fn(&GpuStatus) -> u64| status.iter().map(of).sum::<u64>();
+    let total = sum(|gpu| gpu.facts.memory_mib);
+    let used = sum(used_mib);
+    let allocated: Vec<Value> = views
+        .iter()
+        .filter_map(|view| {
+            let grants = &view.instance.as_ref()?.grants;
+            let mib: u64 = grants.iter().map(|grant| grant.mib).sum();
+            (mib > 0).then(|| {
+                json!({
+                    "service": view.spec.name.as_str(),
+                    "vram_gb": gib(mib),
+                    "vram_mb": mib,
+                    "container_running": is_running(view),
+                })
+            })
+        })
+        .collect();
+    Ok(Json(json!({
+        "total_mb": total,
+        "used_mb": used,
+        "free_mb": total - used,
+        "allocated_services": allocated,
+        "reserved_mb": sum(|gpu| gpu.reserved_mib),
+        "available_for_new_mb": sum(|gpu| {
+            let taken = gpu.reserved_mib + gpu.foreign_mib + gpu.held_mib;
+            gpu.facts.memory_mib.saturating_sub(taken)
+        }),
+    })))
+}
+
+/// GPU memory in use from which on the dialect advises to queue, in per cent.
+const FULL_PERCENT: u64 = 90;
+
+/// Say whether work of a type is best done here, queued, or elsewhere.
+#[utoipa::path(get, path = "/available/{service_type}", tag = "gpu", responses((status = 200, body = Object, example = json!({
+    "available": true, "service": "stats", "recommendation": "use_local", "gpu_memory_free_mb": 16384,
+    "gpu_utilization_pct": null, "healthy_services": ["stats"], "queue_depth": 0
+}))))]
+async fn available(
+    State(app): State<App>,
+    _caller: Caller,
+    PathOf(wanted): PathOf<String>,
+) -> Result<Json<Value>, ApiError> {
+    let status = app.handle.gpu_status().await?;
+    let stats = app.handle.queue_stats().await?;
+    let views = app.scan(|ledger| ledger.services()).await?;
+    let offers: Vec<&ServiceView> = views
+        .iter()
+        .filter(|view| view.enabled && view.spec.service_type == wanted.as_str())
+        .collect();
+    let total: u64 = status.iter().map(|gpu| gpu.facts.memory_mib).sum();
+    let used: u64 = status.iter().map(used_mib).sum();
+    let depth = stats.by_type.get(wanted.as_str()).copied().unwrap_or(0);
+    let mut answer = advise(&offers, depth, used * 100 > total * FULL_PERCENT);
+    answer["gpu_memory_free_mb"] = if status.is_empty() {
+        Value::Null
+    } else {
+        json!(total - used)
+    };
+    answer["gpu_utilization_pct"] = Value::Null;
+    Ok(Json(answer))
+}
+
+/// The advice of `contracts/gpu-gateway.md` section 6, by services of one type.
+fn advise(offers: &[&ServiceView], queue_depth: u64, gpu_full: bool) -> Value {
+    let name = |view: &&ServiceView| view.spec.name.to_string();
+    let registered: Vec<String> = offers.iter().map(name).collect();
+    let healthy: Vec<&ServiceView> = offers
+        .iter()
+        .copied()
+        .filter(|view| is_healthy(view))
+        .collect();
+    let room = |view: &&&ServiceView| view.active_runs.len() < view.spec.concurrency as usize;
+    if healthy.is_empty() {
+        let busy = offers.iter().find(|view| !view.active_runs.is_empty());
+        let (reason, recommendation) = match (offers.first(), busy) {
+            (None, _) => ("no_enabled_service", "use_cloud"),
+            (Some(_), Some(_)) => ("no_healthy_service", "queue"),
+            (Some(_), None) => ("no_healthy_service", "use_cloud"),
+        };
+        return json!({
+            "available": false,
+            "service": busy.or(offers.first()).map(name),
+            "recommendation": recommendation,
+            "services_registered": registered,
+            "reason": reason,
+            "queue_depth": queue_depth,
+        });
+    }
+    let free = healthy.iter().find(room);
+    let recommendation = if free.is_some() && !gpu_full {
+        "use_local"
+    } else {
+        "queue"
+    };
+    json!({
+        "available": true,
+        "service": free.or(healthy.first()).map(name),
+        "recommendation": recommendation,
+        "services_registered": registered,
+        "healthy_services": healthy.iter().map(name).collect::<Vec<_>>(),
+        "queue_depth": queue_depth,
+    })
+}

@@ -1,0 +1,334 @@
+//! What every request passes first: its id, the Host and Origin allow-lists, credentials, and the bound on
+//! work at once; and what every answer gets: its id, the finished problem body, a count.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::time::{Duration, Instant};
+
+use axum::extract::{FromRequestParts, MatchedPath, Request, State};
+use axum::middleware::Next;
+use axum::response::Response;
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use metrics::{Counter, Histogram};
+use smol_str::SmolStr;
+use uuid::Uuid;
+
+use super::access::{check, need};
+use super::authenticate::{authenticate, watched};
+use super::config::ApiConfig;
+use super::error::{ApiError, ErrorCode};
+use super::state::App;
+use crate::auth::Principal;
+use crate::coordinator::now;
+use crate::domain::command::Origin;
+use crate::domain::ids::PlaneId;
+use crate::domain::time::Timestamp;
+
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Longest request id that is taken over from the caller: it goes into every record.
+const MAX_REQUEST_ID_BYTES: usize = 128;
+
+/// How long a request waits for its turn before it is told 429 (`contracts/run-gateway.md` section 2).
+const TURN_WAIT: Duration = Duration::from_millis(10);
+
+/// Who is calling and under which request.
+#[derive(Clone, Debug)]
+pub struct Caller {
+    pub principal: Principal,
+    pub request_id: SmolStr,
+    pub at: Timestamp,
+}
+
+impl Caller {
+    /// As commands carry it.
+    pub fn origin(&self) -> Origin {
+        Origin {
+            plane: self.principal.plane,
+            actor: self.principal.actor.clone(),
+            request_id: Some(self.request_id.clone()),
+            at: self.at,
+        }
+    }
+
+    /// The only plane that the caller sees.
+    pub fn plane(&self) -> PlaneId {
+        self.principal.plane
+    }
+}
+
+/// The guard put it there; a route outside the guard has none.
+impl FromRequestParts<App> for Caller {
+    type Rejection = ApiError;
+    async fn from_request_parts(parts: &mut Parts, _: &App) -> Result<Self, ApiError> {
+        let caller = parts.extensions.get::<Caller>().cloned();
+        caller.ok_or_else(|| unauthorized(parts.uri.path()))
+    }
+}
+
+/// Which hosts and origins are ours.
+pub struct HostRules {
+    hosts: Vec<String>,
+    origins: Vec<String>,
+}
+
+impl HostRules {
+    /// From the settings.
+    pub fn new(config: &ApiConfig) -> Self {
+        let lower = |texts: &[String]| texts.iter().map(|t| t.to_ascii_lowercase()).collect();
+        Self {
+            hosts: lower(&config.allowed_hosts),
+            origins: lower(&config.allowed_origins),
+        }
+    }
+
+    fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+        let mut hosts = headers.get_all(header::HOST).iter();
+        let host = hosts.next().and_then(|host| host.to_str().ok());
+        let name = host.map(|host| without_port(host).to_ascii_lowercase());
+        // Of two hosts, who is in front of us may have gone by the other (RFC 9112 section 3.2).
+        if hosts.next().is_some() || !name.as_ref().is_some_and(|name| self.hosts.contains(name)) {
+            return Err(ApiError::new(
+                ErrorCode::HostNotAllowed,
+                format!(
+                    "Host '{}' is not allowed; reach the gateway under one of its names, or add this one to allowed_hosts",
+                    host.unwrap_or_default()
+                ),
+            ));
+        }
+        let Some(origin) = headers.get(header::ORIGIN) else {
+            return Ok(());
+        };
+        let origin = origin.to_str().unwrap_or_default().to_ascii_lowercase();
+        if self.origins.iter().any(|pattern| glob(pattern, &origin)) {
+            Ok(())
+        } else {
+            Err(ApiError::new(
+                ErrorCode::OriginNotAllowed,
+                "Forbidden (origin not allowed)",
+            ))
+        }
+    }
+}
+
+/// The name of a `Host` header; an IPv6 address keeps its brackets.
+fn without_port(host: &str) -> &str {
+    match host.rfind(':') {
+        Some(colon) if !host[colon..].contains(']') => &host[..colon],
+        _ => host,
+    }
+}
+
+/// Shell-like match of `*` and `?`, the whole text.
+fn glob(pattern: &str, text: &str) -> bool {
+    let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
+    let (mut p, mut t) = (0, 0);
+    // Where to go on when the last `*` takes one character more.
+    let mut retry: Option<(usize, usize)> = None;
+    while t < text.len() {
+        match pattern.get(p) {
+            Some(b'*') => {
+                retry = Some((p + 1, t));
+                p += 1;
+            }
+            Some(&c) if c == b'?' || c == text[t] => {
+                p += 1;
+                t += 1;
+            }
+            _ => match retry {
+                Some((after, taken)) => {
+                    retry = Some((after, taken + 1));
+                    (p, t) = (after, taken + 1);
+                }
+                None => return false,
+            },
+        }
+    }
+    pattern[p..].iter().all(|&c| c == b'*')
+}
+
+/// How far a path is open.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    /// Probes: no credentials, and any Host, since orchestrators call by address.
+    Probe,
+    /// No credentials.
+    Open,
+    Token,
+}
+
+fn access(path: &str) -> Access {
+    match path {
+        "/livez" | "/readyz" => Access::Probe,
+        "/health" | "/api/health" | "/openapi.json" | "/docs" => Access::Open,
+        _ if path.starts_with("/docs/") => Access::Open,
+        _ => Access::Token,
+    }
+}
+
+fn unauthorized(path: &str) -> ApiError {
+    let detail = if path.starts_with("/api/") {
+        "Unauthorized"
+    } else {
+        "Invalid or missing API token"
+    };
+    ApiError::new(ErrorCode::Unauthorized, detail)
+}
+
+/// The outermost layer of the router.
+pub async fn guard(State(app): State<App>, mut request: Request, next: Next) -> Response {
+    let started = Instant::now();
+    let request_id = request_id(request.headers());
+    let path = request.uri().path().to_owned();
+    let method = request.method().clone();
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let response = match admit(&app, &mut request, &request_id).await {
+        Ok(_turn) => {
+            let caller = request.extensions().get::<Caller>().cloned();
+            let response = next.run(request).await;
+            match (caller, &route) {
+                (Some(caller), Some(route)) => {
+                    let need = need(&method, route.as_str());
+                    watched(&app, caller.principal, need, response)
+                }
+                _ => response,
+            }
+        }
+        Err(error) => axum::response::IntoResponse::into_response(error),
+    };
+    let mut response = finish(response, &request_id, &path);
+    if let Ok(value) = HeaderValue::from_str(&request_id) {
+        response.headers_mut().insert(REQUEST_ID, value);
+    }
+    count(&method, route.as_ref(), &response, started);
+    response
+}
+
+/// Lets a request in, or says why not. The permit bounds the work at once.
+async fn admit<'a>(
+    app: &'a App,
+    request: &mut Request,
+    request_id: &SmolStr,
+) -> Result<Option<tokio::sync::SemaphorePermit<'a>>, ApiError> {
+    let access = access(request.uri().path());
+    if access == Access::Probe {
+        return Ok(None);
+    }
+    app.hosts.check(request.headers())?;
+    if access == Access::Token {
+        let at = now();
+        let principal = authenticate(app, request.headers(), at)
+            .await?
+            .ok_or_else(|| unauthorized(request.uri().path()))?;
+        // A path that is none of ours is 404 to everyone who is known.
+        if let Some(route) = request.extensions().get::<MatchedPath>() {
+            let (method, route) = (request.method(), route.as_str());
+            check(need(method, route), &principal, method, route)?;
+        }
+        request.extensions_mut().insert(Caller {
+            principal,
+            request_id: request_id.clone(),
+            at,
+        });
+    }
+    // A timer is armed only by those who have to wait.
+    if let Ok(turn) = app.requests.try_acquire() {
+        return Ok(Some(turn));
+    }
+    match tokio::time::timeout(TURN_WAIT, app.requests.acquire()).await {
+        Ok(Ok(turn)) => Ok(Some(turn)),
+        _ => Err(ApiError::new(
+            ErrorCode::TooManyRequests,
+            "Too Many Requests (concurrency limit)",
+        )
+        .retry_after(1)),
+    }
+}
+
+/// The caller's request id when it is short and printable, else a new one.
+fn request_id(headers: &HeaderMap) -> SmolStr {
+    headers
+        .get(REQUEST_ID)
+        .and_then(|value| value.to_str().ok())
+        .filter(|text| (1..=MAX_REQUEST_ID_BYTES).contains(&text.len()))
+        .filter(|text| text.bytes().all(|byte| byte.is_ascii_graphic()))
+        .map_or_else(
+            || {
+                SmolStr::new(
+                    Uuid::new_v4()
+                        .simple()
+                        .encode_lower(&mut Uuid::encode_buffer()),
+                )
+            },
+            SmolStr::new,
+        )
+}
+
+/// Gives an error its body, and every answer the headers that all have.
+fn finish(mut response: Response, request_id: &str, path: &str) -> Response {
+    if let Some(error) = response.extensions_mut().remove::<ApiError>() {
+        let kept = std::mem::take(response.headers_mut());
+        response = error.render(request_id, path);
+        if let Some(allow) = kept.get(header::ALLOW) {
+            response.headers_mut().insert(header::ALLOW, allow.clone());
+        }
+    }
+    let headers = response.headers_mut();
+    headers.insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
+    headers
+        .entry(header::CACHE_CONTROL)
+        .or_insert(HeaderValue::from_static("no-store"));
+    response
+}
+
+/// The metrics of one route's answers, by method and status.
+type RouteCounts = HashMap<(Method, u16), (Counter, Histogram)>;
+
+thread_local! {
+    /// What this thread counts with: as many as there are routes, methods and statuses. Looking them up in the
+    /// recorder costs more than counting.
+    static COUNTS: RefCell<HashMap<String, RouteCounts>> = RefCell::default();
+}
+
+fn count(method: &Method, route: Option<&MatchedPath>, response: &Response, started: Instant) {
+    let route = route.map_or("unmatched", |route| route.as_str());
+    let method = match *method {
+        Method::GET | Method::POST | Method::PUT | Method::DELETE => method.clone(),
+        // A caller may make up methods: they are counted as one.
+        _ => Method::OPTIONS,
+    };
+    let kind = (method, response.status().as_u16());
+    let seconds = started.elapsed().as_secs_f64();
+    COUNTS.with_borrow_mut(|counts| {
+        if !counts.contains_key(route) {
+            counts.insert(route.to_owned(), RouteCounts::new());
+        }
+        let Some(of_route) = counts.get_mut(route) else {
+            return;
+        };
+        let (requests, durations) = of_route
+            .entry(kind)
+            .or_insert_with_key(|(method, status)| counters(route, method, *status));
+        requests.increment(1);
+        durations.record(seconds);
+    });
+}
+
+fn counters(route: &str, method: &Method, status: u16) -> (Counter, Histogram) {
+    let method = match *method {
+        Method::GET => "GET",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::DELETE => "DELETE",
+        _ => "other",
+    };
+    let requests = metrics::counter!("rungate_http_requests_total",
+        "route" => route.to_owned(), "method" => method, "status" => status.to_string());
+    let durations = metrics::histogram!("rungate_http_request_seconds",
+        "route" => route.to_owned(), "method" => method);
+    (requests, durations)
+}

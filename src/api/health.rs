@@ -1,0 +1,94 @@
+//! Whether the gateway lives and is ready, in the forms that clients and orchestrators ask for.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use serde_json::{Value, json};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::guard::Caller;
+use super::query::Query;
+use super::state::App;
+use crate::coordinator::now;
+
+/// How long the coordinator may take to answer before the gateway counts as not ready.
+const READY_WAIT: Duration = Duration::from_secs(2);
+
+/// The open routes of this file, at the root.
+pub fn open_router() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(health))
+        .routes(routes!(api_health))
+        .routes(routes!(livez))
+        .routes(routes!(readyz))
+}
+
+/// The route of this file under `/api/gateway`.
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(ping))
+}
+
+/// Say that the gateway lives (GPU dialect).
+#[utoipa::path(get, path = "/health", tag = "health", security(()), responses((status = 200, body = Object, example = json!({
+    "status": "ok", "version": "0.1.0", "timestamp": "2026-11-21T02:00:00.000120+00:00"
+}))))]
+async fn health() -> Json<Value> {
+    Json(json!({"status": "ok", "version": env!("CARGO_PKG_VERSION"), "timestamp": now()}))
+}
+
+/// Say that the gateway lives.
+#[utoipa::path(get, path = "/api/health", tag = "health", security(()), responses((status = 200, body = Object, example = json!({
+    "status": "healthy", "service": "rungate"
+}))))]
+async fn api_health() -> Json<Value> {
+    Json(json!({"status": "healthy", "service": "rungate"}))
+}
+
+/// Say that the process lives; depends on nothing.
+#[utoipa::path(get, path = "/livez", tag = "health", security(()), responses((status = 200, body = String, example = "ok")))]
+async fn livez() -> &'static str {
+    "ok\n"
+}
+
+/// Say whether the gateway takes work: 503 while it stops or cannot write.
+#[utoipa::path(get, path = "/readyz", tag = "health", security(()),
+    params(("verbose" = Option<bool>, Query, description = "Each check on a line")),
+    responses((status = 200, body = String, example = "ok"), (status = 503, body = String)))]
+async fn readyz(State(app): State<App>, query: Query) -> Response {
+    let verbose = query.boolean("verbose").unwrap_or(false);
+    drop(query);
+    let coordinator = tokio::time::timeout(READY_WAIT, app.handle.queue_stats());
+    let checks = [
+        ("serving", !app.stopping.is_cancelled()),
+        ("ledger", app.ledger.planes().is_ok()),
+        ("coordinator", matches!(coordinator.await, Ok(Ok(_)))),
+    ];
+    let ready = checks.iter().all(|(_, good)| *good);
+    let mut text = String::new();
+    if verbose {
+        for (name, good) in checks {
+            text.push_str(if good { "[+] " } else { "[-] " });
+            text.push_str(name);
+            text.push('\n');
+        }
+    }
+    text.push_str(if ready { "ok\n" } else { "not ready\n" });
+    let status = if ready {
+        StatusCode::OK
+    } else {
+        StatusCode::SERVICE_UNAVAILABLE
+    };
+    (status, text).into_response()
+}
+
+/// Say that the gateway lives and the token is good.
+#[utoipa::path(get, path = "/ping", tag = "health", responses((status = 200, body = Object, example = json!({
+    "ok": true, "status": "healthy", "service": "rungate", "time": "2026-11-21T02:00:00.000120+00:00"
+}))))]
+async fn ping(_caller: Caller) -> Json<Value> {
+    Json(json!({"ok": true, "status": "healthy", "service": "rungate", "time": now()}))
+}

@@ -1,0 +1,135 @@
+//! The HTTP server loop: connections bounded in number, in header size and in the time a header may take,
+//! and closed in good order when the gateway stops.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+/// Bounds of the server loop.
+#[derive(Clone, Debug)]
+pub struct ListenConfig {
+    /// Open connections; more wait in the kernel's queue. Streams are most of them.
+    pub max_connections: usize,
+    /// How long the header of a request may take, and how long an idle connection is kept.
+    pub header_timeout: Duration,
+    /// How long requests may go on after the stop.
+    pub drain_timeout: Duration,
+}
+
+impl Default for ListenConfig {
+    fn default() -> Self {
+        Self {
+            max_connections: 4_096,
+            header_timeout: Duration::from_secs(15),
+            drain_timeout: Duration::from_secs(10),
+        }
+    }
+}
+
+/// Largest header of a request: hyper's least buffer would be 8 KiB, and tokens and paths fit into 16.
+const MAX_HEADER_BYTES: usize = 16 << 10;
+
+/// Most header lines of a request.
+const MAX_HEADERS: usize = 64;
+
+/// How long accepting pauses after an error, such as too many open files.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves until `stopping` is cancelled and open requests have ended, or `drain_timeout` has passed.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    config: ListenConfig,
+    stopping: CancellationToken,
+) {
+    let places = Arc::new(Semaphore::new(config.max_connections));
+    let connections = TaskTracker::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = stopping.cancelled() => break,
+            accepted = accept(&listener, &places) => accepted,
+        };
+        let (stream, place) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(error = %error, "a connection could not be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let connection = serve_connection(
+            stream,
+            router.clone(),
+            config.header_timeout,
+            stopping.clone(),
+        );
+        connections.spawn(async move {
+            metrics::gauge!("rungate_http_connections").increment(1.0);
+            connection.await;
+            metrics::gauge!("rungate_http_connections").decrement(1.0);
+            drop(place);
+        });
+    }
+    drop(listener);
+    connections.close();
+    if tokio::time::timeout(config.drain_timeout, connections.wait())
+        .await
+        .is_err()
+    {
+        tracing::warn!(
+            http.connections = connections.len(),
+            "requests did not end in time; their connections are dropped"
+        );
+    }
+}
+
+async fn accept(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+    let place = Arc::clone(places)
+        .acquire_owned()
+        .await
+        .map_err(io::Error::other)?;
+    let (stream, _peer) = listener.accept().await?;
+    // Frames are small and wanted at once.
+    stream.set_nodelay(true)?;
+    Ok((stream, place))
+}
+
+async fn serve_connection(
+    stream: TcpStream,
+    router: Router,
+    header_timeout: Duration,
+    stopping: CancellationToken,
+) {
+    let service = TowerToHyperService::new(router);
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(header_timeout)
+        .max_buf_size(MAX_HEADER_BYTES)
+        .max_headers(MAX_HEADERS)
+        .serve_connection(TokioIo::new(stream), service);
+    let mut connection = std::pin::pin!(connection);
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        () = stopping.cancelled() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        // A reader that went away, a header that never came: daily business.
+        tracing::debug!(error = %error, "a connection ended early");
+    }
+}

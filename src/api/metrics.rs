@@ -1,0 +1,63 @@
+//! `GET /metrics`: what was recorded, and gauges that are taken at the moment of asking, over all planes. For
+//! operators: queue depths and service names are nobody else's business.
+
+use std::collections::BTreeMap;
+
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::header;
+use metrics::gauge;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::error::ApiError;
+use super::gpu::used_mib;
+use super::guard::Caller;
+use super::state::App;
+
+const MIB: f64 = 1_048_576.0;
+
+/// The route of this file, at the root.
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new().routes(routes!(read))
+}
+
+/// Read the metrics, for Prometheus.
+#[utoipa::path(get, path = "/metrics", tag = "health",
+    responses((status = 200, body = String, content_type = "text/plain", example = "rungate_queue_depth 3\n")))]
+async fn read(State(app): State<App>, _caller: Caller) -> Result<Response, ApiError> {
+    take_gauges(&app).await?;
+    let kind = [(
+        header::CONTENT_TYPE,
+        "text/plain; version=0.0.4; charset=utf-8",
+    )];
+    Ok((kind, app.metrics.render()).into_response())
+}
+
+async fn take_gauges(app: &App) -> Result<(), ApiError> {
+    let stats = app.handle.queue_stats().await?;
+    gauge!("rungate_queue_depth").set(stats.queued as f64);
+    let counts = app.scan(|ledger| {
+        let mut counts = BTreeMap::new();
+        for plane in ledger.planes()? {
+            for (status, count) in ledger.count_by_status(plane.plane)? {
+                *counts.entry(status.name()).or_insert(0) += count;
+            }
+        }
+        Ok(counts)
+    });
+    for (status, count) in counts.await? {
+        gauge!("rungate_runs", "status" => status).set(count as f64);
+    }
+    gauge!("rungate_ledger_followers").set(app.ledger.followers() as f64);
+    gauge!("rungate_ledger_seq").set(app.ledger.tail() as f64);
+    for gpu in app.handle.gpu_status().await? {
+        let uuid = gpu.facts.uuid.to_string();
+        gauge!("rungate_gpu_memory_bytes", "gpu" => uuid.clone())
+            .set(gpu.facts.memory_mib as f64 * MIB);
+        gauge!("rungate_gpu_reserved_bytes", "gpu" => uuid.clone())
+            .set(gpu.reserved_mib as f64 * MIB);
+        gauge!("rungate_gpu_used_bytes", "gpu" => uuid).set(used_mib(&gpu) as f64 * MIB);
+    }
+    Ok(())
+}

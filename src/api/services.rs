@@ -1,0 +1,427 @@
+//! The registry of services (`contracts/gpu-gateway.md` section 3): list, read, register, change, remove,
+//! enable and disable. Starting and stopping is in `service_control`.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use serde_json::{Value, json};
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::body::{JsonBody, PathOf};
+use super::error::{ApiError, ErrorCode};
+use super::examples;
+use super::guard::Caller;
+use super::query::Query;
+use super::run_view::seconds;
+use super::service_control::control;
+use super::service_spec::{read_changes, read_new};
+use super::state::App;
+use crate::domain::command::Command;
+use crate::domain::identity::Role;
+use crate::domain::ids::ServiceName;
+use crate::domain::spec::{GpuSource, Grant, ProgressMode, ServiceSpec, Worker};
+use crate::domain::time::Timestamp;
+use crate::ledger::{InstancePhase, InstanceView, ServiceView};
+
+/// The routes of this file, at the root and under `/api/gateway`.
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(list))
+        .routes(routes!(register))
+        .routes(routes!(read, update, remove))
+        .routes(routes!(enable))
+        .routes(routes!(disable))
+}
+
+/// A service: the contract's members and ours.
+#[derive(Serialize, ToSchema)]
+pub struct Service {
+    pub name: String,
+    pub container: String,
+    #[serde(rename = "type")]
+    #[schema(rename = "type")]
+    pub service_type: String,
+    pub description: String,
+    pub vram_gb: f64,
+    pub enabled: bool,
+    /// Its container or process lives, or it runs elsewhere.
+    pub container_running: bool,
+    pub healthy: bool,
+    /// The port it listens on: the instance's when Rungate chose it.
+    pub port: u16,
+    /// Not measured: always null.
+    pub response_time_ms: Option<f64>,
+    /// `idle`, `busy`, `starting`, `stopping` or `draining`.
+    pub scheduler_status: &'static str,
+    pub active_job_id: Option<String>,
+    pub health_endpoint: String,
+    /// `stateless`, `queue` or `poll`.
+    #[schema(value_type = String)]
+    pub progress_mode: ProgressMode,
+    pub progress_endpoint: Option<String>,
+    #[schema(value_type = String)]
+    pub created_at: Timestamp,
+    #[schema(value_type = String)]
+    pub updated_at: Timestamp,
+    /// `process`, `external` or `container`.
+    pub driver: &'static str,
+    pub command: Option<Vec<String>>,
+    /// Names only: values may be secrets.
+    pub env: Option<Vec<String>>,
+    pub working_dir: Option<String>,
+    pub url: Option<String>,
+    pub gpus: u32,
+    pub concurrency: u32,
+    pub dispatch_path: String,
+    pub cancel_path: Option<String>,
+    pub idle_timeout_seconds: Option<f64>,
+    pub grace_seconds: f64,
+    pub startup_timeout_seconds: f64,
+    pub min_runtime_seconds: Option<f64>,
+    /// The most that an instance was seen to use, when that is more than `vram_gb`.
+    pub learned_vram_gb: Option<f64>,
+    pub active_job_ids: Vec<String>,
+    /// Why it is not started again by itself: it died too often.
+    pub crash_looped: Option<String>,
+    /// Unexpected ends in a row.
+    pub deaths: u32,
+    #[schema(value_type = Option<String>)]
+    pub retry_at: Option<Timestamp>,
+    pub instance: Option<Instance>,
+}
+
+/// One life of a service's process.
+#[derive(Serialize, ToSchema)]
+pub struct Instance {
+    pub generation: u64,
+    /// `starting`, `ready`, `unhealthy`, `draining`, `stopping` or `exited`.
+    #[schema(value_type = String)]
+    pub phase: InstancePhase,
+    pub pid: Option<u32>,
+    pub port: Option<u16>,
+    #[schema(value_type = String)]
+    pub started_at: Timestamp,
+    #[schema(value_type = Option<String>)]
+    pub ready_at: Option<Timestamp>,
+    pub startup_time_s: Option<f64>,
+    pub gpus: Vec<GpuGrant>,
+}
+
+/// GPU memory that an instance holds.
+#[derive(Serialize, ToSchema)]
+pub struct GpuGrant {
+    pub gpu: String,
+    pub memory_mb: u64,
+}
+
+impl From<&Grant> for GpuGrant {
+    fn from(grant: &Grant) -> Self {
+        GpuGrant {
+            gpu: grant.gpu.to_string(),
+            memory_mb: grant.mib,
+        }
+    }
+}
+
+impl From<&InstanceView> for Instance {
+    fn from(view: &InstanceView) -> Self {
+        Instance {
+            generation: view.generation.0,
+            phase: view.phase,
+            pid: view.process.as_ref().map(|process| process.pid),
+            port: view.process.as_ref().map(|process| process.port),
+            started_at: view.started_at,
+            ready_at: view.ready_at,
+            startup_time_s: view.startup_ms.map(seconds),
+            gpus: view.grants.iter().map(GpuGrant::from).collect(),
+        }
+    }
+}
+
+/// Mebibytes as gibibytes, the contract's unit.
+pub fn gib(mib: u64) -> f64 {
+    mib as f64 / 1_024.0
+}
+
+/// Whether its process lives, or it runs elsewhere.
+pub fn is_running(view: &ServiceView) -> bool {
+    match &view.instance {
+        Some(instance) => instance.phase != InstancePhase::Exited,
+        None => false,
+    }
+}
+
+/// Whether its instance answers and takes work.
+pub fn is_healthy(view: &ServiceView) -> bool {
+    let instance = view.instance.as_ref();
+    instance.is_some_and(|i| matches!(i.phase, InstancePhase::Ready | InstancePhase::Draining))
+}
+
+/// The contract's `scheduler_status`.
+pub fn scheduler_status(view: &ServiceView) -> &'static str {
+    match view.instance.as_ref().map(|instance| instance.phase) {
+        Some(InstancePhase::Starting) => "starting",
+        Some(InstancePhase::Stopping) => "stopping",
+        Some(InstancePhase::Draining) => "draining",
+        _ if !view.active_runs.is_empty() => "busy",
+        _ => "idle",
+    }
+}
+
+impl Service {
+    /// As a caller sees it: runs of other planes are counted nowhere and named to the administrator alone.
+    pub fn of(view: &ServiceView, caller: &Caller) -> Self {
+        let sees_all = caller.principal.power() == Role::Admin;
+        let spec = &view.spec;
+        let (driver, command, env, working_dir, url) = worker(spec);
+        let active_job_ids: Vec<String> = view
+            .active_runs
+            .iter()
+            .filter(|(plane, _)| sees_all || *plane == caller.plane())
+            .map(|(_, run)| run.to_string())
+            .collect();
+        let instance = view.instance.as_ref().map(Instance::from);
+        Service {
+            name: spec.name.to_string(),
+            container: spec.container.clone(),
+            service_type: spec.service_type.to_string(),
+            description: spec.description.clone(),
+            vram_gb: gib(spec.vram_mib),
+            enabled: view.enabled,
+            container_running: is_running(view),
+            healthy: is_healthy(view),
+            port: instance.as_ref().and_then(|i| i.port).unwrap_or(spec.port),
+            response_time_ms: None,
+            scheduler_status: scheduler_status(view),
+            active_job_id: active_job_ids.first().cloned(),
+            health_endpoint: spec.health_endpoint.clone(),
+            progress_mode: spec.progress_mode,
+            progress_endpoint: spec.progress_endpoint.clone(),
+            created_at: view.created_at,
+            updated_at: view.updated_at,
+            driver,
+            command,
+            env,
+            working_dir,
+            url,
+            gpus: spec.gpus,
+            concurrency: spec.concurrency,
+            dispatch_path: spec.dispatch_path().to_owned(),
+            cancel_path: spec.cancel_path.clone(),
+            idle_timeout_seconds: spec.idle_timeout_ms.map(seconds),
+            grace_seconds: seconds(spec.grace_ms),
+            startup_timeout_seconds: seconds(spec.startup_timeout_ms),
+            min_runtime_seconds: spec.min_runtime_ms.map(seconds),
+            learned_vram_gb: view.learned_mib.map(gib),
+            active_job_ids,
+            crash_looped: view.crash_looped.clone(),
+            deaths: view.deaths,
+            retry_at: view.retry_at,
+            instance,
+        }
+    }
+}
+
+type WorkerMembers = (
+    &'static str,
+    Option<Vec<String>>,
+    Option<Vec<String>>,
+    Option<String>,
+    Option<String>,
+);
+
+fn worker(spec: &ServiceSpec) -> WorkerMembers {
+    match &spec.worker {
+        Worker::Process {
+            command,
+            env,
+            working_dir,
+        } => {
+            let names = env.iter().map(|(name, _)| name.clone()).collect();
+            (
+                "process",
+                Some(command.clone()),
+                Some(names),
+                working_dir.clone(),
+                None,
+            )
+        }
+        Worker::External { url } => ("external", None, None, None, Some(url.clone())),
+        Worker::Container => ("container", None, None, None, None),
+    }
+}
+
+/// A service by the name in the path, or 404.
+pub fn find(app: &App, name: &str) -> Result<ServiceView, ApiError> {
+    app.ledger.service(name)?.ok_or_else(|| {
+        ApiError::new(
+            ErrorCode::ServiceNotFound,
+            format!("Unknown service: {name}"),
+        )
+    })
+}
+
+/// All services by name.
+#[derive(Serialize, ToSchema)]
+pub struct ServiceList {
+    pub services: BTreeMap<String, Service>,
+}
+
+/// List services.
+#[utoipa::path(get, path = "/services", tag = "services",
+    params(("type" = Option<String>, Query), ("enabled" = Option<bool>, Query)),
+    responses((status = 200, body = ServiceList, example = json!(examples::services()))))]
+async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    query: Query,
+) -> Result<Json<ServiceList>, ApiError> {
+    let wanted = query.text("type").map(str::to_owned);
+    let enabled = query.boolean("enabled");
+    query.finish()?;
+    drop(query);
+    let views = app.scan(|ledger| ledger.services()).await?;
+    let services = views
+        .iter()
+        .filter(|view| {
+            wanted
+                .as_deref()
+                .is_none_or(|wanted| view.spec.service_type == wanted)
+        })
+        .filter(|view| enabled.is_none_or(|enabled| view.enabled == enabled))
+        .map(|view| (view.spec.name.to_string(), Service::of(view, &caller)))
+        .collect();
+    Ok(Json(ServiceList { services }))
+}
+
+/// Read a service.
+#[utoipa::path(get, path = "/services/{name}", tag = "services",
+    responses((status = 200, body = Service, example = json!(examples::service())), (status = 404, description = "Unknown service: x")))]
+async fn read(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(name): PathOf<String>,
+) -> Result<Json<Service>, ApiError> {
+    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+}
+
+/// What a service is registered with. `command` makes it a local process, `url` something that runs elsewhere,
+/// neither a container.
+#[derive(Serialize, ToSchema)]
+pub struct ServiceRequest {
+    /// `[A-Za-z0-9][A-Za-z0-9_.-]{0,62}`
+    pub name: String,
+    #[serde(rename = "type")]
+    #[schema(rename = "type")]
+    pub service_type: String,
+    pub container: Option<String>,
+    /// 0 lets Rungate choose one and pass it as `PORT`.
+    pub port: Option<u16>,
+    pub health_endpoint: Option<String>,
+    pub description: Option<String>,
+    pub vram_gb: Option<f64>,
+    pub progress_mode: Option<String>,
+    pub progress_endpoint: Option<String>,
+    /// The program and its arguments.
+    pub command: Option<Vec<String>>,
+    pub env: Option<BTreeMap<String, String>>,
+    pub working_dir: Option<String>,
+    pub url: Option<String>,
+    pub gpus: Option<u32>,
+    pub concurrency: Option<u32>,
+    pub dispatch_path: Option<String>,
+    pub cancel_path: Option<String>,
+    pub idle_timeout_seconds: Option<f64>,
+    pub grace_seconds: Option<f64>,
+    pub startup_timeout_seconds: Option<f64>,
+    pub min_runtime_seconds: Option<f64>,
+}
+
+/// Register a service.
+#[utoipa::path(post, path = "/services/register", tag = "services",
+    request_body(content = ServiceRequest, example = json!({
+        "name": "stats", "type": "text-stats", "port": 0, "command": ["/usr/local/bin/stats-worker"], "vram_gb": 4
+    })),
+    responses((status = 200, body = Service, example = json!(examples::service())), (status = 400, description = "'name' is required"),
+        (status = 409, description = "Service 'x' already exists")))]
+async fn register(
+    State(app): State<App>,
+    caller: Caller,
+    body: JsonBody,
+) -> Result<Json<Service>, ApiError> {
+    let spec = Box::new(read_new(&body.fields()?)?);
+    let name = spec.name.clone();
+    app.submit(&caller, Command::RegisterService { spec })
+        .await?;
+    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+}
+
+/// Change a service. Absent members stay as they are; it holds for the next instance.
+#[utoipa::path(put, path = "/services/{name}", tag = "services",
+    request_body(content = Object, example = json!({"vram_gb": 8, "description": "larger model"})),
+    responses((status = 200, body = Service, example = json!(examples::service())), (status = 404, description = "Unknown service: x")))]
+async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(name): PathOf<String>,
+    body: JsonBody,
+) -> Result<Json<Service>, ApiError> {
+    let current = find(&app, &name)?;
+    let spec = Box::new(read_changes(&body.fields()?, &current.spec)?);
+    app.submit(&caller, Command::UpdateService { spec }).await?;
+    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+}
+
+/// Remove a service.
+#[utoipa::path(delete, path = "/services/{name}", tag = "services",
+    responses((status = 200, body = Object, example = json!({"deleted": "stats"})),
+        (status = 404, description = "Unknown service: x"), (status = 409, description = "It has active jobs")))]
+async fn remove(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(name): PathOf<String>,
+) -> Result<Json<Value>, ApiError> {
+    let service = ServiceName::from(name.as_str());
+    control(&app, &caller, &name, Command::RemoveService { service }).await?;
+    Ok(Json(json!({"deleted": name})))
+}
+
+/// Let a service take jobs.
+#[utoipa::path(post, path = "/services/{name}/enable", tag = "services",
+    responses((status = 200, body = Service, example = json!(examples::service())), (status = 404, description = "Unknown service: x")))]
+async fn enable(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(name): PathOf<String>,
+) -> Result<Json<Service>, ApiError> {
+    let service = ServiceName::from(name.as_str());
+    app.submit(&caller, Command::EnableService { service })
+        .await?;
+    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+}
+
+/// Let a service take no more jobs.
+#[utoipa::path(post, path = "/services/{name}/disable", tag = "services",
+    responses((status = 200, body = Service, example = json!(examples::service())), (status = 404, description = "Unknown service: x")))]
+async fn disable(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(name): PathOf<String>,
+) -> Result<Json<Service>, ApiError> {
+    let service = ServiceName::from(name.as_str());
+    app.submit(&caller, Command::DisableService { service })
+        .await?;
+    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+}
+
+/// A GPU's source as JSON shows it.
+pub fn source_name(source: GpuSource) -> &'static str {
+    match source {
+        GpuSource::Simulated => "simulated",
+        GpuSource::Nvml => "nvml",
+    }
+}

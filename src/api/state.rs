@@ -1,0 +1,121 @@
+//! What every handler shares, and the ways to ask: commands to the coordinator, reads of the ledger.
+
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use super::config::ApiConfig;
+use super::error::ApiError;
+use super::guard::{Caller, HostRules};
+use crate::auth::Authenticator;
+use crate::coordinator::Handle;
+use crate::domain::command::{Command, Reply};
+use crate::domain::ids::RunId;
+use crate::driver::Logs;
+use crate::ledger::{Ledger, ReadError, RunSummary};
+use crate::telemetry::Metrics;
+
+/// Slow hashes that are computed at once: each takes a core for a tenth of a second.
+const SLOW_CHECKS: usize = 2;
+
+/// What the HTTP side is made of; filled by the server.
+pub struct Parts {
+    pub config: ApiConfig,
+    pub handle: Handle,
+    pub ledger: Ledger,
+    pub auth: Authenticator,
+    pub metrics: Metrics,
+    /// The services' output.
+    pub logs: Logs,
+    /// Cancelled when the gateway begins to stop: streams end, `/readyz` says so.
+    pub stopping: CancellationToken,
+}
+
+/// Shared by all handlers.
+#[derive(Clone)]
+pub struct App(Arc<Inner>);
+
+/// Held by [`App`]; public only for its dereference.
+pub struct Inner {
+    pub config: ApiConfig,
+    pub handle: Handle,
+    pub ledger: Ledger,
+    pub auth: Authenticator,
+    pub metrics: Metrics,
+    pub logs: Logs,
+    pub stopping: CancellationToken,
+    pub hosts: HostRules,
+    /// Requests that are worked on.
+    pub requests: Semaphore,
+    /// Open streams; held by each of them.
+    pub streams: Arc<Semaphore>,
+    /// Imported tokens that are checked against their slow hashes.
+    pub slow_checks: Semaphore,
+    /// Signs list cursors; of this ledger, so that cursors outlive a restart.
+    pub cursor_key: [u8; 32],
+}
+
+impl std::ops::Deref for App {
+    type Target = Inner;
+    fn deref(&self) -> &Inner {
+        &self.0
+    }
+}
+
+impl App {
+    /// Puts the parts together.
+    pub fn new(parts: Parts) -> App {
+        let cursor_key = blake3::derive_key(
+            "rungate 2026-11 list cursor",
+            parts.ledger.instance_id().as_bytes(),
+        );
+        App(Arc::new(Inner {
+            hosts: HostRules::new(&parts.config),
+            requests: Semaphore::new(parts.config.max_concurrent_requests),
+            streams: Arc::new(Semaphore::new(parts.config.max_streams)),
+            slow_checks: Semaphore::new(SLOW_CHECKS),
+            cursor_key,
+            config: parts.config,
+            handle: parts.handle,
+            ledger: parts.ledger,
+            auth: parts.auth,
+            metrics: parts.metrics,
+            logs: parts.logs,
+            stopping: parts.stopping,
+        }))
+    }
+
+    /// Asks the coordinator on behalf of a caller; answered when it is on disk.
+    pub async fn submit(&self, caller: &Caller, command: Command) -> Result<Reply, ApiError> {
+        Ok(self.handle.submit(caller.origin(), command).await?)
+    }
+
+    /// A read that may visit many entries, away from the threads that serve connections.
+    pub async fn scan<T: Send + 'static>(
+        &self,
+        read: impl FnOnce(&Ledger) -> Result<T, ReadError> + Send + 'static,
+    ) -> Result<T, ApiError> {
+        let ledger = self.ledger.clone();
+        match tokio::task::spawn_blocking(move || read(&ledger)).await {
+            Ok(read) => Ok(read?),
+            Err(error) => {
+                tracing::error!(error = %error, "a read of the ledger did not end");
+                Err(ApiError::internal())
+            }
+        }
+    }
+
+    /// A run of the caller's plane by the id in the path; anything else is 404.
+    pub fn run(&self, caller: &Caller, id: &str) -> Result<RunSummary, ApiError> {
+        let run = parse_run(id)?;
+        self.ledger
+            .run(caller.plane(), run)?
+            .ok_or_else(|| ApiError::run_not_found(id))
+    }
+}
+
+/// A run id; what is none names no run.
+pub fn parse_run(id: &str) -> Result<RunId, ApiError> {
+    id.parse().map_err(|_| ApiError::run_not_found(id))
+}

@@ -1,0 +1,511 @@
+//! Users, for administrators (`contracts/run-gateway.md` section 3.3): a tenant's own see only their tenant.
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use serde_json::{Value, json};
+use smol_str::SmolStr;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::access::lacks_role;
+use super::body::{JsonBody, PathOf};
+use super::error::ApiError;
+use super::fields::{Fields, TextRule};
+use super::guard::Caller;
+use super::query::Query;
+use super::state::App;
+use super::tokens::token_id;
+use crate::auth::secret::parse_imported;
+use crate::domain::command::{Command, Rejection};
+use crate::domain::identity::{
+    IdentityCommand, IdentityRejection, NewToken, Profile, ProfileChange, Role, Scope, TokenHash,
+    User, UserKey, power, sanitised,
+};
+use crate::domain::time::Timestamp;
+
+/// Longest user, tenant and runtime id.
+const MAX_ID_CHARS: usize = 64;
+
+/// Longest e-mail address (RFC 5321).
+const MAX_EMAIL_CHARS: usize = 254;
+
+/// Users of one import at most.
+const MAX_IMPORT: usize = 1_000;
+
+/// The routes of this file, under `/api/gateway`.
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(import))
+        .routes(routes!(read, update, remove))
+}
+
+/// A user.
+#[derive(Serialize, ToSchema)]
+pub struct UserView {
+    pub user_id: String,
+    pub tenant_id: String,
+    pub email: String,
+    /// `admin`, `tenant_admin`, `operator`, `user`, `viewer`.
+    #[schema(value_type = Vec<String>)]
+    pub roles: Vec<Role>,
+    /// What all of its tokens are restricted to; empty for no restriction.
+    #[schema(value_type = Vec<String>)]
+    pub scopes: Vec<Scope>,
+    pub enabled: bool,
+    pub runtime_id: String,
+    #[schema(value_type = String)]
+    pub created_at: Timestamp,
+    #[schema(value_type = String)]
+    pub updated_at: Timestamp,
+}
+
+impl From<User> for UserView {
+    fn from(user: User) -> Self {
+        UserView {
+            user_id: user.key.user.to_string(),
+            tenant_id: user.key.tenant.to_string(),
+            email: user.profile.email,
+            roles: user.profile.roles,
+            scopes: user.profile.scopes,
+            enabled: user.profile.enabled,
+            runtime_id: user.profile.runtime.to_string(),
+            created_at: user.created_at,
+            updated_at: user.updated_at,
+        }
+    }
+}
+
+/// Users.
+#[derive(Serialize, ToSchema)]
+pub struct UserList {
+    pub users: Vec<UserView>,
+}
+
+/// A user, and its new token where there is one: it is shown here and never again.
+#[derive(Serialize, ToSchema)]
+pub struct UserAnswer {
+    pub user: UserView,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+}
+
+/// Whether a caller sees a tenant's users.
+fn sees(caller: &Caller, tenant: &str) -> bool {
+    let principal = &caller.principal;
+    principal.power() == Role::Admin || principal.user.tenant == tenant
+}
+
+/// A user that the caller may manage; one of a tenant that it does not see is as good as none.
+fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, ApiError> {
+    let user = match sees(caller, &key.tenant) {
+        true => app.ledger.user(key)?,
+        false => None,
+    };
+    let user =
+        user.ok_or_else(|| ApiError::from(Rejection::from(IdentityRejection::UserNotFound)))?;
+    Ok(user)
+}
+
+/// Nobody grants or takes what it has not itself.
+fn may_grant(caller: &Caller, role: Role) -> Result<(), ApiError> {
+    match role <= caller.principal.power() {
+        true => Ok(()),
+        false => Err(lacks_role(role)
+            .with("resource_class", "admin")
+            .with("action", "write")),
+    }
+}
+
+/// The user of a path and its `tenant_id`.
+fn named(caller: &Caller, id: &str, query: &Query) -> Result<UserKey, ApiError> {
+    let tenant = query.text("tenant_id").map(sanitised);
+    query.finish()?;
+    Ok(UserKey {
+        tenant: tenant.unwrap_or_else(|| default_tenant(caller)),
+        user: sanitised(id),
+    })
+}
+
+fn default_tenant(caller: &Caller) -> SmolStr {
+    match caller.principal.power() {
+        Role::Admin => SmolStr::new_static("default"),
+        _ => caller.principal.user.tenant.clone(),
+    }
+}
+
+/// List users.
+#[utoipa::path(get, path = "/admin/users", tag = "users", responses((status = 200, body = UserList, example = json!({"users": [{"user_id": "alice", "tenant_id": "default", "email": "", "roles": ["user"], "scopes": [], "enabled": true, "runtime_id": "alice", "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}]}))))]
+async fn list(State(app): State<App>, caller: Caller) -> Result<Json<UserList>, ApiError> {
+    let users = app.scan(|ledger| ledger.users()).await?;
+    let seen = users.into_iter().filter(|u| sees(&caller, &u.key.tenant));
+    Ok(Json(UserList {
+        users: seen.map(UserView::from).collect(),
+    }))
+}
+
+/// A new user.
+#[derive(Serialize, ToSchema)]
+pub struct NewUser {
+    /// Characters outside `[A-Za-z0-9_.@-]` become `_`.
+    pub user_id: String,
+    /// `default` when absent.
+    pub tenant_id: Option<String>,
+    pub email: Option<String>,
+    /// `["user"]` when absent.
+    pub roles: Option<Vec<String>>,
+    /// `runs:read`, `runs:write`, `services:read`, `services:write`, `ledger:read`, `inference`, `*`.
+    pub scopes: Option<Vec<String>>,
+    pub enabled: Option<bool>,
+    /// The user's id when absent.
+    pub runtime_id: Option<String>,
+    /// A token of the administrator's choice, at least 16 visible characters.
+    pub token: Option<String>,
+}
+
+/// An id; empty when it is missing or nothing of it is left, with the fault recorded.
+fn id(fields: &Fields, name: &str) -> Option<SmolStr> {
+    let text = fields.text(name, TextRule::name(MAX_ID_CHARS))?;
+    let id = sanitised(&text);
+    if id.is_empty() {
+        fields.fault(
+            name,
+            "value_error",
+            "Value error, no usable character is left",
+        );
+    }
+    Some(id)
+}
+
+fn named_values<T: Ord>(
+    fields: &Fields,
+    name: &str,
+    of: impl Fn(&str) -> Option<T>,
+) -> Option<Vec<T>> {
+    let mut values = Vec::new();
+    for text in fields.texts(name, 16, TextRule::name(64))? {
+        match of(&text) {
+            Some(value) if !values.contains(&value) => values.push(value),
+            Some(_) => {}
+            None => fields.fault(
+                name,
+                "enum",
+                format!("'{text}' is none of the known {name}"),
+            ),
+        }
+    }
+    Some(values)
+}
+
+pub(super) fn read_scopes(fields: &Fields) -> Option<Vec<Scope>> {
+    named_values(fields, "scopes", Scope::from_name)
+}
+
+fn read_email(fields: &Fields) -> Option<String> {
+    let rule = TextRule {
+        min: 0,
+        max: MAX_EMAIL_CHARS,
+        plain: true,
+    };
+    let email = fields.text("email", rule)?;
+    let parts: Vec<&str> = email.split('@').collect();
+    let sound = email.is_empty()
+        || (parts.len() == 2
+            && !parts[0].is_empty()
+            && parts[1].contains('.')
+            && !email.contains([' ', ',', ';', '<', '>']));
+    if !sound {
+        let message = "Value error, not one plain e-mail address";
+        fields.fault("email", "value_error", message);
+    }
+    Some(email.to_lowercase())
+}
+
+fn read_profile(fields: &Fields) -> ProfileChange {
+    ProfileChange {
+        email: read_email(fields),
+        roles: named_values(fields, "roles", Role::from_name),
+        scopes: read_scopes(fields),
+        enabled: fields.boolean("enabled"),
+        runtime: id(fields, "runtime_id"),
+    }
+}
+
+/// A token of the administrator's choice; its secret is not told back.
+fn read_token(app: &App, fields: &Fields) -> Option<TokenHash> {
+    let text = fields.text("token", TextRule::name(512))?;
+    let minted = app.auth.adopt(&text);
+    if minted.is_none() {
+        // The fault must not tell the token back.
+        let message = "Value error, a token has 16 to 512 visible characters, and a right checksum if it begins with rgt_";
+        fields.fault("token", "value_error", message);
+    }
+    minted.map(|minted| minted.hash)
+}
+
+fn first_token(hash: TokenHash) -> NewToken {
+    NewToken {
+        token: token_id(),
+        name: SmolStr::new_static("default"),
+        scopes: vec![Scope::All],
+        hash,
+        expires_at: None,
+    }
+}
+
+async fn submit(app: &App, caller: &Caller, command: IdentityCommand) -> Result<(), ApiError> {
+    app.submit(caller, Command::Identity(Box::new(command)))
+        .await?;
+    Ok(())
+}
+
+/// Create a user. The answer is the only place where its token is shown.
+#[utoipa::path(post, path = "/admin/users", tag = "users",
+    request_body(content = NewUser, example = json!({"user_id": "alice", "roles": ["user"]})),
+    responses((status = 200, body = UserAnswer, example = json!({"user": {"user_id": "alice", "tenant_id": "default", "email": "", "roles": ["user"], "scopes": [], "enabled": true, "runtime_id": "alice", "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 400, description = "Gateway user already exists: t/u")))]
+async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    body: JsonBody,
+) -> Result<Json<UserAnswer>, ApiError> {
+    let (key, profile, chosen) = {
+        let fields = body.fields()?;
+        read_new_user(&app, &caller, &fields)?
+    };
+    if !sees(&caller, &key.tenant) {
+        return Err(lacks_role(Role::Admin)
+            .with("resource_class", "admin")
+            .with("action", "write"));
+    }
+    may_grant(&caller, power(&profile.roles))?;
+    let (hash, secret) = match chosen {
+        Some(hash) => (hash, None),
+        None => {
+            let minted = app.auth.mint();
+            (minted.hash, Some(minted.secret))
+        }
+    };
+    let command = IdentityCommand::CreateUser {
+        key: key.clone(),
+        profile,
+        token: first_token(hash),
+    };
+    submit(&app, &caller, command).await?;
+    let user = find(&app, &caller, &key)?.into();
+    Ok(Json(UserAnswer {
+        user,
+        token: secret,
+    }))
+}
+
+fn read_new_user(
+    app: &App,
+    caller: &Caller,
+    fields: &Fields,
+) -> Result<(UserKey, Profile, Option<TokenHash>), ApiError> {
+    fields.forbid_others(&[
+        "user_id",
+        "tenant_id",
+        "email",
+        "roles",
+        "scopes",
+        "enabled",
+        "runtime_id",
+        "token",
+    ]);
+    if !fields.has("user_id") {
+        fields.missing("user_id");
+    }
+    let user = id(fields, "user_id").unwrap_or_default();
+    let tenant = id(fields, "tenant_id").unwrap_or_else(|| default_tenant(caller));
+    let change = read_profile(fields);
+    let chosen = read_token(app, fields);
+    fields.finish()?;
+    let profile = change.of(&plain_profile(&user));
+    Ok((UserKey { tenant, user }, profile, chosen))
+}
+
+/// Of a user about whom nothing is said.
+fn plain_profile(user: &SmolStr) -> Profile {
+    Profile {
+        email: String::new(),
+        roles: vec![Role::User],
+        scopes: Vec::new(),
+        enabled: true,
+        runtime: user.clone(),
+    }
+}
+
+/// Read a user.
+#[utoipa::path(get, path = "/admin/users/{user_id}", tag = "users",
+    params(("tenant_id" = Option<String>, Query, description = "`default` when absent")),
+    responses((status = 200, body = UserAnswer, example = json!({"user": {"user_id": "alice", "tenant_id": "default", "email": "", "roles": ["user"], "scopes": [], "enabled": true, "runtime_id": "alice", "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 404, description = "Gateway user not found")))]
+async fn read(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(id): PathOf<String>,
+    query: Query,
+) -> Result<Json<UserAnswer>, ApiError> {
+    let key = named(&caller, &id, &query)?;
+    let user = find(&app, &caller, &key)?.into();
+    Ok(Json(UserAnswer { user, token: None }))
+}
+
+/// Change a user. Absent members stay as they are; a rotation ends all of its tokens and shows the new one.
+#[utoipa::path(patch, path = "/admin/users/{user_id}", tag = "users",
+    params(("tenant_id" = Option<String>, Query, description = "`default` when absent")),
+    request_body(content = Object, example = json!({"enabled": true, "rotate_token": true})),
+    responses((status = 200, body = UserAnswer, example = json!({"user": {"user_id": "alice", "tenant_id": "default", "email": "", "roles": ["user"], "scopes": [], "enabled": true, "runtime_id": "alice", "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 404, description = "Gateway user not found")))]
+async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(id): PathOf<String>,
+    query: Query,
+    body: JsonBody,
+) -> Result<Json<UserAnswer>, ApiError> {
+    let key = named(&caller, &id, &query)?;
+    drop(query);
+    let (change, chosen, rotate) = {
+        let fields = body.fields()?;
+        fields.forbid_others(&[
+            "email",
+            "roles",
+            "scopes",
+            "enabled",
+            "runtime_id",
+            "token",
+            "rotate_token",
+        ]);
+        let change = read_profile(&fields);
+        let chosen = read_token(&app, &fields);
+        let rotate = fields.boolean("rotate_token").unwrap_or(false);
+        fields.finish()?;
+        (change, chosen, rotate)
+    };
+    let user = find(&app, &caller, &key)?;
+    may_grant(&caller, user.power())?;
+    may_grant(&caller, change.roles.as_deref().map_or(Role::Viewer, power))?;
+    let (hash, secret) = match (chosen, rotate) {
+        (Some(hash), _) => (Some(hash), None),
+        (None, true) => {
+            let minted = app.auth.mint();
+            (Some(minted.hash), Some(minted.secret))
+        }
+        (None, false) => (None, None),
+    };
+    let command = IdentityCommand::UpdateUser {
+        key: key.clone(),
+        change,
+        rotate: hash.map(first_token),
+    };
+    submit(&app, &caller, command).await?;
+    let user = find(&app, &caller, &key)?.into();
+    Ok(Json(UserAnswer {
+        user,
+        token: secret,
+    }))
+}
+
+/// Delete a user. Its tokens end at once; its runtime stays reserved until it is transferred or purged.
+#[utoipa::path(delete, path = "/admin/users/{user_id}", tag = "users",
+    params(("tenant_id" = Option<String>, Query, description = "`default` when absent")),
+    responses((status = 200, body = Object, example = json!({"ok": true, "deleted": true, "user_id": "alice", "tenant_id": "default"})),
+        (status = 404, description = "Gateway user not found")))]
+async fn remove(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(id): PathOf<String>,
+    query: Query,
+) -> Result<Json<Value>, ApiError> {
+    let key = named(&caller, &id, &query)?;
+    drop(query);
+    let user = find(&app, &caller, &key)?;
+    may_grant(&caller, user.power())?;
+    let tokens = app.ledger.tokens(&key)?;
+    let command = IdentityCommand::DeleteUser { key: key.clone() };
+    submit(&app, &caller, command).await?;
+    for token in tokens {
+        app.auth.uses().forget(&token.key);
+    }
+    Ok(Json(json!({
+        "ok": true, "deleted": true, "user_id": key.user.as_str(), "tenant_id": key.tenant.as_str(),
+    })))
+}
+
+/// Import users with AbstractGateway's hashes of their tokens.
+///
+/// Each is created or refused by itself. A token goes on working; its hash becomes a keyed one when it is first used.
+#[utoipa::path(post, path = "/admin/users/import", tag = "users",
+    request_body(content = Object, example = json!({"users": [{
+        "user_id": "alice", "roles": ["user"], "token_fingerprint": "75e9c0c51212",
+        "token_hash": "pbkdf2_sha256$260000$00ff$00ff"
+    }]})),
+    responses((status = 200, body = Object, example = json!({"imported": ["default/alice"], "refused": []}))))]
+async fn import(
+    State(app): State<App>,
+    caller: Caller,
+    body: JsonBody,
+) -> Result<Json<Value>, ApiError> {
+    let parsed = {
+        let fields = body.fields()?;
+        if !fields.has("users") {
+            fields.missing("users");
+        }
+        let users = fields.objects("users", MAX_IMPORT).unwrap_or_default();
+        fields.finish()?;
+        users
+            .iter()
+            .map(|user| read_imported(&caller, user))
+            .collect::<Vec<_>>()
+    };
+    let (mut imported, mut refused) = (Vec::new(), Vec::new());
+    for (name, user) in parsed {
+        let created = match user {
+            Ok(command) => submit(&app, &caller, command).await,
+            Err(error) => Err(error),
+        };
+        match created {
+            Ok(()) => imported.push(name),
+            Err(error) => refused.push(json!({
+                "user": name, "code": error.code.as_str(), "detail": error.detail,
+            })),
+        }
+    }
+    Ok(Json(json!({"imported": imported, "refused": refused})))
+}
+
+/// One user of a registry file, and how it is called.
+fn read_imported(caller: &Caller, fields: &Fields) -> (String, Result<IdentityCommand, ApiError>) {
+    let text = |name| fields.text(name, TextRule::name(512));
+    let hash = text("token_hash").zip(text("token_fingerprint"));
+    let hash = hash.and_then(|(hash, fingerprint)| parse_imported(&hash, &fingerprint));
+    if hash.is_none() {
+        let message = "Value error, token_hash and token_fingerprint are none of AbstractGateway's";
+        fields.fault("token_hash", "value_error", message);
+    }
+    let user = text("user_id").unwrap_or_default();
+    let read = imported_profile(caller, fields);
+    let command = read.and_then(|(key, profile)| match hash {
+        Some(hash) => Ok(IdentityCommand::CreateUser {
+            key,
+            profile,
+            token: first_token(hash),
+        }),
+        None => Err(ApiError::internal()),
+    });
+    (user, command)
+}
+
+fn imported_profile(caller: &Caller, fields: &Fields) -> Result<(UserKey, Profile), ApiError> {
+    let user = id(fields, "user_id").unwrap_or_default();
+    if user.is_empty() {
+        fields.missing("user_id");
+    }
+    let tenant = id(fields, "tenant_id").unwrap_or_else(|| default_tenant(caller));
+    let change = read_profile(fields);
+    fields.finish()?;
+    let profile = change.of(&plain_profile(&user));
+    Ok((UserKey { tenant, user }, profile))
+}

@@ -1,0 +1,272 @@
+//! Who is calling: tokens and what is kept of them, the administrator's first one, and what a token's user
+//! may do. Sessions of browsers and job tokens come with them later.
+//!
+//! | file | holds |
+//! |---|---|
+//! | `token` | the form of a token |
+//! | `secret` | hashes of tokens, imported ones included |
+//! | `uses` | when a token was last used |
+//! | `bootstrap`, `private_file` | the first administrator's token; files that only their owner reads |
+
+pub mod bootstrap;
+mod private_file;
+pub mod secret;
+pub mod token;
+pub mod uses;
+
+use http::HeaderValue;
+use smol_str::SmolStr;
+use subtle::ConstantTimeEq;
+
+use self::secret::TokenKey as HashKey;
+use self::uses::Uses;
+use crate::domain::identity::{Role, Scope, Token, TokenHash, TokenKey, User, UserKey, power};
+use crate::domain::ids::PlaneId;
+use crate::domain::time::Timestamp;
+
+/// Longest token that is looked at.
+const MAX_TOKEN_BYTES: usize = 512;
+
+/// Shortest token that an administrator may choose for a user.
+const MIN_CHOSEN_BYTES: usize = 16;
+
+/// The kind of users' tokens: `rgt_user_…`.
+pub const USER_KIND: &str = "user";
+
+/// Who is calling, what it may do, and whose data plane the call sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Principal {
+    pub plane: PlaneId,
+    /// As records show it.
+    pub actor: SmolStr,
+    pub user: UserKey,
+    pub roles: Vec<Role>,
+    /// The user's own restriction; empty for none.
+    pub user_scopes: Vec<Scope>,
+    /// The token's.
+    pub token_scopes: Vec<Scope>,
+    pub runtime: SmolStr,
+    /// The token that it showed; `None` for the first administrator's.
+    pub token: Option<TokenKey>,
+    /// The first 12 hex digits of the token's keyed hash: tells tokens apart in logs, and nothing else.
+    pub fingerprint: String,
+}
+
+impl Principal {
+    /// The highest of its roles.
+    pub fn power(&self) -> Role {
+        power(&self.roles)
+    }
+
+    /// Whether neither the token nor its user is kept from something.
+    pub fn has_scope(&self, scope: Scope) -> bool {
+        let within = |scopes: &[Scope]| scopes.contains(&Scope::All) || scopes.contains(&scope);
+        within(&self.token_scopes) && (self.user_scopes.is_empty() || within(&self.user_scopes))
+    }
+
+    /// Of a user and the token it showed; `None` when the user is disabled or the token has expired.
+    pub fn of(user: &User, token: &Token, digest: &[u8; 32], now: Timestamp) -> Option<Principal> {
+        let expired = token.expires_at.is_some_and(|at| at <= now);
+        if !user.profile.enabled || expired {
+            return None;
+        }
+        Some(Principal {
+            plane: user.plane,
+            actor: user.key.actor(),
+            user: user.key.clone(),
+            roles: user.profile.roles.clone(),
+            user_scopes: user.profile.scopes.clone(),
+            token_scopes: token.scopes.clone(),
+            runtime: user.profile.runtime.clone(),
+            token: Some(token.key.clone()),
+            fingerprint: short(digest),
+        })
+    }
+}
+
+/// A token as it was shown.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Shown {
+    /// The first administrator's.
+    FirstAdmin(Box<Principal>),
+    /// To be looked up by its keyed hash.
+    Token { digest: [u8; 32] },
+    /// The same, or an imported one.
+    Foreign {
+        digest: [u8; 32],
+        fingerprint: [u8; 6],
+        token: Vec<u8>,
+    },
+}
+
+/// A new token's secret, shown once.
+pub struct Minted {
+    pub secret: String,
+    pub hash: TokenHash,
+}
+
+/// Knows the tokens by their hashes only.
+#[derive(Clone)]
+pub struct Authenticator {
+    key: HashKey,
+    admin_digest: [u8; 32],
+    uses: Uses,
+}
+
+impl Authenticator {
+    /// Accepts the first administrator's token, and hashes the others with `key`.
+    pub fn new(admin_token: &str, key: HashKey, uses: Uses) -> Self {
+        Self {
+            admin_digest: key.digest(admin_token.as_bytes()),
+            key,
+            uses,
+        }
+    }
+
+    /// What an `Authorization` header shows; `None` when that can be no token of ours. A token of our form
+    /// with a wrong checksum ends here, before anything is looked up.
+    ///
+    /// Digests are compared, in constant time, so that timing tells nothing of the token.
+    pub fn read(&self, authorization: Option<&HeaderValue>) -> Option<Shown> {
+        let token = bearer(authorization?.as_bytes())?;
+        if token.is_empty() || token.len() > MAX_TOKEN_BYTES {
+            return None;
+        }
+        let digest = self.key.digest(token);
+        if bool::from(digest.ct_eq(&self.admin_digest)) {
+            return Some(Shown::FirstAdmin(Box::new(first_admin(&digest))));
+        }
+        if token.starts_with(b"rgt_") {
+            let text = std::str::from_utf8(token).ok()?;
+            return token::is_well_formed(text, USER_KIND).then_some(Shown::Token { digest });
+        }
+        Some(Shown::Foreign {
+            digest,
+            fingerprint: secret::fingerprint(token),
+            token: token.to_vec(),
+        })
+    }
+
+    /// A fresh token for a user.
+    pub fn mint(&self) -> Minted {
+        let secret = token::generate(USER_KIND);
+        let hash = TokenHash::Keyed(self.key.digest(secret.as_bytes()));
+        Minted { secret, hash }
+    }
+
+    /// A token that an administrator chose; `None` when it is no sound one.
+    pub fn adopt(&self, secret: &str) -> Option<Minted> {
+        let sound = (MIN_CHOSEN_BYTES..=MAX_TOKEN_BYTES).contains(&secret.len())
+            && secret.bytes().all(|byte| byte.is_ascii_graphic())
+            && (!secret.starts_with("rgt_") || token::is_well_formed(secret, USER_KIND));
+        sound.then(|| Minted {
+            secret: secret.to_owned(),
+            hash: TokenHash::Keyed(self.key.digest(secret.as_bytes())),
+        })
+    }
+
+    /// Notes that a token was used.
+    pub fn note_use(&self, token: &TokenKey, at: Timestamp) {
+        self.uses.note(token, at);
+    }
+
+    /// When tokens were last used.
+    pub fn uses(&self) -> &Uses {
+        &self.uses
+    }
+}
+
+fn first_admin(digest: &[u8; 32]) -> Principal {
+    let user = UserKey::first_admin();
+    Principal {
+        plane: PlaneId::ROOT,
+        actor: user.actor(),
+        user,
+        roles: vec![Role::Admin, Role::User],
+        user_scopes: Vec::new(),
+        token_scopes: vec![Scope::All],
+        runtime: SmolStr::new_static("default"),
+        token: None,
+        fingerprint: short(digest),
+    }
+}
+
+fn short(digest: &[u8; 32]) -> String {
+    blake3::Hash::from_bytes(*digest).to_hex()[..12].to_owned()
+}
+
+/// The credentials of the `Bearer` scheme, whose name is case-insensitive (RFC 9110 section 11.1).
+fn bearer(header: &[u8]) -> Option<&[u8]> {
+    let (scheme, rest) = header.split_at_checked(7)?;
+    scheme
+        .eq_ignore_ascii_case(b"bearer ")
+        .then(|| rest.trim_ascii())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn auth() -> Authenticator {
+        Authenticator::new("rgt_admin_x", HashKey::random(), Uses::forgotten())
+    }
+
+    fn read(auth: &Authenticator, text: &str) -> Option<Shown> {
+        auth.read(Some(&HeaderValue::from_str(text).unwrap()))
+    }
+
+    #[test]
+    fn the_first_administrators_token_is_known_as_bearer_only() {
+        let auth = auth();
+        for good in ["Bearer rgt_admin_x", "bearer  rgt_admin_x "] {
+            assert!(
+                matches!(read(&auth, good), Some(Shown::FirstAdmin(_))),
+                "{good}"
+            );
+        }
+        for bad in [
+            "Bearer rgt_admin_y",
+            "Bearer ",
+            "Bearer",
+            "",
+            "Basic rgt_admin_x",
+            "rgt_admin_x",
+        ] {
+            assert!(read(&auth, bad).is_none(), "{bad}");
+        }
+        assert!(auth.read(None).is_none());
+    }
+
+    #[test]
+    fn a_wrong_checksum_ends_before_any_look_up() {
+        let auth = auth();
+        let secret = auth.mint().secret;
+        assert!(matches!(
+            read(&auth, &format!("Bearer {secret}")),
+            Some(Shown::Token { .. })
+        ));
+        let last = if secret.ends_with('0') { "1" } else { "0" };
+        let changed = format!("Bearer {}{last}", &secret[..secret.len() - 1]);
+        assert!(read(&auth, &changed).is_none());
+        assert!(read(&auth, &format!("Bearer {}", "x".repeat(513))).is_none());
+    }
+
+    #[test]
+    fn a_chosen_token_must_be_sound() {
+        let auth = auth();
+        assert!(auth.adopt("agw_0123456789abcdef").is_some());
+        for bad in ["short", "with space in it....", "rgt_user_0123456789abcdef"] {
+            assert!(auth.adopt(bad).is_none(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn scopes_of_token_and_user_both_count() {
+        let mut principal = first_admin(&[0; 32]);
+        assert!(principal.has_scope(Scope::RunsRead));
+        principal.token_scopes = vec![Scope::RunsRead, Scope::RunsWrite];
+        assert!(!principal.has_scope(Scope::All));
+        principal.user_scopes = vec![Scope::RunsRead];
+        assert!(principal.has_scope(Scope::RunsRead) && !principal.has_scope(Scope::RunsWrite));
+    }
+}

@@ -1,0 +1,156 @@
+//! The table of settings. Adding a row here is all that a new setting needs: the field of `Config`, the
+//! key, the environment name, `config show`, `config check` and the near-miss hints follow from it.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use super::load::{ConfigError, Origin, Raw};
+use super::value::{FromText, LogFormat, Secret};
+use super::{Setting, load};
+use crate::domain::settings::Settings as Scheduling;
+
+/// Any number.
+const ANY: (u64, u64) = (0, u64::MAX);
+/// A duration of at least a millisecond and at most a year.
+const SPAN: (u64, u64) = (1, 365 * 86_400_000);
+/// A duration that may be none at all.
+const SPAN_OR_NONE: (u64, u64) = (0, 365 * 86_400_000);
+
+macro_rules! settings {
+    ($($key:ident: $kind:ty, $env:literal, $aliases:expr, $range:expr, $default:expr, $about:literal;)*) => {
+        /// Every setting, parsed and in bounds.
+        #[derive(Clone, Debug)]
+        pub struct Config {
+            $(#[doc = $about] pub $key: $kind,)*
+            /// Where each value came from, by key.
+            pub origins: BTreeMap<&'static str, Origin>,
+            /// Sentences about things that are not wrong but probably not meant.
+            pub warnings: Vec<String>,
+        }
+
+        /// The rows, in the order they are shown.
+        pub const SETTINGS: &[Setting] = &[$(Setting {
+            key: stringify!($key),
+            env: $env,
+            aliases: $aliases,
+            about: $about,
+            range: $range,
+            secret: <$kind as FromText>::SECRET,
+            kind: <$kind as FromText>::KIND,
+            default: || $default,
+        },)*];
+
+        impl Config {
+            pub(super) fn from_raw(raw: &BTreeMap<&'static str, Raw>) -> Result<Config, ConfigError> {
+                Ok(Config {
+                    $($key: load::parse::<$kind>(raw, stringify!($key))?,)*
+                    origins: raw.iter().map(|(key, value)| (*key, value.origin.clone())).collect(),
+                    warnings: Vec::new(),
+                })
+            }
+        }
+    };
+}
+
+settings! {
+    listen: SocketAddr, "RUNGATE_LISTEN", &[], ANY, "127.0.0.1:8080".to_owned(),
+        "Address and port that the gateway listens on.";
+    data_dir: PathBuf, "RUNGATE_DATA_DIR", &[], ANY, load::default_data_dir(),
+        "Directory of the ledger, the logs of services and the administrator's token.";
+    gpus: String, "RUNGATE_GPUS", &[], ANY, String::new(),
+        "GPUs to simulate, e.g. `sim:24GiB,24GiB`; empty takes what the machine has.";
+    allowed_hosts: Vec<String>, "RUNGATE_ALLOWED_HOSTS", &[], ANY, String::new(),
+        "Host names that a request may be addressed to, besides the loopback names and the listening address.";
+    allowed_origins: Vec<String>, "RUNGATE_ALLOWED_ORIGINS", &[], ANY, "http://localhost:*,http://127.0.0.1:*".to_owned(),
+        "Patterns (`*`, `?`) of the origins of browser pages that may call.";
+    max_body_bytes: u64, "RUNGATE_MAX_BODY_BYTES", &[], (1_024, 1 << 30), "1048576".to_owned(),
+        "Largest request body, in bytes.";
+    max_connections: u64, "RUNGATE_MAX_CONNECTIONS", &[], (1, 1 << 20), "4096".to_owned(),
+        "Connections served at once; further ones wait to be accepted.";
+    max_streams: u64, "RUNGATE_MAX_STREAMS", &[], (1, 1 << 20), "2048".to_owned(),
+        "Event streams served at once; further ones are answered 429.";
+    shutdown_limit_ms: u64, "RUNGATE_SHUTDOWN_LIMIT_MS", &[], SPAN_OR_NONE, "25000".to_owned(),
+        "Milliseconds that a stop waits for calls in flight.";
+    callback_allow_private: bool, "RUNGATE_CALLBACK_ALLOW_PRIVATE", &[], ANY, "false".to_owned(),
+        "Whether callbacks may go to private and loopback addresses.";
+    probe_interval_ms: u64, "RUNGATE_PROBE_INTERVAL_MS", &[], (100, 3_600_000), "5000".to_owned(),
+        "Milliseconds between health probes of a running service.";
+    log: String, "RUNGATE_LOG", &[], ANY, "info".to_owned(),
+        "Log filter, e.g. `info` or `rungate::executor=debug,warn`.";
+    log_format: LogFormat, "RUNGATE_LOG_FORMAT", &[], ANY, "text".to_owned(),
+        "How the log is written: `text` or `json`.";
+    cache_mib: u64, "RUNGATE_CACHE_MIB", &[], (1, 1 << 20), "16".to_owned(),
+        "MiB of memory for the ledger's page cache.";
+    snapshot_idle_ms: u64, "RUNGATE_SNAPSHOT_IDLE_MS", &[], SPAN, "5000".to_owned(),
+        "Milliseconds of quiet after which a snapshot is saved, so that a restart is short.";
+    preempt_priority_gap: u64, "RUNGATE_PREEMPT_PRIORITY_GAP", &[("PREEMPT_PRIORITY_GAP", 1)], (1, 5), defaults().preempt_priority_gap.to_string(),
+        "Levels by which a job must be more urgent to preempt another; 5 turns preemption off.";
+    min_runtime_ms: u64, "RUNGATE_MIN_RUNTIME_MS", &[], SPAN_OR_NONE, defaults().min_runtime_ms.to_string(),
+        "Milliseconds that an attempt runs before it may be preempted, where its service sets none.";
+    ageing_ms_per_level: u64, "RUNGATE_AGEING_MS_PER_LEVEL", &[], SPAN, defaults().ageing_ms_per_level.to_string(),
+        "Milliseconds of waiting that count as one level of priority.";
+    swap_max_wait_ms: u64, "RUNGATE_SWAP_MAX_WAIT_MS", &[], SPAN_OR_NONE, defaults().swap_max_wait_ms.to_string(),
+        "Milliseconds that a job waits at most for its service to be loaded while others keep the memory busy.";
+    idle_timeout_ms: u64, "RUNGATE_IDLE_TIMEOUT_MS", &[("IDLE_TIMEOUT_SECONDS", 1_000)], SPAN, defaults().idle_timeout_ms.to_string(),
+        "Milliseconds without work after which a service that the scheduler started is stopped.";
+    drain_ms: u64, "RUNGATE_DRAIN_MS", &[], SPAN_OR_NONE, defaults().drain_ms.to_string(),
+        "Milliseconds that a stop waits for running jobs when asked to drain.";
+    retry_base_ms: u64, "RUNGATE_RETRY_BASE_MS", &[], SPAN, defaults().retry_base_ms.to_string(),
+        "Milliseconds before a failed attempt is tried again; doubles each time.";
+    retry_max_ms: u64, "RUNGATE_RETRY_MAX_MS", &[], SPAN, defaults().retry_max_ms.to_string(),
+        "Longest such delay, in milliseconds.";
+    restart_base_ms: u64, "RUNGATE_RESTART_BASE_MS", &[], SPAN, defaults().restart_base_ms.to_string(),
+        "Milliseconds before a dead service is started again; doubles with each death in a row.";
+    restart_max_ms: u64, "RUNGATE_RESTART_MAX_MS", &[], SPAN, defaults().restart_max_ms.to_string(),
+        "Longest such delay, in milliseconds.";
+    crash_loop_deaths: u64, "RUNGATE_CRASH_LOOP_DEATHS", &[], (1, 1_000), defaults().crash_loop_deaths.to_string(),
+        "Deaths in a row after which a service is left alone.";
+    crash_loop_reset_ms: u64, "RUNGATE_CRASH_LOOP_RESET_MS", &[], SPAN, defaults().crash_loop_reset_ms.to_string(),
+        "Milliseconds alive after which earlier deaths are forgotten.";
+    callback_base_ms: u64, "RUNGATE_CALLBACK_BASE_MS", &[], SPAN, defaults().callback_base_ms.to_string(),
+        "Milliseconds before a failed callback is tried again; doubles each time.";
+    callback_max_delay_ms: u64, "RUNGATE_CALLBACK_MAX_DELAY_MS", &[], SPAN, defaults().callback_max_delay_ms.to_string(),
+        "Longest such delay, in milliseconds.";
+    callback_give_up_ms: u64, "RUNGATE_CALLBACK_GIVE_UP_MS", &[], SPAN, defaults().callback_give_up_ms.to_string(),
+        "Milliseconds after which a callback is given up.";
+    url: String, "RUNGATE_URL", &[("GATEWAY_URL", 1)], ANY, "http://127.0.0.1:8080".to_owned(),
+        "Gateway that the client commands talk to.";
+    token: Secret, "RUNGATE_TOKEN", &[("GATEWAY_API_TOKEN", 1)], ANY, String::new(),
+        "Bearer token of the client commands; from the environment only.";
+    token_file: Option<PathBuf>, "RUNGATE_TOKEN_FILE", &[], ANY, String::new(),
+        "File that holds the bearer token; empty takes the bootstrap token of `data_dir` when it is readable.";
+}
+
+fn defaults() -> Scheduling {
+    Scheduling::default()
+}
+
+impl Config {
+    /// The numbers that `decide` and `plan` go by.
+    pub fn scheduling(&self) -> Scheduling {
+        Scheduling {
+            // Their ranges in the table keep the conversions from ever saturating.
+            preempt_priority_gap: u8::try_from(self.preempt_priority_gap).unwrap_or(u8::MAX),
+            crash_loop_deaths: u32::try_from(self.crash_loop_deaths).unwrap_or(u32::MAX),
+            min_runtime_ms: self.min_runtime_ms,
+            ageing_ms_per_level: self.ageing_ms_per_level,
+            swap_max_wait_ms: self.swap_max_wait_ms,
+            idle_timeout_ms: self.idle_timeout_ms,
+            drain_ms: self.drain_ms,
+            retry_base_ms: self.retry_base_ms,
+            retry_max_ms: self.retry_max_ms,
+            restart_base_ms: self.restart_base_ms,
+            restart_max_ms: self.restart_max_ms,
+            crash_loop_reset_ms: self.crash_loop_reset_ms,
+            callback_base_ms: self.callback_base_ms,
+            callback_max_delay_ms: self.callback_max_delay_ms,
+            callback_give_up_ms: self.callback_give_up_ms,
+        }
+    }
+
+    /// The file that holds the first administrator's token.
+    pub fn bootstrap_token_path(&self) -> PathBuf {
+        self.data_dir.join("auth").join("bootstrap-admin-token")
+    }
+}

@@ -1,0 +1,94 @@
+//! The ledger's clock: the wall clock, except that it never runs backwards and never stands still. When the
+//! machine's clock is set back, deadlines must still come about.
+
+use std::time::Instant;
+
+use super::now;
+use crate::domain::effect::Effect;
+use crate::domain::time::Timestamp;
+
+/// While it is ahead of the wall clock it goes this much slower than time, so that the two meet again.
+const SLOWER: u32 = 2;
+
+pub(super) struct Clock {
+    last: Timestamp,
+    read: Instant,
+}
+
+impl Clock {
+    /// Goes on from the last event's time.
+    pub fn new(last: Timestamp) -> Clock {
+        Clock {
+            last,
+            read: Instant::now(),
+        }
+    }
+
+    /// The time for the next events.
+    pub fn now(&mut self) -> Timestamp {
+        self.advance(now(), Instant::now())
+    }
+
+    fn advance(&mut self, wall: Timestamp, read: Instant) -> Timestamp {
+        let passed = read.saturating_duration_since(self.read) / SLOWER;
+        let passed_us = i64::try_from(passed.as_micros()).unwrap_or(i64::MAX);
+        let at_least = Timestamp(self.last.0.saturating_add(passed_us));
+        // A reading that adds nothing must not eat the time that has passed.
+        if wall.max(at_least) > self.last {
+            self.last = wall.max(at_least);
+            self.read = read;
+        }
+        self.last
+    }
+
+    /// Whoever performs effects goes by the wall clock.
+    pub fn to_wall(&self, effects: &mut [Effect]) {
+        let ahead_us = (self.last - now()).max(0);
+        for effect in effects {
+            let at = match effect {
+                Effect::StopInstance { kill_at, .. } => kill_at,
+                Effect::FindInstance {
+                    stop_at: Some(stop_at),
+                    ..
+                } => stop_at,
+                Effect::StopCall { deadline, .. } => deadline,
+                Effect::SendCallback { not_before, .. } => not_before,
+                _ => continue,
+            };
+            *at = Timestamp(at.0.saturating_sub(ahead_us));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn a_clock_set_back_slows_the_ledgers_and_never_stops_it() {
+        let start = Instant::now();
+        let mut clock = Clock {
+            last: Timestamp(1_000_000),
+            read: start,
+        };
+        let after = |ms| start + Duration::from_millis(ms);
+        assert_eq!(clock.advance(Timestamp(500_000), after(0)).0, 1_000_000);
+        assert_eq!(clock.advance(Timestamp(600_000), after(100)).0, 1_050_000);
+        assert_eq!(clock.advance(Timestamp(1_500_000), after(200)).0, 1_500_000);
+    }
+
+    #[test]
+    fn readings_in_quick_succession_add_up() {
+        let start = Instant::now();
+        let mut clock = Clock {
+            last: Timestamp(1_000_000),
+            read: start,
+        };
+        for us in 1..=1_000 {
+            clock.advance(Timestamp(0), start + Duration::from_nanos(us * 1_000));
+        }
+        assert_eq!(clock.last.0, 1_000_500);
+    }
+}

@@ -1,0 +1,151 @@
+//! The way in: everything that changes anything is submitted here, and answered when it is on disk.
+
+use crossbeam_channel::{Sender, TrySendError};
+use smol_str::SmolStr;
+use tokio::sync::oneshot;
+
+use crate::domain::command::{Command, Origin, Rejection, Reply};
+use crate::domain::ids::{PlaneId, RunId};
+use crate::domain::scheduler::status::{self, GpuStatus, QueueStats};
+use crate::domain::scheduler::why::{self, Why};
+use crate::domain::settings::Settings;
+use crate::domain::state::State;
+use crate::domain::time::Timestamp;
+
+/// Messages that wait for the coordinator at most: a full inbox is answered `Overloaded` at once rather
+/// than with a wait that nobody can see. Sixteen batches of work.
+pub(super) const INBOX: usize = 65_536;
+
+/// What the coordinator's thread is sent.
+pub(super) enum Message {
+    Submit(Box<Submission>),
+    /// A question about State, answered between commits, when State is what the disk has.
+    Ask(Question),
+    /// Begin nothing new from now on: the gateway is stopping.
+    Quiet,
+    /// Write a last snapshot and end.
+    Stop,
+}
+
+/// Called with State, the settings and the time between two commits.
+pub(super) type Question = Box<dyn FnOnce(&State, &Settings, Timestamp) + Send>;
+
+pub(super) struct Submission {
+    pub origin: Origin,
+    pub command: Command,
+    pub once: Option<Once>,
+    pub answer: oneshot::Sender<Result<Reply, Rejection>>,
+}
+
+/// An Idempotency-Key with what it stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Once {
+    /// The operation: one key may be used once for each.
+    pub route: &'static str,
+    pub key: SmolStr,
+    /// blake3 of the request's body.
+    pub body_hash: [u8; 32],
+}
+
+/// Why there is no reply.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SubmitError {
+    #[error(transparent)]
+    Rejected(#[from] Rejection),
+    /// More is waiting than can be remembered; nothing was changed.
+    #[error("the gateway has too much to do; try again in a second")]
+    Overloaded,
+    /// The coordinator has ended: the gateway is stopping, or its disk failed. Whether the command took
+    /// effect is not known; the same id or key tells after a restart.
+    #[error("the gateway is stopping")]
+    Stopped,
+}
+
+/// A cloneable way to the coordinator.
+#[derive(Clone)]
+pub struct Handle {
+    pub(super) inbox: Sender<Message>,
+}
+
+impl Handle {
+    /// Decided, committed, then answered.
+    pub async fn submit(&self, origin: Origin, command: Command) -> Result<Reply, SubmitError> {
+        self.send(origin, command, None).await
+    }
+
+    /// The same under an Idempotency-Key: done once, and answered alike ever after.
+    pub async fn submit_once(
+        &self,
+        origin: Origin,
+        command: Command,
+        once: Once,
+    ) -> Result<Reply, SubmitError> {
+        self.send(origin, command, Some(once)).await
+    }
+
+    async fn send(
+        &self,
+        origin: Origin,
+        command: Command,
+        once: Option<Once>,
+    ) -> Result<Reply, SubmitError> {
+        let (answer, reply) = oneshot::channel();
+        let submission = Submission {
+            origin,
+            command,
+            once,
+            answer,
+        };
+        self.post(Message::Submit(Box::new(submission)))?;
+        Ok(reply.await.map_err(|_| SubmitError::Stopped)??)
+    }
+
+    fn post(&self, message: Message) -> Result<(), SubmitError> {
+        self.inbox.try_send(message).map_err(|error| match error {
+            TrySendError::Full(_) => SubmitError::Overloaded,
+            TrySendError::Disconnected(_) => SubmitError::Stopped,
+        })
+    }
+
+    /// Puts a question to State as it is between two commits.
+    pub async fn ask<T: Send + 'static>(
+        &self,
+        question: impl FnOnce(&State, &Settings, Timestamp) -> T + Send + 'static,
+    ) -> Result<T, SubmitError> {
+        let (answer, reply) = oneshot::channel();
+        self.post(Message::Ask(Box::new(move |state, settings, now| {
+            // A caller that left does not want the answer any more.
+            let _ = answer.send(question(state, settings, now));
+        })))?;
+        reply.await.map_err(|_| SubmitError::Stopped)
+    }
+
+    /// Position and blocking causes of a live run; `None` when it has ended or is unknown to the plane.
+    pub async fn why(&self, plane: PlaneId, run: RunId) -> Result<Option<Why>, SubmitError> {
+        self.ask(move |state, settings, now| {
+            state.job(plane, run)?;
+            why::why(state, settings, run, now)
+        })
+        .await
+    }
+
+    pub async fn queue_stats(&self) -> Result<QueueStats, SubmitError> {
+        self.ask(|state, _, _| status::queue_stats(state)).await
+    }
+
+    pub async fn gpu_status(&self) -> Result<Vec<GpuStatus>, SubmitError> {
+        self.ask(|state, _, _| status::gpu_status(state)).await
+    }
+
+    /// Nothing new is begun from now on, neither by the scheduler nor by a deadline; what is under way may end.
+    pub fn quiet(&self) {
+        // It has ended already when nobody receives.
+        let _ = self.inbox.send(Message::Quiet);
+    }
+
+    /// Lets the coordinator write a last snapshot and end. Waits for a place in the inbox, off the runtime.
+    pub fn stop(&self) {
+        // It has ended already when nobody receives.
+        let _ = self.inbox.send(Message::Stop);
+    }
+}

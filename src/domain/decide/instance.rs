@@ -1,0 +1,265 @@
+//! What the executor reports of instances and GPUs. A report about an older generation changes nothing.
+
+use smol_str::SmolStr;
+
+use super::job::backoff_ms;
+use super::{Context, Decision};
+use crate::domain::command::{Command, JobFailure};
+use crate::domain::event::{Event, Exit, StopCause};
+use crate::domain::ids::{Generation, ServiceName};
+use crate::domain::scheduler::upkeep::{drain, stop};
+use crate::domain::state::job::Phase;
+use crate::domain::state::service::{Instance, InstancePhase, Service};
+
+impl Context<'_> {
+    /// The service and its instance, if `generation` is the current one and still there.
+    fn instance(
+        &self,
+        name: &ServiceName,
+        generation: Generation,
+    ) -> Option<(&Service, &Instance)> {
+        let service = self.state.services.get(name)?;
+        let instance = service
+            .instance
+            .as_ref()
+            .filter(|i| i.generation == generation)?;
+        Some((service, instance))
+    }
+
+    pub(super) fn instance_outcome(&self, command: Command) -> Decision {
+        Decision::done(match command {
+            Command::InstanceSpawned {
+                service,
+                generation,
+                pid,
+                start_ticks,
+                boot_id,
+                port,
+            } => self.if_current(Event::InstanceSpawned {
+                service,
+                generation,
+                pid,
+                start_ticks,
+                boot_id,
+                port,
+            }),
+            Command::InstanceHealthy {
+                service,
+                generation,
+            } => self.healthy(service, generation),
+            Command::InstanceUnhealthy {
+                service,
+                generation,
+                error,
+            } => self.unhealthy(service, generation, error),
+            Command::InstanceAdopted {
+                service,
+                generation,
+                pid,
+            } => self.adopted(service, generation, pid),
+            Command::InstanceSignalled {
+                service,
+                generation,
+                signal,
+            } => self.if_current(Event::InstanceSignalled {
+                service,
+                generation,
+                signal,
+            }),
+            Command::InstanceExited {
+                service,
+                generation,
+                exit,
+            } => self.exited(service, generation, exit),
+            Command::InstanceReleased {
+                service,
+                generation,
+            } => self.released(service, generation),
+            seen => self.memory_seen(seen),
+        })
+    }
+
+    /// The event, if it is about a current instance.
+    fn if_current(&self, event: Event) -> Vec<Event> {
+        let current = event
+            .instance()
+            .and_then(|(name, generation)| self.instance(name, generation));
+        current.map(|_| event).into_iter().collect()
+    }
+
+    /// What the executor saw of GPUs and of their memory's use.
+    fn memory_seen(&self, command: Command) -> Vec<Event> {
+        match command {
+            Command::GpusListed { gpus } => {
+                let known = self.state.gpus.values().filter(|g| g.present);
+                let same = known.clone().count() == gpus.len()
+                    && known.into_iter().all(|g| gpus.contains(&g.facts));
+                if same {
+                    Vec::new()
+                } else {
+                    vec![Event::GpusListed { gpus }]
+                }
+            }
+            Command::GpuForeignMemory { gpu, mib } => match self.state.gpus.get(&gpu) {
+                Some(entry) if entry.foreign_mib != mib => {
+                    vec![Event::GpuForeignMemoryChanged { gpu, mib }]
+                }
+                _ => Vec::new(),
+            },
+            Command::ServiceMemorySeen { service, mib } => {
+                match self.state.services.get(&service) {
+                    Some(entry) if mib > entry.need_mib() => {
+                        vec![Event::ServicePeakLearned { service, mib }]
+                    }
+                    _ => Vec::new(),
+                }
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn adopted(&self, service: ServiceName, generation: Generation, pid: u32) -> Vec<Event> {
+        match self.instance(&service, generation) {
+            Some((_, instance)) if instance.phase == InstancePhase::Finding => {
+                vec![Event::InstanceAdopted {
+                    service,
+                    generation,
+                    pid,
+                }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn healthy(&self, service: ServiceName, generation: Generation) -> Vec<Event> {
+        match self.instance(&service, generation) {
+            Some((_, instance)) if instance.is_coming() => {
+                let startup_ms = self.now.millis_since(instance.started_at);
+                vec![Event::InstanceReady {
+                    service,
+                    generation,
+                    startup_ms,
+                }]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    /// One that never became healthy is stopped; one that was is drained, so that what still works may end.
+    fn unhealthy(&self, service: ServiceName, generation: Generation, error: String) -> Vec<Event> {
+        let Some((entry, instance)) = self.instance(&service, generation) else {
+            return Vec::new();
+        };
+        let seen = Event::InstanceUnhealthy {
+            service,
+            generation,
+            error,
+        };
+        match &instance.phase {
+            InstancePhase::Starting { .. } | InstancePhase::Finding => {
+                vec![
+                    seen,
+                    stop(entry, instance, StopCause::StartupTimeout, self.now),
+                ]
+            }
+            InstancePhase::Ready => {
+                let deadline = self.now + entry.spec.grace_ms;
+                vec![
+                    seen,
+                    drain(entry, instance, StopCause::Unhealthy, Some(deadline)),
+                ]
+            }
+            _ => Vec::new(),
+        }
+    }
+
+    fn exited(&self, service: ServiceName, generation: Generation, exit: Exit) -> Vec<Event> {
+        let Some((entry, instance)) = self.instance(&service, generation) else {
+            return Vec::new();
+        };
+        let expected = match &instance.phase {
+            InstancePhase::Exited { .. } => return Vec::new(),
+            // It ended while no gateway watched: nobody knows why, so it is not held against it.
+            InstancePhase::Finding => true,
+            InstancePhase::Stopping { cause, .. } => {
+                !matches!(cause, StopCause::Unhealthy | StopCause::StartupTimeout)
+            }
+            _ => false,
+        };
+        let mut events = self.abandon_jobs(instance, &service, &exit);
+        let lived_ms = instance.ready_at.map_or(0, |at| self.now.millis_since(at));
+        let earlier = if lived_ms >= self.settings.crash_loop_reset_ms {
+            0
+        } else {
+            entry.deaths
+        };
+        let deaths = earlier + 1;
+        let retry_at = (!expected).then(|| {
+            let settings = self.settings;
+            self.now + backoff_ms(settings.restart_base_ms, settings.restart_max_ms, deaths)
+        });
+        events.push(Event::InstanceExited {
+            service,
+            generation,
+            exit,
+            expected,
+            retry_at,
+            deaths: if expected { 0 } else { deaths },
+        });
+        events
+    }
+
+    /// Jobs on an instance that is gone: being stopped, they have; running, their attempt failed.
+    fn abandon_jobs(&self, instance: &Instance, service: &ServiceName, exit: &Exit) -> Vec<Event> {
+        let mut events = Vec::new();
+        for run in &instance.active {
+            let Some(job) = self.state.jobs.get(run) else {
+                continue;
+            };
+            match &job.phase {
+                Phase::Stopping { cause, .. } => {
+                    events.extend(self.stopped(*run, job, cause, true))
+                }
+                _ => {
+                    let failure = JobFailure {
+                        code: SmolStr::new_static("instance_exited"),
+                        error: format!(
+                            "service '{service}' ended while it worked: {}",
+                            describe(exit)
+                        ),
+                    };
+                    events.extend(self.failed(*run, job, failure, None));
+                }
+            }
+        }
+        events
+    }
+
+    fn released(&self, service: ServiceName, generation: Generation) -> Vec<Event> {
+        let Some((_, instance)) = self.instance(&service, generation) else {
+            return Vec::new();
+        };
+        let InstancePhase::Exited { cause } = &instance.phase else {
+            return Vec::new();
+        };
+        let removed = *cause == Some(StopCause::Removed);
+        let mut events = vec![Event::InstanceReleased {
+            service: service.clone(),
+            generation,
+        }];
+        if removed {
+            events.push(Event::ServiceRemoved { service });
+        }
+        events
+    }
+}
+
+/// How a process ended, for people.
+fn describe(exit: &Exit) -> String {
+    match exit {
+        Exit::Code(code) => format!("exit code {code}"),
+        Exit::Signal(signal) => format!("killed by signal {signal}"),
+        Exit::Unknown => "its process is gone".to_owned(),
+        Exit::NotStarted(error) => error.clone(),
+    }
+}

@@ -1,0 +1,311 @@
+//! Jobs: starting them, and what the outcomes of their attempts come to.
+
+use bytes::Bytes;
+use smol_str::SmolStr;
+
+use super::{Context, Decision};
+use crate::domain::command::{JobFailure, Rejection, Reply};
+use crate::domain::event::{Event, JobStopCause, RequeueCause};
+use crate::domain::ids::{Attempt, PlaneId, RunId};
+use crate::domain::scheduler::stop_job;
+use crate::domain::spec::JobSpec;
+use crate::domain::state::job::{Job, Phase};
+use crate::domain::time::Timestamp;
+
+impl Context<'_> {
+    pub(super) fn start_job(
+        &self,
+        run: RunId,
+        spec: JobSpec,
+        session: Option<SmolStr>,
+        labels: Vec<(SmolStr, SmolStr)>,
+        payload: Bytes,
+    ) -> Decision {
+        let queue = &self.state.queue;
+        let key = queue.key(run, self.now, spec.priority);
+        let ahead = queue
+            .shape(&spec.target)
+            .map_or(0, |shape| shape.waiting.rank(&key));
+        let position = u64::try_from(ahead).unwrap_or(u64::MAX - 1) + 1;
+        let reply = Reply::Started {
+            run,
+            position,
+            duplicate: false,
+        };
+        Decision::with(
+            Event::JobQueued {
+                run,
+                spec,
+                session,
+                labels,
+            },
+            payload,
+            reply,
+        )
+    }
+
+    /// The live job, or why there is none.
+    pub(super) fn live(&self, plane: PlaneId, run: RunId) -> Result<&Job, Rejection> {
+        self.state
+            .job(plane, run)
+            .ok_or_else(|| Rejection::RunNotFound(SmolStr::new(run.to_string())))
+    }
+
+    pub(super) fn cancel_queued(&self, plane: PlaneId, run: RunId) -> Result<Decision, Rejection> {
+        let job = self.live(plane, run)?;
+        if job.place().is_some() {
+            return Err(Rejection::CancelWhileRunning(run));
+        }
+        Ok(Decision::done(vec![cancelled(run, "Cancelled".to_owned())]))
+    }
+
+    /// A pusher must work on the attempt that is current.
+    fn working(
+        &self,
+        plane: PlaneId,
+        run: RunId,
+        given: Option<Attempt>,
+    ) -> Result<&Job, Rejection> {
+        let job = self.live(plane, run)?;
+        if job.place().is_none() {
+            return Err(Rejection::NotRunning(run));
+        }
+        match given {
+            Some(given) if given != job.attempt => Err(Rejection::StaleAttempt {
+                run,
+                given,
+                current: job.attempt,
+            }),
+            _ => Ok(job),
+        }
+    }
+
+    pub(super) fn push_progress(
+        &self,
+        plane: PlaneId,
+        run: RunId,
+        attempt: Option<Attempt>,
+        body: Bytes,
+    ) -> Result<Decision, Rejection> {
+        let attempt = self.working(plane, run, attempt)?.attempt;
+        Ok(Decision::with(
+            Event::JobProgressed { run, attempt },
+            body,
+            Reply::Done,
+        ))
+    }
+
+    pub(super) fn save_checkpoint(
+        &self,
+        plane: PlaneId,
+        run: RunId,
+        attempt: Option<Attempt>,
+        content_type: SmolStr,
+        body: Bytes,
+    ) -> Result<Decision, Rejection> {
+        let attempt = self.working(plane, run, attempt)?.attempt;
+        let size_bytes = u64::try_from(body.len()).unwrap_or(u64::MAX);
+        let event = Event::CheckpointSaved {
+            run,
+            attempt,
+            content_type,
+            size_bytes,
+        };
+        Ok(Decision::with(event, body, Reply::Done))
+    }
+
+    /// The store refuses a run that it does not know; a live one keeps its payloads.
+    pub(super) fn purge(&self, plane: PlaneId, run: RunId) -> Result<Decision, Rejection> {
+        if self.state.job(plane, run).is_some() {
+            return Err(Rejection::RunNotEnded(run));
+        }
+        Ok(Decision::done(vec![Event::RunPurged { run, records: 0 }]))
+    }
+
+    /// The job, if `attempt` is its current one and holds a place.
+    pub(super) fn current(&self, run: RunId, attempt: Attempt) -> Option<&Job> {
+        let job = self.state.jobs.get(&run)?;
+        (job.attempt == attempt && job.place().is_some()).then_some(job)
+    }
+
+    pub(super) fn job_answered(
+        &self,
+        run: RunId,
+        attempt: Attempt,
+        outcome: Result<Bytes, JobFailure>,
+    ) -> Decision {
+        let Some(job) = self.current(run, attempt) else {
+            let outcome = match outcome {
+                Ok(_) => SmolStr::new_static("completed"),
+                Err(failure) => failure.code,
+            };
+            return Decision::done(vec![Event::JobOutcomeStale {
+                run,
+                attempt,
+                outcome,
+            }]);
+        };
+        match (&job.phase, outcome) {
+            // Asked to end and it has ended: the stop's cause says what it comes to.
+            (Phase::Stopping { cause, .. }, Err(_)) => {
+                Decision::done(self.stopped(run, job, cause, false))
+            }
+            (
+                Phase::Stopping {
+                    cause: cause @ JobStopCause::Cancel { .. },
+                    ..
+                },
+                Ok(_),
+            ) => Decision::done(self.stopped(run, job, cause, true)),
+            // It was done before it could be stopped: the work counts.
+            (_, Ok(result)) => {
+                Decision::with(Event::JobCompleted { run, attempt }, result, Reply::Done)
+            }
+            (_, Err(failure)) => Decision::done(self.failed(run, job, failure, None)),
+        }
+    }
+
+    /// An attempt failed: again later, or for good. `retry_at` overrides the backoff.
+    pub(super) fn failed(
+        &self,
+        run: RunId,
+        job: &Job,
+        failure: JobFailure,
+        retry_at: Option<Timestamp>,
+    ) -> Vec<Event> {
+        let failures = job.failures + 1;
+        let retry_at = (failures < job.spec.max_attempts)
+            .then(|| retry_at.unwrap_or_else(|| self.now + self.retry_delay_ms(run, failures)));
+        let JobFailure { code, error } = failure;
+        let mut events = vec![Event::JobAttemptFailed {
+            run,
+            attempt: job.attempt,
+            code: code.clone(),
+            error: error.clone(),
+            retry_at,
+        }];
+        if retry_at.is_none() {
+            events.push(Event::JobFailed { run, code, error });
+        }
+        events
+    }
+
+    /// Exponential backoff with jitter in [½, 1]. The jitter comes from the run's id, so that runs which
+    /// failed together do not come back together, and a decision needs no randomness.
+    fn retry_delay_ms(&self, run: RunId, failures: u32) -> u64 {
+        let full = backoff_ms(
+            self.settings.retry_base_ms,
+            self.settings.retry_max_ms,
+            failures,
+        );
+        let spread =
+            run.0.as_u128() as u64 ^ u64::from(failures).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        full / 2 + spread % (full / 2 + 1)
+    }
+
+    pub(super) fn job_stop_done(&self, run: RunId, attempt: Attempt, confirmed: bool) -> Decision {
+        match self.current(run, attempt).map(|job| (job, &job.phase)) {
+            Some((job, Phase::Stopping { cause, .. })) => {
+                Decision::done(self.stopped(run, job, cause, confirmed))
+            }
+            _ => Decision::done(Vec::new()),
+        }
+    }
+
+    /// What a stopped attempt comes to, by the cause of its stop.
+    pub(super) fn stopped(
+        &self,
+        run: RunId,
+        job: &Job,
+        cause: &JobStopCause,
+        confirmed: bool,
+    ) -> Vec<Event> {
+        let mut events = vec![Event::JobStopped {
+            run,
+            attempt: job.attempt,
+            confirmed,
+        }];
+        match cause {
+            JobStopCause::Pause { reason } => {
+                events.push(Event::JobPaused {
+                    run,
+                    reason: reason.clone(),
+                });
+            }
+            JobStopCause::Cancel { reason } => events.push(cancelled(run, reason.clone())),
+            JobStopCause::Preempt { by } => {
+                let service = job
+                    .place()
+                    .map_or(SmolStr::default(), |(name, _)| name.clone());
+                events.push(Event::JobPreempted {
+                    run,
+                    by: *by,
+                    service,
+                });
+            }
+            JobStopCause::Yield => {
+                events.push(Event::JobRequeued {
+                    run,
+                    cause: RequeueCause::Yielded,
+                });
+            }
+            JobStopCause::InstanceStopping => {
+                events.push(Event::JobRequeued {
+                    run,
+                    cause: RequeueCause::InstanceStopped,
+                });
+            }
+        }
+        events
+    }
+
+    /// The request to stop a job that holds a place.
+    pub(super) fn request_stop(&self, run: RunId, job: &Job, cause: JobStopCause) -> Event {
+        let grace_ms = job
+            .place()
+            .and_then(|(name, _)| self.state.services.get(name))
+            .map_or(0, |service| service.spec.grace_ms);
+        stop_job(run, job, grace_ms, cause, self.now)
+    }
+
+    pub(super) fn callback_tried(
+        &self,
+        run: RunId,
+        number: u32,
+        status: Option<u16>,
+        error: Option<String>,
+    ) -> Decision {
+        let Some(callback) = self.state.callbacks.get(&run).filter(|c| c.number < number) else {
+            return Decision::done(Vec::new());
+        };
+        let delivered = status.is_some_and(|status| (200..300).contains(&status));
+        let settings = self.settings;
+        let delay_ms = backoff_ms(
+            settings.callback_base_ms,
+            settings.callback_max_delay_ms,
+            number,
+        );
+        let next_at = self.now + delay_ms;
+        let give_up_at = callback.ended_at + settings.callback_give_up_ms;
+        let next_at = (!delivered && next_at <= give_up_at).then_some(next_at);
+        let event = Event::CallbackAttempted {
+            run,
+            number,
+            status,
+            error,
+            delivered,
+            next_at,
+        };
+        Decision::done(vec![event])
+    }
+}
+
+/// `base × 2^(n−1)`, at most `max`; `n` counts from 1.
+pub(super) fn backoff_ms(base: u64, max: u64, n: u32) -> u64 {
+    let factor = 1u64.checked_shl(n.saturating_sub(1)).unwrap_or(u64::MAX);
+    base.saturating_mul(factor).min(max)
+}
+
+pub(super) fn cancelled(run: RunId, reason: String) -> Event {
+    Event::JobCancelled { run, reason }
+}

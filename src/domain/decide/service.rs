@@ -1,0 +1,307 @@
+//! Services: registering, starting and stopping them by hand, and preemption on demand.
+
+use super::{Context, Decision};
+use crate::domain::command::{Rejection, Reply};
+use crate::domain::event::{Event, JobStopCause, RequeueCause, StartCause, StopCause};
+use crate::domain::ids::{Generation, PlaneId, RunId, ServiceName};
+use crate::domain::scheduler::upkeep::{drain, stop, stop_active};
+use crate::domain::scheduler::{best_victim, placement, start};
+use crate::domain::spec::{ServiceSpec, Worker};
+use crate::domain::state::job::Phase;
+use crate::domain::state::service::{Instance, InstancePhase, Service};
+
+impl Context<'_> {
+    fn service(&self, name: &ServiceName) -> Result<&Service, Rejection> {
+        self.state
+            .services
+            .get(name)
+            .ok_or_else(|| Rejection::ServiceNotFound(name.clone()))
+    }
+
+    pub(super) fn register_service(&self, spec: Box<ServiceSpec>) -> Result<Decision, Rejection> {
+        if self.state.services.contains_key(&spec.name) {
+            return Err(Rejection::ServiceExists(spec.name.clone()));
+        }
+        Ok(Decision::of(
+            vec![Event::ServiceRegistered { spec }],
+            answer(None, false),
+        ))
+    }
+
+    /// A running instance keeps what it was started with; the next one gets the new specification.
+    pub(super) fn update_service(&self, spec: Box<ServiceSpec>) -> Result<Decision, Rejection> {
+        let service = self.service(&spec.name)?;
+        if *service.spec == *spec {
+            return Ok(Decision::of(Vec::new(), answer(None, true)));
+        }
+        Ok(Decision::of(
+            vec![Event::ServiceUpdated { spec }],
+            answer(None, false),
+        ))
+    }
+
+    pub(super) fn enable_service(&self, name: ServiceName) -> Result<Decision, Rejection> {
+        let already = self.service(&name)?.enabled;
+        let events = if already {
+            vec![]
+        } else {
+            vec![Event::ServiceEnabled { service: name }]
+        };
+        Ok(Decision::of(events, answer(None, already)))
+    }
+
+    /// A running instance is drained and stopped.
+    pub(super) fn disable_service(&self, name: ServiceName) -> Result<Decision, Rejection> {
+        let already = !self.service(&name)?.enabled;
+        let events = if already {
+            vec![]
+        } else {
+            vec![Event::ServiceDisabled { service: name }]
+        };
+        Ok(Decision::of(events, answer(None, already)))
+    }
+
+    /// An idle instance is stopped first, and the service goes with it.
+    pub(super) fn remove_service(&self, name: ServiceName) -> Result<Decision, Rejection> {
+        let service = self.service(&name)?;
+        let Some(instance) = &service.instance else {
+            return Ok(Decision::of(
+                vec![Event::ServiceRemoved { service: name }],
+                answer(None, false),
+            ));
+        };
+        if !instance.active.is_empty() {
+            return Err(Rejection::ServiceHasActiveJobs(name));
+        }
+        // Its end was told already: a stop would wait for another that never comes.
+        if matches!(instance.phase, InstancePhase::Exited { .. }) {
+            return Err(Rejection::ServiceStopping(name));
+        }
+        let mut events = Vec::new();
+        if service.enabled {
+            events.push(Event::ServiceDisabled { service: name });
+        }
+        events.push(stop(service, instance, StopCause::Removed, self.now));
+        Ok(Decision::of(
+            events,
+            answer(Some(instance.generation), false),
+        ))
+    }
+
+    pub(super) fn start_service(&self, name: &ServiceName) -> Result<Decision, Rejection> {
+        let service = self.service(name)?;
+        if !service.enabled {
+            return Err(Rejection::ServiceDisabled(name.clone()));
+        }
+        if matches!(service.spec.worker, Worker::Container) {
+            return Err(Rejection::NoEngine(name.clone()));
+        }
+        match &service.instance {
+            Some(instance) if instance.is_leaving() => {
+                return Err(Rejection::ServiceStopping(name.clone()));
+            }
+            Some(instance) => {
+                return Ok(Decision::of(
+                    Vec::new(),
+                    answer(Some(instance.generation), true),
+                ));
+            }
+            None => {}
+        }
+        let Some(grants) = placement::fit(self.state, service) else {
+            let free = self
+                .state
+                .gpus
+                .keys()
+                .map(|gpu| self.state.available_mib(gpu))
+                .max();
+            return Err(Rejection::InsufficientVram {
+                service: name.clone(),
+                required_mib: service.need_mib(),
+                available_mib: free.unwrap_or(0),
+            });
+        };
+        let mut events = Vec::new();
+        if self.state.holds.contains_key(name) {
+            // What is held for it is used, or not needed any more.
+            events.push(Event::RoomReleased {
+                service: name.clone(),
+            });
+        }
+        events.push(start(service, grants, StartCause::Manual, self.now));
+        Ok(Decision::of(
+            events,
+            answer(Some(Generation(service.generation.0 + 1)), false),
+        ))
+    }
+
+    pub(super) fn stop_service(
+        &self,
+        name: &ServiceName,
+        drain: bool,
+    ) -> Result<Decision, Rejection> {
+        let service = self.service(name)?;
+        let Some(instance) = &service.instance else {
+            // It may be about to be started again: that is over now.
+            let events = if service.wanted {
+                vec![Event::InstanceStopRequested {
+                    service: name.clone(),
+                    generation: service.generation,
+                    cause: StopCause::Manual,
+                    kill_at: self.now,
+                }]
+            } else {
+                Vec::new()
+            };
+            return Ok(Decision::of(events, answer(None, true)));
+        };
+        let events = self.bring_down(service, instance, drain, StopCause::Manual);
+        Ok(Decision::of(
+            events,
+            answer(Some(instance.generation), false),
+        ))
+    }
+
+    /// Stops it if it runs, and starts it again when it is gone.
+    pub(super) fn restart_service(
+        &self,
+        name: &ServiceName,
+        drain: bool,
+    ) -> Result<Decision, Rejection> {
+        let service = self.service(name)?;
+        let Some(instance) = service.instance.as_ref().filter(|_| service.enabled) else {
+            return self.start_service(name);
+        };
+        match &instance.phase {
+            // It comes again already.
+            InstancePhase::Stopping {
+                cause: StopCause::Restart,
+                ..
+            }
+            | InstancePhase::Exited {
+                cause: Some(StopCause::Restart),
+            } => {
+                return Ok(Decision::of(
+                    Vec::new(),
+                    answer(Some(instance.generation), true),
+                ));
+            }
+            // On its way out for another reason: nothing would start it again.
+            InstancePhase::Stopping { .. } | InstancePhase::Exited { .. } => {
+                return Err(Rejection::ServiceStopping(name.clone()));
+            }
+            _ => {}
+        }
+        let events = self.bring_down(service, instance, drain, StopCause::Restart);
+        Ok(Decision::of(
+            events,
+            answer(Some(instance.generation), false),
+        ))
+    }
+
+    /// No new work, then the end: at once when nothing runs, or when its jobs are over. Without `drain`
+    /// the jobs are stopped too, and go back to the queue.
+    fn bring_down(
+        &self,
+        service: &Service,
+        instance: &Instance,
+        drain_first: bool,
+        cause: StopCause,
+    ) -> Vec<Event> {
+        match &instance.phase {
+            // It goes already; what may change is whether it comes again.
+            InstancePhase::Stopping { cause: old, .. }
+            | InstancePhase::Exited { cause: Some(old) }
+                if *old == StopCause::Removed || *old == cause =>
+            {
+                Vec::new()
+            }
+            InstancePhase::Stopping { .. } | InstancePhase::Exited { .. } => {
+                vec![stop(service, instance, cause, self.now)]
+            }
+            _ if instance.active.is_empty() => vec![stop(service, instance, cause, self.now)],
+            _ if drain_first => {
+                let deadline = self.now + self.settings.drain_ms;
+                vec![drain(service, instance, cause, Some(deadline))]
+            }
+            _ => {
+                let mut events = vec![drain(service, instance, cause, Some(self.now))];
+                events.extend(stop_active(self.state, service, instance, self.now));
+                events
+            }
+        }
+    }
+
+    pub(super) fn preempt_execute(
+        &self,
+        plane: PlaneId,
+        name: &ServiceName,
+        by: RunId,
+    ) -> Result<Decision, Rejection> {
+        let service = self.service(name)?;
+        let preemptor = self.live(plane, by)?;
+        if !matches!(preemptor.phase, Phase::Queued) {
+            return Err(Rejection::NotQueued(by));
+        }
+        // Another plane's job is none to the caller; the scheduler alone weighs one plane's against another's.
+        let running = |_: &Service, job: &crate::domain::state::job::Job| {
+            (job.plane == plane && matches!(job.phase, Phase::Running { .. })).then_some(())
+        };
+        let Some((_, run)) = best_victim(&[service], self.state, running, self.now) else {
+            return Err(Rejection::NoActiveJob(name.clone()));
+        };
+        if !service.serves(&preemptor.spec.target) {
+            return Err(Rejection::WrongService {
+                run: by,
+                service: name.clone(),
+            });
+        }
+        let Some(victim) = self.state.jobs.get(&run) else {
+            return Err(Rejection::NoActiveJob(name.clone()));
+        };
+        let event = self.request_stop(run, victim, JobStopCause::Preempt { by });
+        let progress_saved = victim.progress.is_some() || victim.checkpoint.is_some();
+        Ok(Decision::of(
+            vec![event],
+            Reply::Preempted {
+                run,
+                progress_saved,
+            },
+        ))
+    }
+
+    /// Queues again every preempted run of the plane and of this service's type.
+    pub(super) fn preempt_release(
+        &self,
+        plane: PlaneId,
+        name: &ServiceName,
+    ) -> Result<Decision, Rejection> {
+        let service = self.service(name)?;
+        let runs: Vec<RunId> = self
+            .state
+            .preempted_by
+            .values()
+            .flatten()
+            .copied()
+            .filter(|run| {
+                self.state.job(plane, *run).is_some_and(|job| {
+                    service.serves(&job.spec.target)
+                        || job.spec.service_type.as_ref() == Some(&service.spec.service_type)
+                })
+            })
+            .collect();
+        let requeue = |run: &RunId| Event::JobRequeued {
+            run: *run,
+            cause: RequeueCause::Released,
+        };
+        let events = runs.iter().map(requeue).collect();
+        Ok(Decision::of(events, Reply::Released { runs }))
+    }
+}
+
+fn answer(generation: Option<Generation>, already: bool) -> Reply {
+    Reply::Service {
+        generation,
+        already,
+    }
+}

@@ -1,0 +1,334 @@
+//! People: creating and changing users, their tokens, and what becomes of the runtimes they leave.
+
+use smol_str::SmolStr;
+
+use super::job::cancelled;
+use super::{Context, Decision};
+use crate::domain::event::{Event, JobStopCause};
+use crate::domain::identity::{
+    IdentityCommand, IdentityRejection, NewToken, Profile, ProfileChange, ReserveReason,
+    RevokeCause, Role, Runtime, RuntimeKey, TokenHash, TokenKey, UserKey,
+};
+use crate::domain::ids::PlaneId;
+
+/// Users at most: each costs memory in State.
+const MAX_USERS: usize = 100_000;
+
+/// Tokens of one user at most.
+const MAX_TOKENS: usize = 50;
+
+/// Why a purge ends the runs of its plane.
+const PURGE_REASON: &str = "The runtime is being purged";
+
+type Decided = Result<Vec<Event>, IdentityRejection>;
+
+impl Context<'_> {
+    pub(super) fn identity(&self, command: IdentityCommand) -> Result<Decision, IdentityRejection> {
+        let events = match command {
+            IdentityCommand::CreateUser {
+                key,
+                profile,
+                token,
+            } => self.create_user(key, profile, token),
+            IdentityCommand::UpdateUser {
+                key,
+                change,
+                rotate,
+            } => self.update_user(key, change, rotate),
+            IdentityCommand::DeleteUser { key } => self.delete_user(key),
+            IdentityCommand::IssueToken { owner, token } => self.issue_token(owner, token),
+            IdentityCommand::RevokeToken { key } => self.revoke_token(key),
+            IdentityCommand::UpgradeToken { key, digest } => self.upgrade_token(key, digest),
+            IdentityCommand::TransferRuntime { key, to } => self.transfer_runtime(key, to),
+            IdentityCommand::BeginPurge { key } => self.begin_purge(key),
+            IdentityCommand::FinishPurge { key } => self.finish_purge(key),
+        };
+        events.map(Decision::done)
+    }
+
+    /// The first administrator, where the ledger does not know one yet.
+    pub(super) fn first_admin(&self) -> Option<Event> {
+        let key = UserKey::first_admin();
+        if self.state.people.users.contains_key(&key) {
+            return None;
+        }
+        let runtime = self.state.planes.get(&PlaneId::ROOT);
+        let runtime = runtime.map_or(SmolStr::new_static("default"), |plane| {
+            plane.runtime.clone()
+        });
+        let profile = Profile {
+            email: String::new(),
+            roles: vec![Role::Admin, Role::User],
+            scopes: Vec::new(),
+            enabled: true,
+            runtime,
+        };
+        Some(Event::UserCreated {
+            key,
+            profile,
+            plane: PlaneId::ROOT,
+        })
+    }
+
+    /// The plane for a runtime that is free, and the event that opens it when it is new.
+    fn open_runtime(
+        &self,
+        tenant: &SmolStr,
+        runtime: &SmolStr,
+    ) -> Result<(PlaneId, Event), IdentityRejection> {
+        let key = RuntimeKey {
+            tenant: tenant.clone(),
+            runtime: runtime.clone(),
+        };
+        let people = &self.state.people;
+        if people.runtimes.contains_key(&key) || people.owner_of(&key).is_some() {
+            return Err(IdentityRejection::RuntimeTaken(key));
+        }
+        let last = self.state.planes.keys().next_back();
+        let plane = PlaneId(last.map_or(0, |plane| plane.0) + 1);
+        let opened = Event::PlaneOpened {
+            plane,
+            tenant: key.tenant,
+            runtime: key.runtime,
+        };
+        Ok((plane, opened))
+    }
+
+    fn create_user(&self, key: UserKey, profile: Profile, token: NewToken) -> Decided {
+        let people = &self.state.people;
+        if people.users.contains_key(&key) {
+            return Err(IdentityRejection::UserExists(key));
+        }
+        if people.users.len() >= MAX_USERS {
+            return Err(IdentityRejection::TooManyUsers(MAX_USERS));
+        }
+        self.check_hash(&token)?;
+        let (plane, opened) = self.open_runtime(&key.tenant, &profile.runtime)?;
+        let created = Event::UserCreated {
+            key: key.clone(),
+            profile,
+            plane,
+        };
+        let issued = Event::TokenIssued { owner: key, token };
+        Ok(vec![opened, created, issued])
+    }
+
+    /// Two tokens with one secret would make whose it is a matter of luck.
+    fn check_hash(&self, new: &NewToken) -> Result<(), IdentityRejection> {
+        let known = |token: &crate::domain::identity::Token| {
+            matches!(token.hash, TokenHash::Keyed(_)) && token.hash == new.hash
+        };
+        if self.state.people.tokens.values().any(known) {
+            return Err(IdentityRejection::TokenExists(new.name.clone()));
+        }
+        Ok(())
+    }
+
+    fn update_user(
+        &self,
+        key: UserKey,
+        change: ProfileChange,
+        rotate: Option<NewToken>,
+    ) -> Decided {
+        let people = &self.state.people;
+        let user = people
+            .users
+            .get(&key)
+            .ok_or(IdentityRejection::UserNotFound)?;
+        if key == UserKey::first_admin() {
+            return Err(IdentityRejection::UserProtected);
+        }
+        let profile = change.of(&user.profile);
+        let mut events = Vec::new();
+        let mut plane = user.plane;
+        if profile.runtime != user.profile.runtime {
+            let (opened_plane, opened) = self.open_runtime(&key.tenant, &profile.runtime)?;
+            plane = opened_plane;
+            events.push(opened);
+            events.push(Event::RuntimeReserved {
+                key: RuntimeKey {
+                    tenant: key.tenant.clone(),
+                    runtime: user.profile.runtime.clone(),
+                },
+                owner: key.user.clone(),
+                reason: ReserveReason::RuntimeReassigned,
+            });
+        }
+        if profile != user.profile {
+            events.push(Event::UserUpdated {
+                key: key.clone(),
+                profile,
+                plane,
+            });
+        }
+        if let Some(token) = rotate {
+            self.check_hash(&token)?;
+            events.extend(self.revoke_all(&key, RevokeCause::Rotated));
+            events.push(Event::TokenIssued { owner: key, token });
+        }
+        Ok(events)
+    }
+
+    fn revoke_all(&self, owner: &UserKey, cause: RevokeCause) -> Vec<Event> {
+        let revoked = |key: TokenKey| Event::TokenRevoked { key, cause };
+        let tokens = self.state.people.tokens_of(owner);
+        tokens.map(|token| revoked(token.key.clone())).collect()
+    }
+
+    fn delete_user(&self, key: UserKey) -> Decided {
+        let people = &self.state.people;
+        let user = people
+            .users
+            .get(&key)
+            .ok_or(IdentityRejection::UserNotFound)?;
+        if key == UserKey::first_admin() {
+            return Err(IdentityRejection::UserProtected);
+        }
+        let mut events = self.revoke_all(&key, RevokeCause::UserDeleted);
+        events.push(Event::RuntimeReserved {
+            key: RuntimeKey {
+                tenant: key.tenant.clone(),
+                runtime: user.profile.runtime.clone(),
+            },
+            owner: key.user.clone(),
+            reason: ReserveReason::DeletedUser,
+        });
+        events.push(Event::UserDeleted { key });
+        Ok(events)
+    }
+
+    fn issue_token(&self, owner: UserKey, token: NewToken) -> Decided {
+        let people = &self.state.people;
+        if !people.users.contains_key(&owner) {
+            return Err(IdentityRejection::UserNotFound);
+        }
+        let mut count = 0;
+        for other in people.tokens_of(&owner) {
+            count += 1;
+            if other.name == token.name {
+                return Err(IdentityRejection::TokenExists(token.name));
+            }
+        }
+        if count >= MAX_TOKENS {
+            return Err(IdentityRejection::TooManyTokens(MAX_TOKENS));
+        }
+        Ok(vec![Event::TokenIssued { owner, token }])
+    }
+
+    fn revoke_token(&self, key: TokenKey) -> Decided {
+        if !self.state.people.tokens.contains_key(&key) {
+            return Err(IdentityRejection::TokenNotFound);
+        }
+        let cause = RevokeCause::Revoked;
+        Ok(vec![Event::TokenRevoked { key, cause }])
+    }
+
+    /// A second use that came before the first one's upgrade finds it done.
+    fn upgrade_token(&self, key: TokenKey, digest: [u8; 32]) -> Decided {
+        match self.state.people.tokens.get(&key).map(|token| &token.hash) {
+            None => Err(IdentityRejection::TokenNotFound),
+            Some(TokenHash::Keyed(_)) => Ok(Vec::new()),
+            Some(TokenHash::Pbkdf2 { .. }) => Ok(vec![Event::TokenUpgraded { key, digest }]),
+        }
+    }
+
+    fn reserved(&self, key: &RuntimeKey) -> Result<&Runtime, IdentityRejection> {
+        let people = &self.state.people;
+        match people.runtimes.get(key) {
+            Some(runtime) if runtime.reservation.is_some() => Ok(runtime),
+            Some(_) if people.owner_of(key).is_some() => {
+                Err(IdentityRejection::RuntimeInUse(key.clone()))
+            }
+            _ => Err(IdentityRejection::RuntimeNotFound),
+        }
+    }
+
+    fn transfer_runtime(&self, key: RuntimeKey, to: SmolStr) -> Decided {
+        let target = UserKey {
+            tenant: key.tenant.clone(),
+            user: to,
+        };
+        let users = &self.state.people.users;
+        let user = users.get(&target).ok_or(IdentityRejection::UserNotFound)?;
+        if user.profile.runtime == key.runtime {
+            return Err(IdentityRejection::RuntimeHeld(target));
+        }
+        let runtime = match self.reserved(&key) {
+            Err(IdentityRejection::RuntimeInUse(_)) => Err(IdentityRejection::RuntimeNotFound),
+            other => other,
+        }?;
+        if runtime.reservation.as_ref().is_some_and(|r| r.purging) {
+            return Err(IdentityRejection::RuntimePurging(key));
+        }
+        if target == UserKey::first_admin() {
+            return Err(IdentityRejection::UserProtected);
+        }
+        let profile = Profile {
+            runtime: key.runtime.clone(),
+            ..user.profile.clone()
+        };
+        Ok(vec![
+            Event::RuntimeReserved {
+                key: RuntimeKey {
+                    tenant: key.tenant.clone(),
+                    runtime: user.profile.runtime.clone(),
+                },
+                owner: target.user.clone(),
+                reason: ReserveReason::RuntimeTransferred,
+            },
+            Event::RuntimeAssigned {
+                user: target.user.clone(),
+                key,
+            },
+            Event::UserUpdated {
+                key: target,
+                profile,
+                plane: runtime.plane,
+            },
+        ])
+    }
+
+    /// Asked again it goes on: runs that wait are cancelled, those that work are asked to stop.
+    fn begin_purge(&self, key: RuntimeKey) -> Decided {
+        let runtime = self.reserved(&key)?;
+        let plane = runtime.plane;
+        let mut events = Vec::new();
+        if !runtime.reservation.as_ref().is_some_and(|r| r.purging) {
+            events.push(Event::RuntimePurging { key });
+        }
+        let jobs = self.state.jobs.iter();
+        let mut jobs: Vec<_> = jobs.filter(|(_, job)| job.plane == plane).collect();
+        jobs.sort_unstable_by_key(|(run, _)| **run);
+        for (run, job) in jobs {
+            use crate::domain::state::job::Phase;
+            let reason = PURGE_REASON.to_owned();
+            match &job.phase {
+                Phase::Stopping {
+                    cause: JobStopCause::Cancel { .. },
+                    ..
+                } => {}
+                Phase::Running { .. } | Phase::Stopping { .. } => {
+                    events.push(self.request_stop(*run, job, JobStopCause::Cancel { reason }));
+                }
+                _ => events.push(cancelled(*run, reason)),
+            }
+        }
+        Ok(events)
+    }
+
+    fn finish_purge(&self, key: RuntimeKey) -> Decided {
+        let runtime = self.reserved(&key)?;
+        let plane = runtime.plane;
+        if !runtime.reservation.as_ref().is_some_and(|r| r.purging) {
+            return Err(IdentityRejection::RuntimeNotFound);
+        }
+        let runs = self.state.jobs.values().filter(|job| job.plane == plane);
+        match runs.count() {
+            0 => Ok(vec![
+                Event::PlanePurged { plane },
+                Event::RuntimeReleased { key },
+            ]),
+            runs => Err(IdentityRejection::RunsEnding { runs }),
+        }
+    }
+}

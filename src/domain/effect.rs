@@ -1,0 +1,243 @@
+//! Effects: what committed events imply for the world. The executor performs them and reports each
+//! outcome as a command; it decides nothing, so an effect carries all that it needs.
+
+use smol_str::SmolStr;
+
+use super::event::{Event, JobStopCause};
+use super::ids::{Attempt, Generation, PlaneId, RunId, Seq, ServiceName};
+use super::spec::{Grant, ServiceSpec};
+use super::state::State;
+use super::state::job::{Job, Phase};
+use super::state::service::{Instance, InstancePhase, Service};
+use super::time::Timestamp;
+
+/// Something to do in the world, fenced by generation and attempt.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Effect {
+    /// Bring an instance to life and probe it until it is healthy. Outcomes: `InstanceSpawned`, then
+    /// `InstanceHealthy`; or `InstanceExited`. From then on probe it and report `InstanceUnhealthy`.
+    StartInstance {
+        spec: Box<ServiceSpec>,
+        generation: Generation,
+        grants: Vec<Grant>,
+    },
+    /// TERM its process group now, KILL at `kill_at`. Outcomes: `InstanceSignalled` each,
+    /// `InstanceExited`, then `InstanceReleased` when its memory is free.
+    StopInstance {
+        service: ServiceName,
+        generation: Generation,
+        kill_at: Timestamp,
+    },
+    /// After a restart of the gateway: find the process of this instance. Outcomes: `InstanceAdopted`
+    /// when it is alive, ours and healthy within `spec.startup_timeout_ms`; else it is stopped and `InstanceExited` with
+    /// `Exit::Unknown`, then `InstanceReleased`.
+    FindInstance {
+        spec: Box<ServiceSpec>,
+        generation: Generation,
+        grants: Vec<Grant>,
+        process: Option<ProcessIdentity>,
+        /// It was being stopped: go on stopping it rather than adopt it.
+        stop_at: Option<Timestamp>,
+    },
+    /// After a restart: stop every process that bears this gateway's mark and is none of `live`.
+    SweepOrphans {
+        live: Vec<(ServiceName, Generation)>,
+    },
+    /// Report that the memory of an exited instance is free (again, after a restart): `InstanceReleased`.
+    WatchRelease {
+        service: ServiceName,
+        generation: Generation,
+        grants: Vec<Grant>,
+    },
+    /// Post the job's payload. Outcome: `JobAnswered`.
+    Dispatch(Box<Dispatch>),
+    /// Ask the service to stop this attempt, then drop the call, by `deadline`. Outcome: `JobStopDone`.
+    StopCall {
+        run: RunId,
+        attempt: Attempt,
+        service: ServiceName,
+        generation: Generation,
+        /// `pause`, `cancel`, `preempt`, `instance_stopping`.
+        reason: &'static str,
+        deadline: Timestamp,
+    },
+    /// Post the outcome of an ended run, not before `not_before`. Outcome: `CallbackTried`.
+    SendCallback {
+        plane: PlaneId,
+        run: RunId,
+        number: u32,
+        url: SmolStr,
+        not_before: Timestamp,
+    },
+}
+
+/// One attempt's call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Dispatch {
+    pub plane: PlaneId,
+    pub run: RunId,
+    pub attempt: Attempt,
+    pub service: ServiceName,
+    pub generation: Generation,
+    /// Where the job's payload lies in the ledger.
+    pub payload: Seq,
+    /// The last checkpoint's seq, offered as `X-Rungate-Checkpoint`.
+    pub checkpoint: Option<Seq>,
+    pub timeout_ms: u64,
+}
+
+/// What tells a process from a later one with the same pid.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct ProcessIdentity {
+    pub pid: u32,
+    /// Field 22 of `/proc/<pid>/stat`.
+    pub start_ticks: u64,
+    pub boot_id: SmolStr,
+    pub port: u16,
+}
+
+/// What an event implies, given State just after it was applied.
+pub fn implied(state: &State, event: &Event) -> Option<Effect> {
+    match event {
+        Event::InstanceStartRequested {
+            service,
+            generation,
+            grants,
+            ..
+        } => Some(Effect::StartInstance {
+            spec: state.services.get(service)?.spec.clone(),
+            generation: *generation,
+            grants: grants.clone(),
+        }),
+        Event::InstanceStopRequested {
+            service,
+            generation,
+            kill_at,
+            ..
+        } => {
+            // One that has exited already needs no stopping.
+            let instance = state.services.get(service)?.instance.as_ref()?;
+            let stopping = matches!(instance.phase, InstancePhase::Stopping { .. });
+            (stopping && instance.generation == *generation).then(|| Effect::StopInstance {
+                service: service.clone(),
+                generation: *generation,
+                kill_at: *kill_at,
+            })
+        }
+        Event::JobDispatched {
+            run,
+            attempt,
+            service,
+            generation,
+            checkpoint,
+        } => {
+            let job = state.jobs.get(run)?;
+            Some(Effect::Dispatch(Box::new(Dispatch {
+                plane: job.plane,
+                run: *run,
+                attempt: *attempt,
+                service: service.clone(),
+                generation: *generation,
+                payload: job.payload,
+                checkpoint: *checkpoint,
+                timeout_ms: job.spec.timeout_ms,
+            })))
+        }
+        Event::JobStopRequested {
+            run,
+            attempt,
+            cause,
+            deadline,
+        } => stop_call(*run, *attempt, state.jobs.get(run)?, cause, *deadline),
+        Event::JobCompleted { run, .. }
+        | Event::JobFailed { run, .. }
+        | Event::JobCancelled { run, .. }
+        | Event::CallbackAttempted { run, .. } => callback(state, *run),
+        _ => None,
+    }
+}
+
+fn stop_call(
+    run: RunId,
+    attempt: Attempt,
+    job: &Job,
+    cause: &JobStopCause,
+    deadline: Timestamp,
+) -> Option<Effect> {
+    let Phase::Stopping {
+        service,
+        generation,
+        ..
+    } = &job.phase
+    else {
+        return None;
+    };
+    let reason = match cause {
+        JobStopCause::Pause { .. } => "pause",
+        JobStopCause::Cancel { .. } => "cancel",
+        JobStopCause::Preempt { .. } | JobStopCause::Yield => "preempt",
+        JobStopCause::InstanceStopping => "instance_stopping",
+    };
+    Some(Effect::StopCall {
+        run,
+        attempt,
+        service: service.clone(),
+        generation: *generation,
+        reason,
+        deadline,
+    })
+}
+
+/// The next try of a run's callback, if one is owed.
+fn callback(state: &State, run: RunId) -> Option<Effect> {
+    let callback = state.callbacks.get(&run)?;
+    Some(Effect::SendCallback {
+        plane: callback.plane,
+        run,
+        number: callback.number + 1,
+        url: callback.url.clone(),
+        not_before: callback.next_at,
+    })
+}
+
+/// What a new gateway process must take up again: find the instances, stop orphans, go on with callbacks.
+/// Interrupted calls are not among them: `GatewayStarted` has put their runs back into the queue.
+pub fn at_start(state: &State) -> Vec<Effect> {
+    let mut effects = Vec::new();
+    let mut live = Vec::new();
+    for (name, service) in &state.services {
+        if let Some(instance) = &service.instance {
+            effects.push(find_instance(service, instance));
+            live.push((name.clone(), instance.generation));
+        }
+    }
+    effects.push(Effect::SweepOrphans { live });
+    effects.extend(
+        state
+            .callbacks
+            .keys()
+            .filter_map(|run| callback(state, *run)),
+    );
+    effects
+}
+
+fn find_instance(service: &Service, instance: &Instance) -> Effect {
+    let stop_at = match &instance.phase {
+        InstancePhase::Exited { .. } => {
+            return Effect::WatchRelease {
+                service: service.spec.name.clone(),
+                generation: instance.generation,
+                grants: instance.grants.clone(),
+            };
+        }
+        InstancePhase::Stopping { kill_at, .. } => Some(*kill_at),
+        _ => None,
+    };
+    Effect::FindInstance {
+        spec: service.spec.clone(),
+        generation: instance.generation,
+        grants: instance.grants.clone(),
+        process: instance.process.clone(),
+        stop_at,
+    }
+}

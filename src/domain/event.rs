@@ -1,0 +1,550 @@
+//! Events: what happened, in the past tense. They are the only thing that changes state.
+//!
+//! Clients' bytes (payloads, results, progress, checkpoints) are not in here: each record of the ledger
+//! has one payload beside its event, so that purging removes the bytes and leaves the history whole.
+//! The order of variants and of fields is the format: add at the end only, and a reader of format 1
+//! reads all of it. `tests/it/golden` holds the bytes of each variant.
+
+use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
+
+use super::identity::{
+    NewToken, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
+};
+use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
+use super::time::Timestamp;
+
+/// Something that happened. In JSON: `{"job_queued": {…}}`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Event {
+    // --- gateway -------------------------------------------------------------------------------
+    /// A gateway process took over the ledger; `epoch` counts them from 1.
+    GatewayStarted {
+        epoch: u64,
+        version: SmolStr,
+    },
+    /// A gateway process left in good order.
+    GatewayStopped {
+        epoch: u64,
+    },
+    PlaneOpened {
+        plane: PlaneId,
+        tenant: SmolStr,
+        runtime: SmolStr,
+    },
+
+    // --- inbox ---------------------------------------------------------------------------------
+    /// A command has its place in the inbox. `run` is as the client wrote it when it is no run id.
+    /// Payload: the command's own `payload`.
+    CommandAccepted {
+        command: CommandId,
+        run: Option<RunId>,
+        run_text: SmolStr,
+        kind: CommandKind,
+        client_id: Option<SmolStr>,
+    },
+    CommandApplied {
+        command: CommandId,
+        run: Option<RunId>,
+        kind: CommandKind,
+    },
+    /// A command that could not be applied; `code` and `reason` as the client sees them.
+    CommandRejected {
+        command: CommandId,
+        run: Option<RunId>,
+        kind: CommandKind,
+        code: SmolStr,
+        reason: String,
+    },
+
+    // --- jobs ----------------------------------------------------------------------------------
+    /// A job run was submitted. Payload: the job's payload as JSON.
+    JobQueued {
+        run: RunId,
+        spec: JobSpec,
+        session: Option<SmolStr>,
+        labels: Vec<(SmolStr, SmolStr)>,
+    },
+    /// An attempt was decided: the call is about to be made. Offers `checkpoint`, the seq of the last
+    /// `CheckpointSaved`.
+    JobDispatched {
+        run: RunId,
+        attempt: Attempt,
+        service: ServiceName,
+        generation: Generation,
+        checkpoint: Option<Seq>,
+    },
+    /// Payload: the progress object.
+    JobProgressed {
+        run: RunId,
+        attempt: Attempt,
+    },
+    /// Payload: the checkpoint's bytes.
+    CheckpointSaved {
+        run: RunId,
+        attempt: Attempt,
+        content_type: SmolStr,
+        size_bytes: u64,
+    },
+    /// A running attempt is being stopped; it ends by `deadline` at the latest.
+    JobStopRequested {
+        run: RunId,
+        attempt: Attempt,
+        cause: JobStopCause,
+        deadline: Timestamp,
+    },
+    /// The attempt's call has ended; `confirmed` tells whether the service said so.
+    JobStopped {
+        run: RunId,
+        attempt: Attempt,
+        confirmed: bool,
+    },
+    /// Held by a person until resumed.
+    JobPaused {
+        run: RunId,
+        reason: Option<String>,
+    },
+    /// A held run went back to the queue.
+    JobResumed {
+        run: RunId,
+    },
+    /// Stopped in favour of `by`, or of whoever an operator chose; waits until that run ends.
+    /// Payload: the last progress object, when there was one.
+    JobPreempted {
+        run: RunId,
+        by: RunId,
+        service: ServiceName,
+    },
+    /// Back in the queue, at its old age.
+    JobRequeued {
+        run: RunId,
+        cause: RequeueCause,
+    },
+    JobPriorityChanged {
+        run: RunId,
+        priority: Priority,
+    },
+    /// An attempt failed. With `retry_at` it waits until then and is tried again; without, `JobFailed` follows.
+    JobAttemptFailed {
+        run: RunId,
+        attempt: Attempt,
+        code: SmolStr,
+        error: String,
+        retry_at: Option<Timestamp>,
+    },
+    /// Payload: the result as JSON.
+    JobCompleted {
+        run: RunId,
+        attempt: Attempt,
+    },
+    JobFailed {
+        run: RunId,
+        code: SmolStr,
+        error: String,
+    },
+    JobCancelled {
+        run: RunId,
+        reason: String,
+    },
+    /// An ended run was put back by `retry`: all that State needs of it again.
+    JobRevived {
+        run: RunId,
+        spec: JobSpec,
+        session: Option<SmolStr>,
+        /// Where the payload lies.
+        payload: Seq,
+        /// Its last attempt's number.
+        attempt: Attempt,
+        checkpoint: Option<Seq>,
+        preempt_count: u32,
+        queued_at: Timestamp,
+    },
+    /// The outcome of an attempt that is over already: kept for the record, changes nothing.
+    JobOutcomeStale {
+        run: RunId,
+        attempt: Attempt,
+        outcome: SmolStr,
+    },
+
+    // --- callbacks -----------------------------------------------------------------------------
+    /// One try to deliver the outcome. `status` is the answer's, `error` says why there was none;
+    /// `next_at` is the next try, `None` when delivered or given up.
+    CallbackAttempted {
+        run: RunId,
+        number: u32,
+        status: Option<u16>,
+        error: Option<String>,
+        delivered: bool,
+        next_at: Option<Timestamp>,
+    },
+
+    // --- services ------------------------------------------------------------------------------
+    ServiceRegistered {
+        spec: Box<ServiceSpec>,
+    },
+    ServiceUpdated {
+        spec: Box<ServiceSpec>,
+    },
+    ServiceEnabled {
+        service: ServiceName,
+    },
+    ServiceDisabled {
+        service: ServiceName,
+    },
+    ServiceRemoved {
+        service: ServiceName,
+    },
+    /// Too many deaths in a row: not started again until someone starts or updates it.
+    ServiceCrashLooped {
+        service: ServiceName,
+        deaths: u32,
+        last_error: String,
+    },
+
+    // --- instances -----------------------------------------------------------------------------
+    /// A start was decided and its memory reserved.
+    InstanceStartRequested {
+        service: ServiceName,
+        generation: Generation,
+        grants: Vec<Grant>,
+        cause: StartCause,
+        /// When it must be healthy.
+        deadline: Timestamp,
+    },
+    /// The process exists. `start_ticks` (of `/proc/<pid>/stat`) and `boot_id` tell it from a later
+    /// process with the same pid.
+    InstanceSpawned {
+        service: ServiceName,
+        generation: Generation,
+        pid: u32,
+        start_ticks: u64,
+        boot_id: SmolStr,
+        port: u16,
+    },
+    /// First good health answer. `startup_ms` since the start was requested.
+    InstanceReady {
+        service: ServiceName,
+        generation: Generation,
+        startup_ms: u64,
+    },
+    /// A restarted gateway found the process alive and took it over.
+    InstanceAdopted {
+        service: ServiceName,
+        generation: Generation,
+        pid: u32,
+    },
+    /// Several probes in a row failed: it gets no new work and is drained.
+    InstanceUnhealthy {
+        service: ServiceName,
+        generation: Generation,
+        error: String,
+    },
+    /// It gets no new work and is stopped when its jobs are over; at `deadline` those are stopped too.
+    InstanceDraining {
+        service: ServiceName,
+        generation: Generation,
+        cause: StopCause,
+        deadline: Option<Timestamp>,
+    },
+    /// A stop was decided: TERM now, KILL at `kill_at`.
+    InstanceStopRequested {
+        service: ServiceName,
+        generation: Generation,
+        cause: StopCause,
+        kill_at: Timestamp,
+    },
+    /// A signal was sent to its process group.
+    InstanceSignalled {
+        service: ServiceName,
+        generation: Generation,
+        signal: SmolStr,
+    },
+    /// The process is gone. Unless `expected` it counts as a death, and `retry_at` is the earliest restart.
+    InstanceExited {
+        service: ServiceName,
+        generation: Generation,
+        exit: Exit,
+        expected: bool,
+        retry_at: Option<Timestamp>,
+        /// Deaths in a row, this one included; 0 when it was expected.
+        deaths: u32,
+    },
+    /// Its memory is seen to be free: the reservation ends.
+    InstanceReleased {
+        service: ServiceName,
+        generation: Generation,
+    },
+
+    // --- GPUs ----------------------------------------------------------------------------------
+    /// Room was promised to `service` for `run`: `victims` end first, nobody else gets it.
+    RoomHeld {
+        service: ServiceName,
+        run: RunId,
+        grants: Vec<Grant>,
+        victims: Vec<ServiceName>,
+    },
+    /// The promise ended: used, or not needed any more.
+    RoomReleased {
+        service: ServiceName,
+    },
+    /// The machine's GPUs, all of them.
+    GpusListed {
+        gpus: Vec<GpuFacts>,
+    },
+    /// Memory that no instance of ours accounts for, in MiB.
+    GpuForeignMemoryChanged {
+        gpu: GpuUuid,
+        mib: u64,
+    },
+    /// An instance was seen to use more than its service declared.
+    ServicePeakLearned {
+        service: ServiceName,
+        mib: u64,
+    },
+
+    // --- data ----------------------------------------------------------------------------------
+    /// The payloads of an ended run's records were removed; the chain stays whole.
+    RunPurged {
+        run: RunId,
+        records: u64,
+    },
+
+    // --- people --------------------------------------------------------------------------------
+    /// Works in `plane`, its runtime's.
+    UserCreated {
+        key: UserKey,
+        profile: Profile,
+        plane: PlaneId,
+    },
+    /// The whole new profile.
+    UserUpdated {
+        key: UserKey,
+        profile: Profile,
+        plane: PlaneId,
+    },
+    UserDeleted {
+        key: UserKey,
+    },
+    /// Holds a hash of the token, never the token.
+    TokenIssued {
+        owner: UserKey,
+        token: NewToken,
+    },
+    TokenRevoked {
+        key: TokenKey,
+        cause: RevokeCause,
+    },
+    /// An imported token was used: its slow hash gave way to a keyed one.
+    TokenUpgraded {
+        key: TokenKey,
+        digest: [u8; 32],
+    },
+    /// Nobody may have it until it is transferred or purged.
+    RuntimeReserved {
+        key: RuntimeKey,
+        owner: SmolStr,
+        reason: ReserveReason,
+    },
+    /// A reserved runtime got a user again.
+    RuntimeAssigned {
+        key: RuntimeKey,
+        user: SmolStr,
+    },
+    /// Its payloads are being removed.
+    RuntimePurging {
+        key: RuntimeKey,
+    },
+    /// Forgotten: the next runtime of this name gets a new plane.
+    RuntimeReleased {
+        key: RuntimeKey,
+    },
+    /// The payloads of a plane's records that belong to no run were removed, those of its commands.
+    PlanePurged {
+        plane: PlaneId,
+    },
+}
+
+/// What a command asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum CommandKind {
+    Pause,
+    Resume,
+    Cancel,
+    Preempt,
+    SetPriority,
+    Retry,
+}
+
+/// Why a running attempt is stopped.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum JobStopCause {
+    Pause {
+        reason: Option<String>,
+    },
+    Cancel {
+        reason: String,
+    },
+    /// `by` gets the slot or the memory.
+    Preempt {
+        by: RunId,
+    },
+    /// An operator asked for room without naming a run: back to the queue at once.
+    Yield,
+    /// Its instance is going away for reasons of its own.
+    InstanceStopping,
+}
+
+/// Why a run is in the queue again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RequeueCause {
+    BackoffOver,
+    PreemptorEnded,
+    /// `POST /preempt/release/{service}`.
+    Released,
+    /// Its instance stopped under it by our own decision.
+    InstanceStopped,
+    /// A `preempt` command without a preemptor.
+    Yielded,
+}
+
+/// Who wanted an instance.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StartCause {
+    /// Jobs wait for it; it stops again when idle.
+    Scheduler,
+    /// A person; it stays until stopped, or until its memory is needed.
+    Manual,
+    /// It died and is started again.
+    Restart,
+}
+
+/// Why an instance ends.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopCause {
+    Manual,
+    /// Stopped to be started again.
+    Restart,
+    Idle,
+    /// Its memory is wanted by that service.
+    Room {
+        service: ServiceName,
+    },
+    Unhealthy,
+    StartupTimeout,
+    Disabled,
+    Removed,
+}
+
+/// How a process ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Exit {
+    Code(i32),
+    Signal(i32),
+    /// It was not our child, or the machine restarted.
+    Unknown,
+    /// It never came to be; the text says why.
+    NotStarted(String),
+}
+
+impl Event {
+    /// The run whose ledger shows this event, if it belongs to one.
+    pub fn run(&self) -> Option<RunId> {
+        match self {
+            Event::CommandAccepted { run, .. }
+            | Event::CommandApplied { run, .. }
+            | Event::CommandRejected { run, .. } => *run,
+            Event::JobQueued { run, .. }
+            | Event::JobDispatched { run, .. }
+            | Event::JobProgressed { run, .. }
+            | Event::CheckpointSaved { run, .. }
+            | Event::JobStopRequested { run, .. }
+            | Event::JobStopped { run, .. }
+            | Event::JobPaused { run, .. }
+            | Event::JobResumed { run }
+            | Event::JobPreempted { run, .. }
+            | Event::JobRequeued { run, .. }
+            | Event::JobPriorityChanged { run, .. }
+            | Event::JobAttemptFailed { run, .. }
+            | Event::JobCompleted { run, .. }
+            | Event::JobFailed { run, .. }
+            | Event::JobCancelled { run, .. }
+            | Event::JobRevived { run, .. }
+            | Event::JobOutcomeStale { run, .. }
+            | Event::CallbackAttempted { run, .. }
+            | Event::RunPurged { run, .. } => Some(*run),
+            _ => None,
+        }
+    }
+
+    /// The service whose instance this event is about, if any.
+    pub fn instance(&self) -> Option<(&ServiceName, Generation)> {
+        match self {
+            Event::InstanceStartRequested {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceSpawned {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceReady {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceAdopted {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceUnhealthy {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceDraining {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceStopRequested {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceSignalled {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceExited {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceReleased {
+                service,
+                generation,
+            } => Some((service, *generation)),
+            _ => None,
+        }
+    }
+
+    /// Whether it ends its run.
+    pub fn ends_run(&self) -> bool {
+        matches!(
+            self,
+            Event::JobCompleted { .. } | Event::JobFailed { .. } | Event::JobCancelled { .. }
+        )
+    }
+}

@@ -1,0 +1,431 @@
+//! The scheduler: what follows from State as it is. `step` gives the next decision as events, or `None`
+//! when there is nothing to do until something changes. It changes nothing but its own parking marks.
+
+pub mod placement;
+pub mod queue;
+pub mod room;
+pub mod status;
+pub mod upkeep;
+pub mod why;
+
+use self::queue::OrderKey;
+use self::room::{Leave, Request, Spared, may_preempt};
+use super::event::{Event, JobStopCause, StartCause, StopCause};
+use super::ids::{Generation, RunId, ServiceName};
+use super::settings::Settings;
+use super::spec::{Grant, Target};
+use super::state::State;
+use super::state::job::{Job, Phase};
+use super::state::service::{InstancePhase, Service};
+use super::state::timers::TimerKey;
+use super::time::Timestamp;
+
+/// The next decision. Call it after each batch of events, apply what it gives, and call it again until
+/// it gives `None`.
+pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Vec<Event>> {
+    loop {
+        if let Some(events) = upkeep::step(state, settings, now) {
+            return Some(events);
+        }
+        let Some(target) = state.queue.next_open() else {
+            return upkeep::free_stranded(state, now);
+        };
+        match try_shape(state, settings, now, &target) {
+            Outcome::Act(events) => return Some(events),
+            Outcome::Park {
+                tried,
+                wake_at,
+                enough_for,
+            } => {
+                state.queue.park(&target, tried, enough_for);
+                state.timers.set(TimerKey::Shape(target), wake_at);
+            }
+        }
+    }
+}
+
+/// What trying a shape came to.
+enum Outcome {
+    Act(Vec<Event>),
+    /// Nothing helps until something changes, or until that time.
+    Park {
+        /// The job that was tried; `None` when all have places promised.
+        tried: Option<OrderKey>,
+        wake_at: Option<Timestamp>,
+        /// So many jobs have places on their way.
+        enough_for: Option<usize>,
+    },
+}
+
+/// Tries the first job of a shape. Those to which a place was promised wait for it, so behind them the next
+/// one is tried.
+fn try_shape(state: &State, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
+    let all = candidates(state, target);
+    let waiting = state.queue.shape(target).map(|shape| &shape.waiting);
+    for (key, run) in waiting.into_iter().flat_map(|waiting| waiting.iter()) {
+        let Some(job) = state.jobs.get(&run) else {
+            continue;
+        };
+        if let Some(service) = free_place(&all, state, run) {
+            return Outcome::Act(vec![dispatch(run, job, service)]);
+        }
+        if !state.promises.contains_key(&run) {
+            return try_harder(state, settings, now, (key, run), job, &all);
+        }
+    }
+    Outcome::Park {
+        tried: None,
+        wake_at: None,
+        enough_for: None,
+    }
+}
+
+/// The ways to get a job going that finds no free place, the least harmful first: a place on its way, a new
+/// instance, one in the room of an idle one, another job's place, another instance's room.
+fn try_harder(
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    key: OrderKey,
+    job: &Job,
+    all: &[&Service],
+) -> Outcome {
+    let (_, run) = key;
+    let enough_for = places_coming(state, &job.spec.target, all);
+    if enough_for.is_some() {
+        return Outcome::Park {
+            tried: Some(key),
+            wake_at: None,
+            enough_for,
+        };
+    }
+    let startable: Vec<&Service> = all
+        .iter()
+        .copied()
+        .filter(|s| may_start(s, now) && !state.holds.contains_key(&s.spec.name))
+        .collect();
+    if let Some((service, grants)) = best_start(state, &startable) {
+        let cause = StartCause::Scheduler;
+        return Outcome::Act(vec![start(service, grants, cause, now)]);
+    }
+    let make_room = |worst| {
+        startable.iter().find_map(|service| {
+            let request = Request {
+                state,
+                settings,
+                now,
+                run,
+                job,
+                service,
+                worst,
+            };
+            let plan = request.plan()?;
+            Some(make_room(&request, plan))
+        })
+    };
+    let events = make_room(Leave::Idle)
+        .or_else(|| preempt_place(all, state, settings, now, run, job))
+        .or_else(|| hasten(all, state, settings, now, run, job))
+        .or_else(|| make_room(Leave::Preempt))
+        .or_else(|| make_room(Leave::Drain));
+    events.map_or_else(
+        || Outcome::Park {
+            tried: Some(key),
+            wake_at: wake_at(state, settings, now, job, all, !startable.is_empty()),
+            enough_for: None,
+        },
+        Outcome::Act,
+    )
+}
+
+/// Services that may run jobs of this shape, in the order of their names.
+pub fn candidates<'a>(state: &'a State, target: &Target) -> Vec<&'a Service> {
+    let usable = |service: &&Service| service.enabled && service.serves(target);
+    match target {
+        Target::Service(name) => state
+            .services
+            .get(name)
+            .into_iter()
+            .filter(usable)
+            .collect(),
+        Target::Type(_) => state.services.values().filter(usable).collect(),
+    }
+}
+
+/// The ready service with a place for `run`: the one promised to it, else the least busy.
+fn free_place<'a>(all: &[&'a Service], state: &State, run: RunId) -> Option<&'a Service> {
+    let promised = state.promises.get(&run);
+    all.iter()
+        .copied()
+        .filter(|service| state.free_places(service, run) > 0)
+        .min_by_key(|service| {
+            let busy = service.ready().map_or(0, |instance| instance.active.len());
+            (Some(&service.spec.name) != promised, busy)
+        })
+}
+
+fn dispatch(run: RunId, job: &Job, service: &Service) -> Event {
+    Event::JobDispatched {
+        run,
+        attempt: job.attempt + 1,
+        service: service.spec.name.clone(),
+        generation: service
+            .instance
+            .as_ref()
+            .map_or(Generation(0), |i| i.generation),
+        checkpoint: job.checkpoint,
+    }
+}
+
+/// How many jobs of this shape have places on their way: on instances that come up, in room being made, or
+/// promised. `None` when more jobs wait than that.
+fn places_coming(state: &State, target: &Target, all: &[&Service]) -> Option<usize> {
+    let waiting = state.queue.shape(target)?.waiting.len();
+    let coming: usize = all
+        .iter()
+        .filter(|service| {
+            state.holds.contains_key(&service.spec.name)
+                || service.instance.as_ref().is_some_and(|i| i.is_coming())
+        })
+        .fold(0, |sum, service| sum.saturating_add(service.places()));
+    if coming == 0 {
+        return None;
+    }
+    let same_shape = |run: &&RunId| {
+        state
+            .jobs
+            .get(run)
+            .is_some_and(|job| job.spec.target == *target)
+    };
+    let promised = state.promises.keys().filter(same_shape).count();
+    let enough_for = coming.saturating_add(promised);
+    (waiting <= enough_for).then_some(enough_for)
+}
+
+/// Whether the scheduler may bring this service up.
+fn may_start(service: &Service, now: Timestamp) -> bool {
+    service.enabled
+        && service.instance.is_none()
+        && service.crash_looped.is_none()
+        && !matches!(service.spec.worker, crate::domain::spec::Worker::Container)
+        && service.retry_at.is_none_or(|at| at <= now)
+}
+
+/// The service that fits now with the smallest need.
+fn best_start<'a>(state: &State, startable: &[&'a Service]) -> Option<(&'a Service, Vec<Grant>)> {
+    startable
+        .iter()
+        .filter_map(|service| Some((*service, placement::fit(state, service)?)))
+        .min_by_key(|(_, grants)| grants.iter().map(|grant| grant.mib).sum::<u64>())
+}
+
+/// The decision to start, its generation one more than the last.
+pub fn start(service: &Service, grants: Vec<Grant>, cause: StartCause, now: Timestamp) -> Event {
+    Event::InstanceStartRequested {
+        service: service.spec.name.clone(),
+        generation: Generation(service.generation.0 + 1),
+        grants,
+        cause,
+        deadline: now + service.spec.startup_timeout_ms,
+    }
+}
+
+/// The decision to stop a running attempt.
+pub fn stop_job(
+    run: RunId,
+    job: &Job,
+    grace_ms: u64,
+    cause: JobStopCause,
+    now: Timestamp,
+) -> Event {
+    Event::JobStopRequested {
+        run,
+        attempt: job.attempt,
+        cause,
+        deadline: now + grace_ms,
+    }
+}
+
+/// Commits a way to make room: no new work for the victims, the hold, and the end of what they do.
+fn make_room(request: &Request, plan: room::Plan) -> Vec<Event> {
+    let wanted = &request.service.spec.name;
+    let names: Vec<ServiceName> = plan.victims.iter().map(|(name, _)| name.clone()).collect();
+    let mut events = Vec::new();
+    let mut stops = Vec::new();
+    for (name, leave) in &plan.victims {
+        let Some(victim) = request.state.services.get(name) else {
+            continue;
+        };
+        let Some(instance) = victim
+            .instance
+            .as_ref()
+            .filter(|_| *leave != Leave::Leaving)
+        else {
+            continue;
+        };
+        let cause = StopCause::Room {
+            service: wanted.clone(),
+        };
+        events.push(upkeep::drain(victim, instance, cause, None));
+        if *leave == Leave::Preempt {
+            stops.extend(preempt_all(request.state, victim, request.run, request.now));
+        }
+    }
+    events.push(Event::RoomHeld {
+        service: wanted.clone(),
+        run: request.run,
+        grants: plan.grants,
+        victims: names,
+    });
+    events.extend(stops);
+    events
+}
+
+/// Preempts every job that still runs on an instance.
+fn preempt_all(state: &State, victim: &Service, by: RunId, now: Timestamp) -> Vec<Event> {
+    running_on(state, victim)
+        .map(|(run, job)| {
+            let cause = JobStopCause::Preempt { by };
+            stop_job(run, job, victim.spec.grace_ms, cause, now)
+        })
+        .collect()
+}
+
+fn running_on<'a>(
+    state: &'a State,
+    service: &'a Service,
+) -> impl Iterator<Item = (RunId, &'a Job)> {
+    let active = service.instance.iter().flat_map(|i| &i.active);
+    active
+        .filter_map(|run| Some((*run, &**state.jobs.get(run)?)))
+        .filter(|(_, job)| matches!(job.phase, Phase::Running { .. }))
+}
+
+/// Room is being made for this shape, but what runs there may take long: a job that is urgent enough preempts
+/// it, if that clears the room.
+fn hasten(
+    all: &[&Service],
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    run: RunId,
+    job: &Job,
+) -> Option<Vec<Event>> {
+    all.iter().find_map(|service| {
+        let hold = state.holds.get(&service.spec.name)?;
+        let victims: Vec<&Service> = hold
+            .victims
+            .iter()
+            .filter_map(|name| state.services.get(name))
+            .collect();
+        let may = |victim: &&Service| {
+            running_on(state, victim)
+                .all(|(_, other)| may_preempt(settings, job, other, victim, now).is_ok())
+        };
+        if !victims.iter().all(may) {
+            return None;
+        }
+        let events: Vec<Event> = victims
+            .iter()
+            .flat_map(|victim| preempt_all(state, victim, run, now))
+            .collect();
+        (!events.is_empty()).then_some(events)
+    })
+}
+
+/// Preempts one job to take its place on an instance that is up.
+fn preempt_place(
+    all: &[&Service],
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    run: RunId,
+    job: &Job,
+) -> Option<Vec<Event>> {
+    let (service, victim) = best_victim(
+        all,
+        state,
+        |service, victim| {
+            may_preempt(settings, job, victim, service, now)
+                .is_ok()
+                .then_some(())
+        },
+        now,
+    )?;
+    let victim_job = state.jobs.get(&victim)?;
+    let cause = JobStopCause::Preempt { by: run };
+    Some(vec![stop_job(
+        victim,
+        victim_job,
+        service.spec.grace_ms,
+        cause,
+        now,
+    )])
+}
+
+/// The cheapest victim among the jobs running on ready instances: the least urgent, then the least
+/// unsaved work, then the youngest.
+pub fn best_victim<'a>(
+    all: &[&'a Service],
+    state: &State,
+    allowed: impl Fn(&Service, &Job) -> Option<()>,
+    now: Timestamp,
+) -> Option<(&'a Service, RunId)> {
+    all.iter()
+        .filter_map(|service| Some((*service, service.ready()?)))
+        .flat_map(|(service, instance)| instance.active.iter().map(move |run| (service, *run)))
+        .filter_map(|(service, run)| {
+            let job = state.jobs.get(&run)?;
+            allowed(service, job)?;
+            let key = (
+                std::cmp::Reverse(job.spec.priority),
+                job.unsaved_ms(now),
+                std::cmp::Reverse(job.since),
+                run,
+            );
+            Some((key, service, run))
+        })
+        .min_by(|a, b| a.0.cmp(&b.0))
+        .map(|(_, service, run)| (service, run))
+}
+
+/// When time alone improves a blocked job's chances.
+fn wake_at(
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    job: &Job,
+    all: &[&Service],
+    wants_room: bool,
+) -> Option<Timestamp> {
+    // Whose jobs may become victims: those on its own services, and any while it wants room or room is made for it.
+    let wants_room = wants_room
+        || all
+            .iter()
+            .any(|service| state.holds.contains_key(&service.spec.name));
+    let swap_at = Some(job.since + settings.swap_max_wait_ms).filter(|at| wants_room && *at > now);
+    let retries = all
+        .iter()
+        .filter_map(|service| service.retry_at)
+        .filter(|at| *at > now);
+    let own = all.iter().copied().filter(|_| !wants_room);
+    let others = state.services.values().filter(|_| wants_room);
+    let minimums = own
+        .chain(others)
+        .filter_map(|service| Some((service, service.instance.as_ref()?)))
+        .filter(|(_, instance)| {
+            matches!(
+                instance.phase,
+                InstancePhase::Ready | InstancePhase::Draining { .. }
+            )
+        })
+        .flat_map(|(service, instance)| instance.active.iter().map(move |run| (service, run)))
+        .filter_map(|(service, run)| {
+            let victim = state.jobs.get(run)?;
+            match may_preempt(settings, job, victim, service, now) {
+                Err(Spared::Until(at)) => Some(at),
+                _ => None,
+            }
+        });
+    swap_at.into_iter().chain(retries).chain(minimums).min()
+}

@@ -1,0 +1,294 @@
+//! What follows from changes already made: victims whose preemptor is done go back to the queue, drained
+//! instances stop, room that has become free is used, services that people want up are started again.
+
+use std::collections::BTreeSet;
+
+use super::{placement, start, stop_job};
+use crate::domain::event::{Event, JobStopCause, RequeueCause, StartCause, StopCause};
+use crate::domain::ids::{RunId, ServiceName};
+use crate::domain::settings::Settings;
+use crate::domain::spec::Worker;
+use crate::domain::spec::{Grant, Target};
+use crate::domain::state::State;
+use crate::domain::state::gpu::{Hold, signed};
+use crate::domain::state::job::{Job, Phase};
+use crate::domain::state::service::{Instance, InstancePhase, Service};
+use crate::domain::state::timers::TimerKey;
+use crate::domain::time::Timestamp;
+
+/// The next consequence, `None` when there is none left.
+pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Vec<Event>> {
+    while let Some(run) = state.idle_preemptors.pop_first() {
+        if state.is_active(run) {
+            continue;
+        }
+        if let Some(victims) = state.preempted_by.get(&run) {
+            return Some(requeue(victims));
+        }
+    }
+    while let Some(name) = state.touched.pop_first() {
+        if let Some(events) = service_upkeep(state, settings, now, &name) {
+            // Look again: one thing done may call for the next.
+            state.touched.insert(name);
+            return Some(events);
+        }
+        let at = state
+            .services
+            .get(&name)
+            .and_then(|service| next_deadline(settings, service))
+            .filter(|at| *at > now);
+        state.timers.set(TimerKey::Service(name), at);
+    }
+    holds_upkeep(state, now)
+}
+
+/// When time alone changes something for a service: the end of its start, of its drain, of the wait before a
+/// restart, or of its idling.
+fn next_deadline(settings: &Settings, service: &Service) -> Option<Timestamp> {
+    let Some(instance) = &service.instance else {
+        return service.retry_at;
+    };
+    match &instance.phase {
+        InstancePhase::Starting { deadline } => Some(*deadline),
+        InstancePhase::Draining { deadline, .. } => *deadline,
+        InstancePhase::Ready => idle_end(settings, service, instance),
+        _ => None,
+    }
+}
+
+/// When an instance without work is stopped, if nobody asked for it by hand and it holds a GPU.
+fn idle_end(settings: &Settings, service: &Service, instance: &Instance) -> Option<Timestamp> {
+    let idle = instance.active.is_empty() && instance.promised.is_empty();
+    let limit_ms = service.idle_limit_ms(settings.idle_timeout_ms)?;
+    (idle && !service.wanted).then_some(instance.idle_since + limit_ms)
+}
+
+/// Preemptors that wait without a prospect (their room or place came to nothing) keep their victims waiting
+/// for nothing: the victims go back to the queue. Looked at when nothing else is left to decide.
+pub fn free_stranded(state: &State, now: Timestamp) -> Option<Vec<Event>> {
+    let stranded = state.preempted_by.iter().find(|(by, _)| {
+        state.jobs.get(by).is_some_and(|job| {
+            let waits = matches!(job.phase, Phase::Queued);
+            waits && !has_prospect(state, now, **by, job)
+        })
+    });
+    stranded.map(|(_, victims)| requeue(victims))
+}
+
+/// A place promised, or a service that is up, on its way, or about to be tried again.
+fn has_prospect(state: &State, now: Timestamp, run: RunId, job: &Job) -> bool {
+    let may_come = |service: &&Service| {
+        let again = service.retry_at.is_some_and(|at| at > now) && service.crash_looped.is_none();
+        service.instance.is_some() || again || state.holds.contains_key(&service.spec.name)
+    };
+    state.promises.contains_key(&run)
+        || super::candidates(state, &job.spec.target)
+            .iter()
+            .any(may_come)
+}
+
+fn requeue(victims: &BTreeSet<RunId>) -> Vec<Event> {
+    let requeue = |run: &RunId| Event::JobRequeued {
+        run: *run,
+        cause: RequeueCause::PreemptorEnded,
+    };
+    victims.iter().map(requeue).collect()
+}
+
+fn service_upkeep(
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    name: &ServiceName,
+) -> Option<Vec<Event>> {
+    let service = state.services.get(name)?;
+    match &service.instance {
+        None => absent_upkeep(state, settings, now, service),
+        Some(instance) => instance_upkeep(state, settings, now, service, instance),
+    }
+}
+
+/// A service without an instance: given up after too many deaths, or started again when wanted.
+fn absent_upkeep(
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    service: &Service,
+) -> Option<Vec<Event>> {
+    // What runs elsewhere is only asked, which costs little: it is asked again for as long as it is wanted.
+    let ours = !matches!(service.spec.worker, Worker::External { .. });
+    if ours && service.deaths >= settings.crash_loop_deaths && service.crash_looped.is_none() {
+        return Some(vec![Event::ServiceCrashLooped {
+            service: service.spec.name.clone(),
+            deaths: service.deaths,
+            last_error: format!("it died {} times in a row", service.deaths),
+        }]);
+    }
+    if service.wanted
+        && super::may_start(service, now)
+        && !state.holds.contains_key(&service.spec.name)
+    {
+        let grants = placement::fit(state, service)?;
+        return Some(vec![start(service, grants, StartCause::Restart, now)]);
+    }
+    None
+}
+
+fn instance_upkeep(
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    service: &Service,
+    instance: &Instance,
+) -> Option<Vec<Event>> {
+    match &instance.phase {
+        InstancePhase::Starting { deadline } if *deadline <= now => {
+            let seen = Event::InstanceUnhealthy {
+                service: service.spec.name.clone(),
+                generation: instance.generation,
+                error: "it was not healthy within its start-up time".to_owned(),
+            };
+            let stop = stop(service, instance, StopCause::StartupTimeout, now);
+            Some(vec![seen, stop])
+        }
+        InstancePhase::Ready if !service.enabled => Some(vec![drain(
+            service,
+            instance,
+            StopCause::Disabled,
+            Some(now + settings.drain_ms),
+        )]),
+        InstancePhase::Ready
+            if idle_end(settings, service, instance).is_some_and(|at| at <= now) =>
+        {
+            // Jobs that wait, or are on hold, may need it yet; it is looked at again when they are gone.
+            let shape = |target: &Target| state.queue.shape(target).is_some();
+            let needed = service.targets().iter().any(shape);
+            (!needed).then(|| vec![stop(service, instance, StopCause::Idle, now)])
+        }
+        InstancePhase::Draining { cause, .. } if instance.active.is_empty() => {
+            Some(vec![stop(service, instance, cause.clone(), now)])
+        }
+        InstancePhase::Draining {
+            deadline: Some(deadline),
+            ..
+        } if *deadline <= now => {
+            let events = stop_active(state, service, instance, now);
+            (!events.is_empty()).then_some(events)
+        }
+        _ => None,
+    }
+}
+
+/// No new work from now on.
+pub fn drain(
+    service: &Service,
+    instance: &Instance,
+    cause: StopCause,
+    deadline: Option<Timestamp>,
+) -> Event {
+    Event::InstanceDraining {
+        service: service.spec.name.clone(),
+        generation: instance.generation,
+        cause,
+        deadline,
+    }
+}
+
+/// TERM now, KILL after the service's grace.
+pub fn stop(service: &Service, instance: &Instance, cause: StopCause, now: Timestamp) -> Event {
+    Event::InstanceStopRequested {
+        service: service.spec.name.clone(),
+        generation: instance.generation,
+        cause,
+        kill_at: now + service.spec.grace_ms,
+    }
+}
+
+/// Stops every job that still runs on an instance that must go.
+pub fn stop_active(
+    state: &State,
+    service: &Service,
+    instance: &Instance,
+    now: Timestamp,
+) -> Vec<Event> {
+    instance
+        .active
+        .iter()
+        .filter_map(|run| Some((run, state.jobs.get(run)?)))
+        .filter(|(_, job)| matches!(job.phase, Phase::Running { .. }))
+        .map(|(run, job)| {
+            stop_job(
+                *run,
+                job,
+                service.spec.grace_ms,
+                JobStopCause::InstanceStopping,
+                now,
+            )
+        })
+        .collect()
+}
+
+/// Holds that cannot come true any more end; holds whose room is free are used.
+fn holds_upkeep(state: &State, now: Timestamp) -> Option<Vec<Event>> {
+    for (name, hold) in &state.holds {
+        let released = Event::RoomReleased {
+            service: name.clone(),
+        };
+        let Some(service) = state
+            .services
+            .get(name)
+            .filter(|s| is_sound(state, s, hold, now))
+        else {
+            return Some(vec![released]);
+        };
+        let missing =
+            |grant: &Grant| wanted_mib(state, service, grant) - balance(state, name, grant);
+        if hold.grants.iter().all(|grant| missing(grant) <= 0) {
+            let start = start(service, hold.grants.clone(), StartCause::Scheduler, now);
+            return Some(vec![released, start]);
+        }
+        // What is missing must be coming; others may have taken memory meanwhile.
+        let coming = |grant: &Grant| signed(state.coming_mib(hold, &grant.gpu));
+        if hold
+            .grants
+            .iter()
+            .any(|grant| missing(grant) > coming(grant))
+        {
+            return Some(vec![released]);
+        }
+    }
+    None
+}
+
+/// Whether a hold is still for a run that waits, and of what its service needs now.
+fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bool {
+    let waits = state
+        .jobs
+        .get(&hold.run)
+        .is_some_and(|job| matches!(job.phase, Phase::Queued) && service.serves(&job.spec.target));
+    let need = service.need_mib();
+    let gpus = usize::try_from(service.spec.gpus).unwrap_or(usize::MAX);
+    let fits = match hold.grants.as_slice() {
+        [one] if gpus == 0 => one.mib == need,
+        all => {
+            gpus > 0 && all.len() == gpus && all.iter().all(|grant| usable(state, grant) >= need)
+        }
+    };
+    waits && fits && super::may_start(service, now)
+}
+
+fn usable(state: &State, grant: &Grant) -> u64 {
+    state.gpus.get(&grant.gpu).map_or(0, |gpu| gpu.usable_mib())
+}
+
+/// MiB that must be free on a held GPU: the amount, or all that is usable of a whole one.
+fn wanted_mib(state: &State, service: &Service, grant: &Grant) -> i64 {
+    if service.spec.gpus == 0 {
+        return signed(grant.mib);
+    }
+    signed(usable(state, grant).max(1))
+}
+
+fn balance(state: &State, name: &ServiceName, grant: &Grant) -> i64 {
+    state.balance_mib(&grant.gpu, Some(name))
+}

@@ -1,0 +1,290 @@
+//! Why a run is where it is: what blocks it, and its place in the queue. Reads the same State by the same
+//! rules as `step`, and decides nothing.
+
+use super::{candidates, placement};
+use crate::domain::event::JobStopCause;
+use crate::domain::ids::RunId;
+use crate::domain::settings::Settings;
+use crate::domain::spec::{Target, Worker};
+use crate::domain::state::State;
+use crate::domain::state::job::{Job, Phase};
+use crate::domain::state::service::{InstancePhase, Service};
+use crate::domain::time::Timestamp;
+
+/// The answer to "why does it wait?".
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Why {
+    /// `queued`, `backoff`, `paused`, `preempted`, `running` or `stopping`.
+    pub state: &'static str,
+    /// Everything that stands in its way, the nearest first; empty when nothing does.
+    pub blocking: Vec<Blocking>,
+    /// Its place among the jobs that want the same, from 1; `None` when it does not wait in the queue.
+    pub position: Option<u64>,
+    /// Since when it is in this state.
+    pub since: Timestamp,
+}
+
+/// One thing that stands in its way, and what would move it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Blocking {
+    /// A stable name: `no_service`, `vram`, `concurrency`, `paused`, …
+    pub cause: &'static str,
+    /// One sentence for people.
+    pub detail: String,
+}
+
+fn blocking(cause: &'static str, detail: String) -> Blocking {
+    Blocking { cause, detail }
+}
+
+/// Explains a live run; `None` when State does not hold it.
+pub fn why(state: &State, settings: &Settings, run: RunId, now: Timestamp) -> Option<Why> {
+    let job = state.jobs.get(&run)?;
+    let (name, blocking) = match &job.phase {
+        Phase::Queued => ("queued", queued(state, settings, run, job, now)),
+        Phase::Backoff { until } => (
+            "backoff",
+            vec![blocking(
+                "backoff",
+                format!("attempt {} failed; the next is at {until}", job.attempt),
+            )],
+        ),
+        Phase::Paused => (
+            "paused",
+            vec![blocking("paused", "held until someone resumes it".into())],
+        ),
+        Phase::Preempted { by } => (
+            "preempted",
+            vec![blocking(
+                "preempted",
+                format!(
+                    "gave way to {}; it is queued again when that one ends",
+                    named(state, job, *by)
+                ),
+            )],
+        ),
+        Phase::Running { .. } => ("running", Vec::new()),
+        Phase::Stopping {
+            cause, deadline, ..
+        } => ("stopping", vec![stopping(state, job, cause, *deadline)]),
+    };
+    Some(Why {
+        state: name,
+        blocking,
+        position: position(state, run),
+        since: job.since,
+    })
+}
+
+/// A waiting run's place in its shape, from 1.
+pub fn position(state: &State, run: RunId) -> Option<u64> {
+    let job = state
+        .jobs
+        .get(&run)
+        .filter(|job| matches!(job.phase, Phase::Queued))?;
+    let key = state.queue.key(run, job.queued_at, job.spec.priority);
+    let rank = state.queue.shape(&job.spec.target)?.waiting.rank(&key);
+    u64::try_from(rank).ok().map(|rank| rank + 1)
+}
+
+/// Another run, named only when it is one of the same plane.
+fn named(state: &State, job: &Job, other: RunId) -> String {
+    match state.job(job.plane, other) {
+        Some(_) => format!("run {other}"),
+        None => "another run".to_owned(),
+    }
+}
+
+fn stopping(state: &State, job: &Job, cause: &JobStopCause, deadline: Timestamp) -> Blocking {
+    let what = match cause {
+        JobStopCause::Pause { .. } => "being paused".to_owned(),
+        JobStopCause::Cancel { .. } => "being cancelled".to_owned(),
+        JobStopCause::Preempt { by } => format!("giving way to {}", named(state, job, *by)),
+        JobStopCause::Yield => "going back to the queue".to_owned(),
+        JobStopCause::InstanceStopping => "its instance is stopping".to_owned(),
+    };
+    blocking("stopping", format!("{what}; its call ends by {deadline}"))
+}
+
+fn queued(
+    state: &State,
+    settings: &Settings,
+    run: RunId,
+    job: &Job,
+    now: Timestamp,
+) -> Vec<Blocking> {
+    let mut found = Vec::new();
+    if let Some(ahead) = position(state, run).filter(|place| *place > 1) {
+        let ahead = ahead - 1;
+        let first = state
+            .queue
+            .shape(&job.spec.target)
+            .and_then(|s| s.waiting.first());
+        let priority = first
+            .and_then(|(_, run)| state.jobs.get(&run))
+            .map_or(job.spec.priority, |job| job.spec.priority);
+        let cause = if priority < job.spec.priority {
+            "higher_priority"
+        } else {
+            "queue"
+        };
+        found.push(blocking(
+            cause,
+            format!("{ahead} runs that want the same are served first"),
+        ));
+    }
+    let all = candidates(state, &job.spec.target);
+    if all.is_empty() {
+        found.push(no_service(state, &job.spec.target));
+    }
+    let places = all
+        .iter()
+        .any(|service| state.free_places(service, run) > 0);
+    if !places {
+        found.extend(
+            all.iter()
+                .map(|service| of_service(state, settings, job, service, now)),
+        );
+    }
+    found
+}
+
+fn no_service(state: &State, target: &Target) -> Blocking {
+    let disabled = state
+        .services
+        .values()
+        .find(|service| service.serves(target));
+    match (disabled, target) {
+        (Some(service), _) => blocking(
+            "service_disabled",
+            format!("service '{0}' is disabled; enable it", service.spec.name),
+        ),
+        (None, Target::Type(service_type)) => blocking(
+            "no_service",
+            format!("no service of type '{service_type}' is registered; register one"),
+        ),
+        (None, Target::Service(name)) => blocking(
+            "no_service",
+            format!("service '{name}' is not registered; register it"),
+        ),
+    }
+}
+
+/// What keeps one service from taking the job.
+fn of_service(
+    state: &State,
+    settings: &Settings,
+    job: &Job,
+    service: &Service,
+    now: Timestamp,
+) -> Blocking {
+    let name = &service.spec.name;
+    let Some(instance) = &service.instance else {
+        return absent(state, service, now);
+    };
+    match &instance.phase {
+        InstancePhase::Starting { deadline } => blocking(
+            "starting",
+            format!("service '{name}' is starting, until {deadline} at most"),
+        ),
+        InstancePhase::Finding => blocking(
+            "recovering",
+            format!("service '{name}' is being found again after a restart"),
+        ),
+        InstancePhase::Ready => concurrency(state, settings, job, service),
+        InstancePhase::Draining {
+            cause: crate::domain::event::StopCause::Unhealthy,
+            ..
+        } => blocking(
+            "service_unhealthy",
+            format!("service '{name}' fails its health probes and is restarted"),
+        ),
+        InstancePhase::Draining { .. }
+        | InstancePhase::Stopping { .. }
+        | InstancePhase::Exited { .. } => {
+            blocking("service_stopping", format!("service '{name}' is stopping"))
+        }
+    }
+}
+
+fn concurrency(state: &State, settings: &Settings, job: &Job, service: &Service) -> Blocking {
+    let instance = service.ready();
+    let busy = instance.map_or(0, |instance| instance.active.len());
+    let best = instance
+        .into_iter()
+        .flat_map(|instance| &instance.active)
+        .filter_map(|run| state.jobs.get(run))
+        .map(|victim| job.spec.priority.gap_to(victim.spec.priority))
+        .max()
+        .unwrap_or(0);
+    let name = &service.spec.name;
+    let limit = service.spec.concurrency;
+    let gap = settings.preempt_priority_gap;
+    let hint = if best >= gap {
+        "it will preempt one when its minimum runtime is over".to_owned()
+    } else {
+        format!("it waits for one to end, as none is {gap} priority levels less urgent")
+    };
+    blocking(
+        "concurrency",
+        format!("{busy} of {limit} places of service '{name}' are taken; {hint}"),
+    )
+}
+
+fn absent(state: &State, service: &Service, now: Timestamp) -> Blocking {
+    let name = &service.spec.name;
+    if let Some(error) = &service.crash_looped {
+        return blocking(
+            "crash_loop",
+            format!("service '{name}' was given up: {error}; mend it and start it"),
+        );
+    }
+    if matches!(service.spec.worker, Worker::Container) {
+        return blocking(
+            "no_engine",
+            format!(
+                "service '{name}' runs in a container, and this gateway has no container engine"
+            ),
+        );
+    }
+    if let Some(at) = service.retry_at.filter(|at| *at > now) {
+        return blocking(
+            "service_restarting",
+            format!("service '{name}' died and is started again at {at}"),
+        );
+    }
+    let need = service.need_mib();
+    if !placement::could_fit(state, service) {
+        let largest = state
+            .gpus
+            .values()
+            .map(|gpu| gpu.usable_mib())
+            .max()
+            .unwrap_or(0);
+        return blocking(
+            "vram_impossible",
+            format!(
+                "service '{name}' needs {need} MiB on each of {} GPUs; the largest here has {largest}",
+                service.spec.gpus.max(1)
+            ),
+        );
+    }
+    if state.holds.contains_key(name) {
+        return blocking(
+            "making_room",
+            format!("others are leaving to make room for service '{name}'"),
+        );
+    }
+    let free = state
+        .gpus
+        .keys()
+        .map(|gpu| state.available_mib(gpu))
+        .max()
+        .unwrap_or(0);
+    blocking(
+        "vram",
+        format!(
+            "service '{name}' needs {need} MiB of GPU memory and at most {free} MiB are free on one GPU"
+        ),
+    )
+}

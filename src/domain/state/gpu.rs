@@ -1,0 +1,145 @@
+//! GPUs, their reservations, and room held for a service while others leave.
+
+use serde::{Deserialize, Serialize};
+
+use super::State;
+use crate::domain::event::Event;
+use crate::domain::ids::{GpuUuid, RunId, ServiceName};
+use crate::domain::spec::{GpuFacts, Grant};
+
+/// One GPU. **Invariant**: `reserved_mib` is the sum of the grants of all instances on it, those starting
+/// and stopping included, and never more than the GPU has. A whole GPU is granted with all of its memory, so that
+/// nothing else fits there even when others' use of it ends.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Gpu {
+    pub facts: GpuFacts,
+    pub reserved_mib: u64,
+    /// Memory that no instance of ours accounts for.
+    pub foreign_mib: u64,
+    /// Seen when the GPUs were last listed.
+    pub present: bool,
+}
+
+/// Room promised to a service: when the victims are gone it starts there, and nobody else gets it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Hold {
+    /// For this waiting run; when it waits no more, the hold ends.
+    pub run: RunId,
+    pub grants: Vec<Grant>,
+    pub victims: Vec<ServiceName>,
+}
+
+impl Gpu {
+    /// What instances may use at most.
+    pub fn usable_mib(&self) -> u64 {
+        if self.present {
+            self.facts.memory_mib.saturating_sub(self.foreign_mib)
+        } else {
+            0
+        }
+    }
+}
+
+impl State {
+    /// MiB of `gpu` that a new instance may get: what is free less what is held for others and will not
+    /// come from their victims.
+    pub fn available_mib(&self, gpu: &GpuUuid) -> u64 {
+        self.available_mib_besides(gpu, None)
+    }
+
+    /// The same, one service's own hold left out.
+    pub fn available_mib_besides(&self, gpu: &GpuUuid, own: Option<&ServiceName>) -> u64 {
+        u64::try_from(self.balance_mib(gpu, own)).unwrap_or(0)
+    }
+
+    /// MiB of `gpu` that are free less what is held, one service's own hold left out. Negative when others took
+    /// memory that instances of ours were given: so much has to leave before anything is free.
+    pub fn balance_mib(&self, gpu: &GpuUuid, own: Option<&ServiceName>) -> i64 {
+        let Some(entry) = self.gpus.get(gpu) else {
+            return 0;
+        };
+        let held: u64 = self
+            .holds
+            .iter()
+            .filter(|(name, _)| Some(*name) != own)
+            .map(|(_, hold)| mib_on(&hold.grants, gpu).saturating_sub(self.coming_mib(hold, gpu)))
+            .sum();
+        signed(entry.usable_mib()) - signed(entry.reserved_mib) - signed(held)
+    }
+
+    /// MiB of `gpu` that a hold's victims will give back: those that are leaving.
+    pub fn coming_mib(&self, hold: &Hold, gpu: &GpuUuid) -> u64 {
+        hold.victims
+            .iter()
+            .filter_map(|name| self.services.get(name)?.instance.as_ref())
+            .filter(|instance| instance.is_leaving())
+            .map(|instance| mib_on(&instance.grants, gpu))
+            .sum()
+    }
+
+    /// MiB of `gpu` reserved for the instance of a service.
+    pub fn reserved_by(&self, service: &ServiceName, gpu: &GpuUuid) -> u64 {
+        self.services
+            .get(service)
+            .and_then(|s| s.instance.as_ref())
+            .map_or(0, |instance| mib_on(&instance.grants, gpu))
+    }
+
+    pub(super) fn apply_gpu(&mut self, event: &Event) {
+        match event {
+            Event::RoomHeld {
+                service,
+                run,
+                grants,
+                victims,
+            } => {
+                let hold = Hold {
+                    run: *run,
+                    grants: grants.clone(),
+                    victims: victims.clone(),
+                };
+                self.holds.insert(service.clone(), hold);
+            }
+            Event::RoomReleased { service } => {
+                self.holds.remove(service);
+            }
+            Event::GpusListed { gpus } => self.list_gpus(gpus),
+            Event::GpuForeignMemoryChanged { gpu, mib } => {
+                if let Some(gpu) = self.gpus.get_mut(gpu) {
+                    gpu.foreign_mib = *mib;
+                }
+            }
+            _ => {}
+        }
+        self.queue.unpark_all();
+        self.look_at_absent();
+    }
+
+    fn list_gpus(&mut self, listed: &[GpuFacts]) {
+        for gpu in self.gpus.values_mut() {
+            gpu.present = false;
+        }
+        for facts in listed {
+            let entry = self.gpus.entry(facts.uuid.clone()).or_insert_with(|| Gpu {
+                facts: facts.clone(),
+                reserved_mib: 0,
+                foreign_mib: 0,
+                present: true,
+            });
+            entry.facts = facts.clone();
+            entry.present = true;
+        }
+        self.gpus
+            .retain(|_, gpu| gpu.present || gpu.reserved_mib > 0);
+    }
+}
+
+/// Memory sizes are far below 2⁶³ MiB.
+pub fn signed(mib: u64) -> i64 {
+    i64::try_from(mib).unwrap_or(i64::MAX / 4)
+}
+
+/// MiB of `gpu` among `grants`.
+pub fn mib_on(grants: &[Grant], gpu: &GpuUuid) -> u64 {
+    grants.iter().filter(|g| g.gpu == *gpu).map(|g| g.mib).sum()
+}

@@ -1,0 +1,440 @@
+//! A live job run, and how its events change it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
+
+use super::State;
+use crate::domain::event::{Event, JobStopCause};
+use crate::domain::ids::{Attempt, Generation, PlaneId, RunId, Seq, ServiceName};
+use crate::domain::scheduler::queue::OrderKey;
+use crate::domain::spec::{JobSpec, Priority, Target};
+use crate::domain::time::Timestamp;
+
+/// A job run that has not ended. Ended ones live in the projections only.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Job {
+    pub plane: PlaneId,
+    pub spec: JobSpec,
+    pub phase: Phase,
+    /// When it entered its phase.
+    pub since: Timestamp,
+    /// When it was submitted or retried: its age in the queue, whatever happens in between.
+    pub queued_at: Timestamp,
+    /// Where its payload lies.
+    pub payload: Seq,
+    /// The last dispatch's number, 0 before the first.
+    pub attempt: Attempt,
+    /// Attempts that failed; preempted, paused and yielded ones do not count.
+    pub failures: u32,
+    pub preempt_count: u32,
+    /// The last saved checkpoint.
+    pub checkpoint: Option<Seq>,
+    /// When that checkpoint was saved: work since then is lost if the job is stopped now.
+    pub checkpoint_at: Option<Timestamp>,
+    /// The last progress.
+    pub progress: Option<Seq>,
+    /// When it fails as expired if it was never dispatched.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// Where a live run stands.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub enum Phase {
+    Queued,
+    /// A failed attempt waits before the next.
+    Backoff {
+        until: Timestamp,
+    },
+    /// Held by a person.
+    Paused,
+    /// Stopped in favour of `by`.
+    Preempted {
+        by: RunId,
+    },
+    Running {
+        service: ServiceName,
+        generation: Generation,
+    },
+    /// Its call is being ended; it holds its place until it has.
+    Stopping {
+        service: ServiceName,
+        generation: Generation,
+        cause: JobStopCause,
+        deadline: Timestamp,
+    },
+}
+
+/// How long after a stop's deadline the executor's word is waited for: it reports at the deadline itself.
+const STOP_SLACK_MS: u64 = 5_000;
+
+impl Job {
+    /// When time alone changes something for it.
+    pub fn due_at(&self) -> Option<Timestamp> {
+        match &self.phase {
+            Phase::Queued if self.attempt == 0 => self.expires_at,
+            Phase::Backoff { until } => Some(*until),
+            Phase::Stopping { deadline, .. } => Some(*deadline + STOP_SLACK_MS),
+            _ => None,
+        }
+    }
+
+    /// The instance whose place it holds.
+    pub fn place(&self) -> Option<(&ServiceName, Generation)> {
+        match &self.phase {
+            Phase::Running {
+                service,
+                generation,
+            }
+            | Phase::Stopping {
+                service,
+                generation,
+                ..
+            } => Some((service, *generation)),
+            _ => None,
+        }
+    }
+
+    /// Whether it waits outside the queue for its turn to come again.
+    fn is_held(&self) -> bool {
+        matches!(
+            self.phase,
+            Phase::Backoff { .. } | Phase::Paused | Phase::Preempted { .. }
+        )
+    }
+
+    /// Milliseconds of work that would be lost if it were stopped at `now`.
+    pub fn unsaved_ms(&self, now: Timestamp) -> u64 {
+        now.millis_since(
+            self.checkpoint_at
+                .map_or(self.since, |at| at.max(self.since)),
+        )
+    }
+}
+
+impl State {
+    /// Changes one job and keeps every index over jobs true.
+    fn edit_job(&mut self, run: RunId, at: Timestamp, edit: impl FnOnce(&mut Job)) {
+        let Some(mut job) = self.unindex_job(run) else {
+            return;
+        };
+        let before = std::mem::discriminant(&job.phase);
+        edit(&mut job);
+        if std::mem::discriminant(&job.phase) != before {
+            job.since = at;
+        }
+        let target = job.spec.target.clone();
+        self.index_job(run, job);
+        self.look_at_served(&target);
+    }
+
+    /// Nobody wants this shape any more: services that were kept up for it may be idle now.
+    fn look_at_served(&mut self, target: &Target) {
+        if self.queue.shape(target).is_some() {
+            return;
+        }
+        match target {
+            Target::Service(name) => {
+                self.touched.insert(name.clone());
+            }
+            Target::Type(_) => {
+                let served = self.services.values().filter(|s| s.serves(target));
+                self.touched.extend(served.map(|s| s.spec.name.clone()));
+            }
+        }
+    }
+
+    /// Takes a job out, with all that indexes it.
+    fn unindex_job(&mut self, run: RunId) -> Option<Box<Job>> {
+        let job = self.jobs.remove(&run)?;
+        if let Some(at) = job.due_at() {
+            self.timers.disarm_job(at, run);
+        }
+        if job.is_held() {
+            self.queue.unhold(&job.spec.target);
+        }
+        match &job.phase {
+            Phase::Queued => {
+                let key = self.queue.key(run, job.queued_at, job.spec.priority);
+                self.queue.take(&job.spec.target, &key, job.spec.priority);
+            }
+            Phase::Preempted { by } => {
+                if let Some(victims) = self.preempted_by.get_mut(by) {
+                    victims.remove(&run);
+                    if victims.is_empty() {
+                        self.preempted_by.remove(by);
+                    }
+                }
+            }
+            Phase::Running { service, .. } | Phase::Stopping { service, .. } => {
+                self.leave_place(&service.clone(), run);
+            }
+            Phase::Backoff { .. } | Phase::Paused => {}
+        }
+        Some(job)
+    }
+
+    /// Puts a job in, with all that indexes it.
+    fn index_job(&mut self, run: RunId, job: Box<Job>) {
+        if let Some(at) = job.due_at() {
+            self.timers.arm_job(at, run);
+        }
+        if job.is_held() {
+            self.queue.hold(&job.spec.target);
+        }
+        let mut waits_or_works = true;
+        match &job.phase {
+            Phase::Queued => {
+                let key = self.queue.key(run, job.queued_at, job.spec.priority);
+                self.queue.push(&job.spec.target, key, job.spec.priority);
+            }
+            Phase::Preempted { by } => {
+                self.preempted_by.entry(*by).or_default().insert(run);
+                self.check_preemptor(*by);
+                waits_or_works = false;
+            }
+            Phase::Running {
+                service,
+                generation,
+            }
+            | Phase::Stopping {
+                service,
+                generation,
+                ..
+            } => {
+                self.take_place(&service.clone(), *generation, run);
+            }
+            Phase::Paused => waits_or_works = false,
+            Phase::Backoff { .. } => {}
+        }
+        let queued = matches!(job.phase, Phase::Queued);
+        self.jobs.insert(run, job);
+        if !queued {
+            self.drop_promises(run);
+        }
+        if !waits_or_works {
+            self.check_preemptor(run);
+        }
+    }
+
+    /// Makes the indexes of all jobs anew, as a snapshot has none. Waiting jobs, which may be a million, are
+    /// sorted and laid down in order; the others go the usual way.
+    pub(super) fn index_all_jobs(&mut self) {
+        let mut waiting: BTreeMap<&Target, Vec<(OrderKey, Priority)>> = BTreeMap::new();
+        let (mut due, mut others) = (Vec::new(), Vec::new());
+        for (run, job) in &self.jobs {
+            if matches!(job.phase, Phase::Queued) {
+                due.extend(job.due_at().map(|at| (at, *run)));
+                let key = self.queue.key(*run, job.queued_at, job.spec.priority);
+                let same = waiting.entry(&job.spec.target).or_default();
+                same.push((key, job.spec.priority));
+            } else {
+                others.push(*run);
+            }
+        }
+        for (target, jobs) in waiting {
+            self.queue.fill(target, &jobs);
+        }
+        self.timers.arm_jobs(due);
+        for run in others {
+            if let Some(job) = self.jobs.remove(&run) {
+                self.index_job(run, job);
+            }
+        }
+    }
+
+    /// Notes a run that has victims and no longer waits or works: the victims go back to the queue.
+    fn check_preemptor(&mut self, run: RunId) {
+        let active = self
+            .jobs
+            .get(&run)
+            .is_some_and(|job| !matches!(job.phase, Phase::Paused | Phase::Preempted { .. }));
+        if !active && self.preempted_by.contains_key(&run) {
+            self.idle_preemptors.insert(run);
+        }
+    }
+
+    /// Ends a run: it leaves State.
+    fn end_job(&mut self, run: RunId, at: Timestamp) {
+        let Some(job) = self.unindex_job(run) else {
+            return;
+        };
+        if let Some(url) = job.spec.callback_url.clone() {
+            // A try for an earlier end of this run may still be under way: its number is not used again.
+            let number = self.callbacks.get(&run).map_or(0, |last| last.number + 1);
+            self.callbacks
+                .insert(run, Callback::new(job.plane, url, at, number));
+        }
+        self.look_at_served(&job.spec.target);
+        self.drop_promises(run);
+        self.check_preemptor(run);
+    }
+
+    /// Applies an event about one job.
+    pub(super) fn apply_job(&mut self, seq: Seq, at: Timestamp, plane: PlaneId, event: &Event) {
+        match event {
+            Event::JobQueued { run, spec, .. } => {
+                let expires_at = spec.ttl_ms.map(|ms| at + ms);
+                let job = Job::queued(plane, spec.clone(), at, seq, expires_at);
+                self.index_job(*run, Box::new(job));
+            }
+            Event::JobRevived {
+                run,
+                spec,
+                payload,
+                attempt,
+                checkpoint,
+                preempt_count,
+                queued_at,
+                ..
+            } => {
+                let expires_at = spec.ttl_ms.map(|ms| at + ms);
+                let mut job = Job::queued(plane, spec.clone(), *queued_at, *payload, expires_at);
+                job.since = at;
+                job.attempt = *attempt;
+                job.checkpoint = *checkpoint;
+                job.preempt_count = *preempt_count;
+                self.index_job(*run, Box::new(job));
+            }
+            Event::JobDispatched {
+                run,
+                attempt,
+                service,
+                generation,
+                ..
+            } => {
+                self.edit_job(*run, at, |job| {
+                    job.attempt = *attempt;
+                    job.phase = Phase::Running {
+                        service: service.clone(),
+                        generation: *generation,
+                    };
+                });
+                self.trim_promises(service);
+            }
+            Event::JobProgressed { run, .. } => {
+                if let Some(job) = self.jobs.get_mut(run) {
+                    job.progress = Some(seq);
+                }
+            }
+            Event::CheckpointSaved { run, .. } => {
+                if let Some(job) = self.jobs.get_mut(run) {
+                    job.checkpoint = Some(seq);
+                    job.checkpoint_at = Some(at);
+                }
+            }
+            Event::JobPriorityChanged { run, priority } => {
+                self.edit_job(*run, at, |job| job.spec.priority = *priority);
+                // Others may preempt it now.
+                self.queue.unpark_all();
+            }
+            Event::JobCompleted { run, .. }
+            | Event::JobFailed { run, .. }
+            | Event::JobCancelled { run, .. } => self.end_job(*run, at),
+            _ => self.apply_job_phase(at, event),
+        }
+    }
+
+    /// Applies an event that moves a job from one phase to another.
+    fn apply_job_phase(&mut self, at: Timestamp, event: &Event) {
+        match event {
+            Event::JobStopRequested {
+                run,
+                cause,
+                deadline,
+                ..
+            } => {
+                if let JobStopCause::Preempt { by } = cause {
+                    self.promise_place(*run, *by);
+                }
+                self.edit_job(*run, at, |job| {
+                    if let Some((service, generation)) = job.place() {
+                        job.phase = Phase::Stopping {
+                            service: service.clone(),
+                            generation,
+                            cause: cause.clone(),
+                            deadline: *deadline,
+                        };
+                    }
+                });
+            }
+            Event::JobPaused { run, .. } => {
+                self.edit_job(*run, at, |job| job.phase = Phase::Paused)
+            }
+            Event::JobResumed { run } => self.edit_job(*run, at, |job| {
+                // Time spent on hold does not count against the job's time to live.
+                let held_ms = at.millis_since(job.since);
+                job.expires_at = job.expires_at.map(|expiry| expiry + held_ms);
+                job.phase = Phase::Queued;
+            }),
+            Event::JobPreempted { run, by, .. } => self.edit_job(*run, at, |job| {
+                job.preempt_count += 1;
+                job.phase = Phase::Preempted { by: *by };
+            }),
+            Event::JobRequeued { run, .. } => {
+                self.edit_job(*run, at, |job| job.phase = Phase::Queued);
+            }
+            Event::JobAttemptFailed {
+                run,
+                retry_at: Some(until),
+                ..
+            } => {
+                self.edit_job(*run, at, |job| {
+                    job.failures += 1;
+                    job.phase = Phase::Backoff { until: *until };
+                });
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Job {
+    fn queued(
+        plane: PlaneId,
+        spec: JobSpec,
+        queued_at: Timestamp,
+        payload: Seq,
+        expires_at: Option<Timestamp>,
+    ) -> Job {
+        Job {
+            plane,
+            spec,
+            phase: Phase::Queued,
+            since: queued_at,
+            queued_at,
+            payload,
+            attempt: 0,
+            failures: 0,
+            preempt_count: 0,
+            checkpoint: None,
+            checkpoint_at: None,
+            progress: None,
+            expires_at,
+        }
+    }
+}
+
+/// The outcome of an ended run that is still to be delivered.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Callback {
+    pub plane: PlaneId,
+    pub url: SmolStr,
+    pub ended_at: Timestamp,
+    /// Tries so far.
+    pub number: u32,
+    pub next_at: Timestamp,
+}
+
+impl Callback {
+    fn new(plane: PlaneId, url: SmolStr, at: Timestamp, number: u32) -> Callback {
+        Callback {
+            plane,
+            url,
+            ended_at: at,
+            number,
+            next_at: at,
+        }
+    }
+}

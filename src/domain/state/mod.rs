@@ -1,0 +1,296 @@
+//! State: what is live, as the events so far have made it. `apply` is the only way to change it, so that
+//! a replay gives the same State; ended runs are not in it.
+
+pub mod gpu;
+pub mod job;
+pub mod service;
+pub mod timers;
+pub mod user;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rustc_hash::FxHashMap;
+use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
+
+use self::gpu::{Gpu, Hold};
+use self::job::{Callback, Job};
+use self::service::Service;
+use self::timers::Timers;
+use self::user::People;
+use super::event::Event;
+use super::ids::{Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::scheduler::queue::Queue;
+use super::time::Timestamp;
+
+/// Everything that decisions depend on.
+#[derive(Clone, Debug, Default)]
+pub struct State {
+    /// The last event applied.
+    pub seq: Seq,
+    /// When that event happened.
+    pub now: Timestamp,
+    /// Gateway processes so far.
+    pub epoch: u64,
+    pub planes: BTreeMap<PlaneId, Plane>,
+    /// Boxed, so that the table stays small when it grows or is half empty.
+    pub jobs: FxHashMap<RunId, Box<Job>>,
+    pub services: BTreeMap<ServiceName, Service>,
+    pub gpus: BTreeMap<GpuUuid, Gpu>,
+    /// Room promised to a service while others leave.
+    pub holds: BTreeMap<ServiceName, Hold>,
+    /// The last generation of each removed service: one registered again under its name counts on from there,
+    /// so that no late outcome of the old one is taken for the new one's.
+    pub retired: BTreeMap<ServiceName, Generation>,
+    /// Outcomes still to be delivered.
+    pub callbacks: BTreeMap<RunId, Callback>,
+    /// Users, their tokens and runtimes.
+    pub people: People,
+
+    // Indexes, made from the above: not part of a snapshot, nor of equality.
+    pub queue: Queue,
+    pub timers: Timers,
+    /// Victims of each preemptor.
+    pub preempted_by: BTreeMap<RunId, BTreeSet<RunId>>,
+    /// Preemptors that neither wait nor work any more, whose victims may go on.
+    pub idle_preemptors: BTreeSet<RunId>,
+    /// Waiting runs that a place was promised to, and where.
+    pub promises: BTreeMap<RunId, ServiceName>,
+    /// Services that changed since the scheduler last looked.
+    pub touched: BTreeSet<ServiceName>,
+}
+
+/// One user's data plane.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plane {
+    pub tenant: SmolStr,
+    pub runtime: SmolStr,
+}
+
+/// Two States are equal when all but their indexes are.
+impl PartialEq for State {
+    fn eq(&self, other: &Self) -> bool {
+        self.seq == other.seq
+            && self.epoch == other.epoch
+            && self.planes == other.planes
+            && self.jobs == other.jobs
+            && self.services == other.services
+            && self.gpus == other.gpus
+            && self.holds == other.holds
+            && self.retired == other.retired
+            && self.callbacks == other.callbacks
+            && self.people == other.people
+    }
+}
+
+/// What a snapshot holds: State without its indexes, borrowed to be written.
+#[derive(Serialize)]
+struct SnapshotRef<'a> {
+    seq: Seq,
+    now: Timestamp,
+    epoch: u64,
+    planes: &'a BTreeMap<PlaneId, Plane>,
+    jobs: &'a FxHashMap<RunId, Box<Job>>,
+    services: &'a BTreeMap<ServiceName, Service>,
+    gpus: &'a BTreeMap<GpuUuid, Gpu>,
+    holds: &'a BTreeMap<ServiceName, Hold>,
+    retired: &'a BTreeMap<ServiceName, Generation>,
+    callbacks: &'a BTreeMap<RunId, Callback>,
+    people: &'a People,
+}
+
+/// The same, owned, as it is read.
+#[derive(Deserialize)]
+struct SnapshotOwned {
+    seq: Seq,
+    now: Timestamp,
+    epoch: u64,
+    planes: BTreeMap<PlaneId, Plane>,
+    jobs: FxHashMap<RunId, Box<Job>>,
+    services: BTreeMap<ServiceName, Service>,
+    gpus: BTreeMap<GpuUuid, Gpu>,
+    holds: BTreeMap<ServiceName, Hold>,
+    retired: BTreeMap<ServiceName, Generation>,
+    callbacks: BTreeMap<RunId, Callback>,
+    people: People,
+}
+
+impl State {
+    /// An empty State. `ageing_ms_per_level` orders the queue (`Settings`).
+    pub fn new(ageing_ms_per_level: u64) -> State {
+        State {
+            queue: Queue::new(ageing_ms_per_level),
+            ..State::default()
+        }
+    }
+
+    /// The bytes of a snapshot.
+    pub fn to_snapshot(&self) -> Result<Vec<u8>, postcard::Error> {
+        postcard::to_stdvec(&SnapshotRef {
+            seq: self.seq,
+            now: self.now,
+            epoch: self.epoch,
+            planes: &self.planes,
+            jobs: &self.jobs,
+            services: &self.services,
+            gpus: &self.gpus,
+            holds: &self.holds,
+            retired: &self.retired,
+            callbacks: &self.callbacks,
+            people: &self.people,
+        })
+    }
+
+    /// State from a snapshot's bytes, its indexes made anew.
+    pub fn from_snapshot(bytes: &[u8], ageing_ms_per_level: u64) -> Result<State, postcard::Error> {
+        let snapshot: SnapshotOwned = postcard::from_bytes(bytes)?;
+        let mut state = State::new(ageing_ms_per_level);
+        state.seq = snapshot.seq;
+        state.now = snapshot.now;
+        state.epoch = snapshot.epoch;
+        state.planes = snapshot.planes;
+        state.gpus = snapshot.gpus;
+        state.holds = snapshot.holds;
+        state.retired = snapshot.retired;
+        state.callbacks = snapshot.callbacks;
+        state.people = snapshot.people;
+        for (name, service) in &snapshot.services {
+            if let Some(instance) = &service.instance {
+                for run in &instance.promised {
+                    state.promises.insert(*run, name.clone());
+                }
+            }
+            state.touched.insert(name.clone());
+        }
+        state.services = snapshot.services;
+        state.jobs = snapshot.jobs;
+        state.index_all_jobs();
+        let preemptors: Vec<RunId> = state.preempted_by.keys().copied().collect();
+        state.idle_preemptors = preemptors
+            .into_iter()
+            .filter(|run| !state.is_active(*run))
+            .collect();
+        Ok(state)
+    }
+
+    /// Whether the run waits for its turn or works.
+    pub fn is_active(&self, run: RunId) -> bool {
+        self.jobs.get(&run).is_some_and(|job| {
+            !matches!(job.phase, job::Phase::Paused | job::Phase::Preempted { .. })
+        })
+    }
+
+    /// The live job of this plane; another plane's is as good as none.
+    pub fn job(&self, plane: PlaneId, run: RunId) -> Option<&Job> {
+        let job = self.jobs.get(&run)?;
+        (job.plane == plane).then_some(&**job)
+    }
+
+    /// Applies one event. An event that no longer fits changes nothing.
+    pub fn apply(&mut self, seq: Seq, at: Timestamp, plane: PlaneId, event: &Event) {
+        self.seq = seq;
+        self.now = at;
+        match event {
+            Event::GatewayStarted { epoch, .. } => {
+                self.epoch = *epoch;
+                self.doubt_instances(at);
+            }
+            Event::PlaneOpened { .. }
+            | Event::UserCreated { .. }
+            | Event::UserUpdated { .. }
+            | Event::UserDeleted { .. }
+            | Event::TokenIssued { .. }
+            | Event::TokenRevoked { .. }
+            | Event::TokenUpgraded { .. }
+            | Event::RuntimeReserved { .. }
+            | Event::RuntimeAssigned { .. }
+            | Event::RuntimePurging { .. }
+            | Event::RuntimeReleased { .. } => self.apply_people(at, event),
+            Event::GatewayStopped { .. }
+            | Event::CommandAccepted { .. }
+            | Event::CommandApplied { .. }
+            | Event::CommandRejected { .. }
+            | Event::JobStopped { .. }
+            | Event::JobOutcomeStale { .. }
+            | Event::InstanceSignalled { .. }
+            | Event::InstanceUnhealthy { .. }
+            | Event::RunPurged { .. }
+            | Event::PlanePurged { .. } => {}
+            Event::JobQueued { .. }
+            | Event::JobDispatched { .. }
+            | Event::JobProgressed { .. }
+            | Event::CheckpointSaved { .. }
+            | Event::JobStopRequested { .. }
+            | Event::JobPaused { .. }
+            | Event::JobResumed { .. }
+            | Event::JobPreempted { .. }
+            | Event::JobRequeued { .. }
+            | Event::JobPriorityChanged { .. }
+            | Event::JobAttemptFailed { .. }
+            | Event::JobCompleted { .. }
+            | Event::JobFailed { .. }
+            | Event::JobCancelled { .. }
+            | Event::JobRevived { .. } => self.apply_job(seq, at, plane, event),
+            Event::CallbackAttempted { .. } => self.apply_callback(event),
+            Event::ServiceRegistered { .. }
+            | Event::ServiceUpdated { .. }
+            | Event::ServiceEnabled { .. }
+            | Event::ServiceDisabled { .. }
+            | Event::ServiceRemoved { .. }
+            | Event::ServiceCrashLooped { .. }
+            | Event::ServicePeakLearned { .. } => self.apply_service(event),
+            Event::InstanceStartRequested { .. }
+            | Event::InstanceSpawned { .. }
+            | Event::InstanceReady { .. }
+            | Event::InstanceAdopted { .. }
+            | Event::InstanceDraining { .. }
+            | Event::InstanceStopRequested { .. }
+            | Event::InstanceExited { .. }
+            | Event::InstanceReleased { .. } => self.apply_instance(at, event),
+            Event::RoomHeld { .. }
+            | Event::RoomReleased { .. }
+            | Event::GpusListed { .. }
+            | Event::GpuForeignMemoryChanged { .. } => self.apply_gpu(event),
+        }
+    }
+
+    fn apply_people(&mut self, at: Timestamp, event: &Event) {
+        if let Event::PlaneOpened {
+            plane,
+            tenant,
+            runtime,
+        } = event
+        {
+            let value = Plane {
+                tenant: tenant.clone(),
+                runtime: runtime.clone(),
+            };
+            self.planes.insert(*plane, value);
+        }
+        self.people.apply(event, at);
+    }
+
+    fn apply_callback(&mut self, event: &Event) {
+        let Event::CallbackAttempted {
+            run,
+            number,
+            delivered,
+            next_at,
+            ..
+        } = event
+        else {
+            return;
+        };
+        match (delivered, next_at) {
+            (false, Some(next_at)) => {
+                if let Some(callback) = self.callbacks.get_mut(run) {
+                    callback.number = *number;
+                    callback.next_at = *next_at;
+                }
+            }
+            _ => {
+                self.callbacks.remove(run);
+            }
+        }
+    }
+}

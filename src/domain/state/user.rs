@@ -1,0 +1,195 @@
+//! How events change users, tokens and runtimes. Each event changes one entry, by a pure fold that State,
+//! the projections and their verification share.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
+
+use crate::domain::event::Event;
+use crate::domain::identity::{
+    Reservation, Runtime, RuntimeKey, Token, TokenHash, TokenKey, User, UserKey,
+};
+use crate::domain::ids::PlaneId;
+use crate::domain::time::Timestamp;
+
+/// All people.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct People {
+    pub users: BTreeMap<UserKey, User>,
+    pub tokens: BTreeMap<TokenKey, Token>,
+    pub runtimes: BTreeMap<RuntimeKey, Runtime>,
+}
+
+/// The entry that an event is about.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Subject {
+    User(UserKey),
+    Token(TokenKey),
+    Runtime(RuntimeKey),
+}
+
+/// Which entry an event changes, if any.
+pub fn subject(event: &Event) -> Option<Subject> {
+    Some(match event {
+        Event::UserCreated { key, .. }
+        | Event::UserUpdated { key, .. }
+        | Event::UserDeleted { key } => Subject::User(key.clone()),
+        Event::TokenIssued { owner, token } => Subject::Token(TokenKey {
+            owner: owner.clone(),
+            token: token.token.clone(),
+        }),
+        Event::TokenRevoked { key, .. } | Event::TokenUpgraded { key, .. } => {
+            Subject::Token(key.clone())
+        }
+        Event::RuntimeReserved { key, .. }
+        | Event::RuntimeAssigned { key, .. }
+        | Event::RuntimePurging { key }
+        | Event::RuntimeReleased { key } => Subject::Runtime(key.clone()),
+        Event::PlaneOpened {
+            tenant, runtime, ..
+        } => Subject::Runtime(RuntimeKey {
+            tenant: tenant.clone(),
+            runtime: runtime.clone(),
+        }),
+        _ => return None,
+    })
+}
+
+/// A user after an event about it.
+pub fn fold_user(user: Option<User>, event: &Event, at: Timestamp) -> Option<User> {
+    match event {
+        Event::UserCreated {
+            key,
+            profile,
+            plane,
+        } => Some(User {
+            key: key.clone(),
+            profile: profile.clone(),
+            plane: *plane,
+            created_at: at,
+            updated_at: at,
+        }),
+        Event::UserUpdated { profile, plane, .. } => user.map(|user| User {
+            profile: profile.clone(),
+            plane: *plane,
+            updated_at: at,
+            ..user
+        }),
+        Event::UserDeleted { .. } => None,
+        _ => user,
+    }
+}
+
+/// A token after an event about it.
+pub fn fold_token(token: Option<Token>, event: &Event, at: Timestamp) -> Option<Token> {
+    match event {
+        Event::TokenIssued { owner, token } => Some(Token {
+            key: TokenKey {
+                owner: owner.clone(),
+                token: token.token.clone(),
+            },
+            name: token.name.clone(),
+            scopes: token.scopes.clone(),
+            hash: token.hash.clone(),
+            expires_at: token.expires_at,
+            created_at: at,
+        }),
+        Event::TokenRevoked { .. } => None,
+        Event::TokenUpgraded { digest, .. } => token.map(|token| Token {
+            hash: TokenHash::Keyed(*digest),
+            ..token
+        }),
+        _ => token,
+    }
+}
+
+/// A runtime after an event about it.
+pub fn fold_runtime(runtime: Option<Runtime>, event: &Event, at: Timestamp) -> Option<Runtime> {
+    if let Event::PlaneOpened {
+        plane,
+        tenant,
+        runtime,
+    } = event
+    {
+        return Some(Runtime {
+            key: RuntimeKey {
+                tenant: tenant.clone(),
+                runtime: runtime.clone(),
+            },
+            plane: *plane,
+            reservation: None,
+        });
+    }
+    let mut runtime = runtime?;
+    match event {
+        Event::RuntimeReserved { owner, reason, .. } => {
+            runtime.reservation = Some(Reservation {
+                owner: owner.clone(),
+                reason: *reason,
+                purging: false,
+                created_at: at,
+                updated_at: at,
+            });
+        }
+        Event::RuntimeAssigned { .. } => runtime.reservation = None,
+        Event::RuntimePurging { .. } => {
+            if let Some(reservation) = &mut runtime.reservation {
+                reservation.purging = true;
+                reservation.updated_at = at;
+            }
+        }
+        Event::RuntimeReleased { .. } => return None,
+        _ => {}
+    }
+    Some(runtime)
+}
+
+fn fold<K: Ord, V>(
+    entries: &mut BTreeMap<K, V>,
+    key: K,
+    fold: impl FnOnce(Option<V>) -> Option<V>,
+) {
+    let before = entries.remove(&key);
+    if let Some(after) = fold(before) {
+        entries.insert(key, after);
+    }
+}
+
+impl People {
+    /// Applies an event; one that is about nobody changes nothing.
+    pub fn apply(&mut self, event: &Event, at: Timestamp) {
+        match subject(event) {
+            Some(Subject::User(key)) => fold(&mut self.users, key, |u| fold_user(u, event, at)),
+            Some(Subject::Token(key)) => fold(&mut self.tokens, key, |t| fold_token(t, event, at)),
+            Some(Subject::Runtime(key)) => {
+                fold(&mut self.runtimes, key, |r| fold_runtime(r, event, at));
+            }
+            None => {}
+        }
+    }
+
+    /// A user's tokens, by id.
+    pub fn tokens_of<'a>(&'a self, owner: &'a UserKey) -> impl Iterator<Item = &'a Token> {
+        let first = TokenKey {
+            owner: owner.clone(),
+            token: SmolStr::default(),
+        };
+        self.tokens
+            .range(first..)
+            .map(|(_, token)| token)
+            .take_while(move |token| token.key.owner == *owner)
+    }
+
+    /// Whose a runtime is.
+    pub fn owner_of(&self, key: &RuntimeKey) -> Option<&User> {
+        self.users
+            .values()
+            .find(|user| user.key.tenant == key.tenant && user.profile.runtime == key.runtime)
+    }
+
+    /// The plane of a runtime that was opened and not released.
+    pub fn plane_of(&self, key: &RuntimeKey) -> Option<PlaneId> {
+        self.runtimes.get(key).map(|runtime| runtime.plane)
+    }
+}

@@ -1,0 +1,200 @@
+//! Brings services to life and ends them: local processes, and services that run elsewhere. Takes plain
+//! requests, reports outcomes as commands, decides nothing about when.
+//!
+//! `instance` one life from start to release, `process` signals and exits, `procfs` who is who, `health` probes,
+//! `orphans` what nobody knows any more, `logs` their output, `outcome` the seam to the coordinator, `tasks` spawning.
+
+mod health;
+mod http;
+mod instance;
+mod logs;
+mod orphans;
+mod outcome;
+mod process;
+mod procfs;
+mod table;
+mod tasks;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::{fs, io};
+
+use smol_str::SmolStr;
+use uuid::Uuid;
+
+pub use health::ProbeTimings;
+pub use http::{call_client, error_text, join};
+pub use logs::{LogError, LogLine, Logs};
+pub use outcome::{NotTaken, Outcomes, Sink};
+pub use procfs::{MARK_VARIABLE, Mark, Marked, marked_by};
+pub use table::Endpoint;
+pub use tasks::Tasks;
+
+use crate::domain::effect::ProcessIdentity;
+use crate::domain::ids::{Generation, ServiceName};
+use crate::domain::spec::{Grant, ServiceSpec};
+use crate::domain::time::Timestamp;
+use instance::{Found, Instance};
+use table::Table;
+
+/// What a driver is made of.
+pub struct DriverOptions {
+    /// The gateway's data directory; logs lie in `logs/` under it.
+    pub data_dir: PathBuf,
+    /// The ledger's own id: marks our processes.
+    pub ledger: Uuid,
+    pub probes: ProbeTimings,
+}
+
+/// Why no driver could be made.
+#[derive(Debug, thiserror::Error)]
+pub enum DriverError {
+    #[error("cannot create the log directory {path}")]
+    LogDirectory { path: String, source: io::Error },
+    #[error("cannot read this boot's id from /proc, which process services need")]
+    BootId(#[source] io::Error),
+    #[error("cannot make an HTTP client")]
+    Client(#[source] reqwest::Error),
+}
+
+/// Cloneable handle. Dropping it, or stopping its tasks, leaves every service running: a later driver finds them.
+#[derive(Clone)]
+pub struct Driver {
+    shared: Arc<Shared>,
+}
+
+/// What all instances need.
+struct Shared {
+    ledger: Uuid,
+    boot_id: SmolStr,
+    probes: ProbeTimings,
+    probe_client: reqwest::Client,
+    logs: Logs,
+    outcomes: Outcomes,
+    tasks: Tasks,
+    table: Table,
+}
+
+impl Shared {
+    fn mark(&self, service: &ServiceName, generation: Generation) -> Mark {
+        Mark {
+            ledger: self.ledger,
+            service: service.clone(),
+            generation,
+        }
+    }
+}
+
+impl Driver {
+    /// Creates the log directory and starts keeping logs bounded. Needs a runtime's context.
+    pub fn new(
+        options: DriverOptions,
+        outcomes: Outcomes,
+        tasks: Tasks,
+    ) -> Result<Driver, DriverError> {
+        let dir = options.data_dir.join("logs");
+        fs::create_dir_all(&dir).map_err(|source| DriverError::LogDirectory {
+            path: dir.display().to_string(),
+            source,
+        })?;
+        let logs = Logs::new(dir);
+        tasks.spawn("log rotation", logs.clone().keep_bounded());
+        let shared = Shared {
+            ledger: options.ledger,
+            boot_id: procfs::boot_id().map_err(DriverError::BootId)?,
+            probes: options.probes,
+            probe_client: http::probe_client().map_err(DriverError::Client)?,
+            logs,
+            outcomes,
+            tasks,
+            table: Table::default(),
+        };
+        Ok(Driver {
+            shared: Arc::new(shared),
+        })
+    }
+
+    /// Starts an instance. Nothing happens if this generation was started, found or stopped before.
+    pub fn start(&self, spec: ServiceSpec, generation: Generation, grants: Vec<Grant>) {
+        if let Some(instance) = Instance::enter(&self.shared, &spec.name, generation) {
+            self.shared
+                .tasks
+                .spawn("instance", instance.start(Arc::new(spec), grants));
+        }
+    }
+
+    /// TERM now, KILL at `kill_at`; a second call can only bring the KILL forward. Cancels a start in progress. A
+    /// generation that this driver never saw is looked for by its mark.
+    pub fn stop(&self, service: &ServiceName, generation: Generation, kill_at: Timestamp) {
+        if self.shared.table.stop(service, generation, kill_at) {
+            return;
+        }
+        if let Some(instance) = Instance::enter(&self.shared, service, generation) {
+            self.shared
+                .tasks
+                .spawn("instance", instance.stop_unknown(kill_at));
+        }
+    }
+
+    /// Looks for an instance of an earlier gateway process and adopts it, or goes on stopping it by `stop_at`.
+    pub fn find(
+        &self,
+        spec: ServiceSpec,
+        generation: Generation,
+        process: Option<ProcessIdentity>,
+        stop_at: Option<Timestamp>,
+    ) {
+        if let Some(instance) = Instance::enter(&self.shared, &spec.name, generation) {
+            let found = Found { process, stop_at };
+            self.shared
+                .tasks
+                .spawn("instance", instance.find(Arc::new(spec), found));
+        } else if let Some(stop_at) = stop_at {
+            self.shared.table.stop(&spec.name, generation, stop_at);
+        }
+    }
+
+    /// Stops every process with this ledger's mark that is neither in `live` nor known to this driver.
+    pub fn sweep_orphans(&self, live: Vec<(ServiceName, Generation)>) {
+        self.shared
+            .tasks
+            .spawn("orphan sweep", orphans::sweep(self.shared.clone(), live));
+    }
+
+    /// Reports `InstanceReleased` when nothing is left of an instance that has exited.
+    pub fn watch_release(&self, service: &ServiceName, generation: Generation) {
+        if let Some(instance) = Instance::enter(&self.shared, service, generation) {
+            self.shared.tasks.spawn("instance", instance.release());
+        }
+    }
+
+    /// Where an instance is reached; `None` before it was spawned and after it was released.
+    pub fn endpoint(&self, service: &ServiceName, generation: Generation) -> Option<Arc<Endpoint>> {
+        self.shared.table.endpoint(service, generation)
+    }
+
+    /// The services' output.
+    pub fn logs(&self) -> &Logs {
+        &self.shared.logs
+    }
+}
+
+/// The wall clock, as the ledger counts.
+pub fn now() -> Timestamp {
+    Timestamp(jiff::Timestamp::now().as_microsecond())
+}
+
+/// Time from now until `at`, zero when it has passed.
+pub fn until(at: Timestamp) -> std::time::Duration {
+    std::time::Duration::from_micros(u64::try_from(at - now()).unwrap_or(0))
+}
+
+/// Runs what reads `/proc` or files off the asynchronous threads.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+        // Only a runtime that shuts down cancels blocking work; so is this task, at its next await.
+        Err(_) => std::future::pending().await,
+    }
+}

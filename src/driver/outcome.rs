@@ -1,0 +1,117 @@
+//! Where outcomes go: the seam to the coordinator. An outcome is offered again until it is taken, so
+//! that an overloaded coordinator slows the world down and loses nothing.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::future::BoxFuture;
+use tokio::sync::mpsc;
+
+use super::Tasks;
+use crate::domain::command::Command;
+
+/// First pause before an outcome is offered again.
+const RETRY_FIRST: Duration = Duration::from_millis(5);
+/// Longest pause: short against every grace period, long enough not to add to the load.
+const RETRY_MAX: Duration = Duration::from_millis(500);
+
+/// Takes outcomes; the coordinator's handle with the actor `executor`.
+pub trait Sink: Send + Sync + 'static {
+    /// Resolves when the outcome is decided and on disk. A rejected (stale) outcome counts as taken.
+    fn submit(&self, outcome: Command) -> BoxFuture<'_, Result<(), NotTaken>>;
+}
+
+/// Why an outcome was not taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotTaken {
+    #[error("the coordinator is overloaded")]
+    Overloaded,
+    /// No outcome is taken any more; a restarted gateway finds out anew.
+    #[error("the coordinator has stopped")]
+    Stopped,
+}
+
+/// Cloneable way to report outcomes.
+#[derive(Clone)]
+pub struct Outcomes {
+    sink: Arc<dyn Sink>,
+}
+
+impl Outcomes {
+    pub fn new(sink: Arc<dyn Sink>) -> Self {
+        Self { sink }
+    }
+
+    /// Returns when `outcome` was taken, however long that takes, or when the coordinator has stopped.
+    pub async fn report(&self, outcome: Command) {
+        let mut pause = RETRY_FIRST;
+        loop {
+            match self.sink.submit(outcome.clone()).await {
+                Ok(()) => return,
+                Err(NotTaken::Stopped) => {
+                    tracing::debug!("an outcome came after the coordinator had stopped");
+                    return;
+                }
+                Err(NotTaken::Overloaded) => {
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(RETRY_MAX);
+                }
+            }
+        }
+    }
+
+    /// A queue that reports in order and never makes its owner wait: an instance's KILL must not be late
+    /// because a commit is. Unbounded, for an instance has a handful of outcomes and then one for each
+    /// change of its health, which probing itself slows down.
+    pub(super) fn in_order(&self, tasks: &Tasks) -> InOrder {
+        let (sender, mut receiver) = mpsc::unbounded_channel();
+        let outcomes = self.clone();
+        tasks.spawn("instance outcomes", async move {
+            while let Some(outcome) = receiver.recv().await {
+                outcomes.report(outcome).await;
+            }
+        });
+        InOrder { sender }
+    }
+}
+
+/// Reports outcomes one after the other.
+pub(super) struct InOrder {
+    sender: mpsc::UnboundedSender<Command>,
+}
+
+impl InOrder {
+    pub(super) fn report(&self, outcome: Command) {
+        // The receiver lives as long as its task set; a stopped set takes no outcomes any more.
+        let _ = self.sender.send(outcome);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    struct BusyAtFirst(AtomicU32);
+
+    impl Sink for BusyAtFirst {
+        fn submit(&self, _: Command) -> BoxFuture<'_, Result<(), NotTaken>> {
+            let tries = self.0.fetch_add(1, Ordering::Relaxed);
+            Box::pin(async move {
+                if tries < 3 {
+                    Err(NotTaken::Overloaded)
+                } else {
+                    Ok(())
+                }
+            })
+        }
+    }
+
+    #[tokio::test]
+    async fn an_outcome_is_offered_until_it_is_taken() {
+        let sink = Arc::new(BusyAtFirst(AtomicU32::new(0)));
+        Outcomes::new(sink.clone()).report(Command::Tick).await;
+        assert_eq!(sink.0.load(Ordering::Relaxed), 4);
+    }
+}

@@ -1,0 +1,195 @@
+//! Performs what committed events imply and reports each outcome as a command. Decides nothing: an effect
+//! carries all that it needs, and whether an outcome still matters is the coordinator's to say.
+//!
+//! `calls` jobs' calls and their stopping, `answer` what counts as an answer, `progress` polling, `callback`
+//! telling others how a run ended, `webhook` signing that.
+
+mod answer;
+mod callback;
+mod calls;
+mod progress;
+mod webhook;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{Semaphore, mpsc};
+
+pub use answer::ANSWER_MAX_BYTES;
+pub use callback::{CallbackBody, CallbackStatus};
+pub use webhook::{Secret, SecretError};
+
+use crate::domain::effect::Effect;
+use crate::domain::ids::{PlaneId, RunId, Seq};
+use crate::driver::{Driver, Outcomes, Tasks};
+use crate::outbound::{GuardedClient, Reach};
+use calls::Calls;
+
+/// Callbacks sent at the same time: they go to strangers, who may be slow, and each holds its body.
+const CALLBACKS_AT_ONCE: usize = 64;
+
+/// What effects need of the ledger. Both calls block and are made off the asynchronous threads.
+pub trait Source: Send + Sync + 'static {
+    /// The payload at `seq`; `None` when it was purged.
+    fn payload(&self, seq: Seq) -> Result<Option<bytes::Bytes>, SourceError>;
+    /// How an ended run ended; `None` when it is unknown or has not ended.
+    fn callback_body(
+        &self,
+        plane: PlaneId,
+        run: RunId,
+    ) -> Result<Option<CallbackBody>, SourceError>;
+}
+
+/// Why the ledger could not be read.
+pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
+
+/// What an executor is made of.
+pub struct ExecutorOptions {
+    /// How services reach this gateway, as `http://127.0.0.1:8080`: for progress and checkpoints.
+    pub gateway_url: String,
+    /// The ledger's own id: the source of callbacks.
+    pub ledger: uuid::Uuid,
+    /// How far callbacks may reach.
+    pub callback_reach: Reach,
+    pub secret: Secret,
+    /// Between questions for progress where a service wants to be asked.
+    pub progress_every: Duration,
+}
+
+/// The contract's pace of asking for progress (`contracts/gpu-gateway.md` section 4).
+pub const PROGRESS_EVERY: Duration = Duration::from_secs(5);
+
+/// Cloneable handle.
+#[derive(Clone)]
+pub struct Executor {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    driver: Driver,
+    outcomes: Outcomes,
+    source: Arc<dyn Source>,
+    tasks: Tasks,
+    options: ExecutorOptions,
+    call_client: reqwest::Client,
+    callback_client: GuardedClient,
+    callback_slots: Semaphore,
+    calls: Calls,
+}
+
+impl Executor {
+    /// Fails when no HTTP client can be made.
+    pub fn new(
+        driver: Driver,
+        outcomes: Outcomes,
+        source: Arc<dyn Source>,
+        tasks: Tasks,
+        options: ExecutorOptions,
+    ) -> Result<Executor, reqwest::Error> {
+        let inner = Inner {
+            driver,
+            outcomes,
+            source,
+            tasks,
+            call_client: crate::driver::call_client()?,
+            callback_client: GuardedClient::new(options.callback_reach)?,
+            callback_slots: Semaphore::new(CALLBACKS_AT_ONCE),
+            calls: Calls::default(),
+            options,
+        };
+        Ok(Executor {
+            inner: Arc::new(inner),
+        })
+    }
+
+    /// Performs effects until the coordinator ends.
+    pub async fn run(&self, mut effects: mpsc::UnboundedReceiver<Vec<Effect>>) {
+        while let Some(batch) = effects.recv().await {
+            for effect in batch {
+                self.perform(effect);
+            }
+        }
+    }
+
+    /// Begins one effect and returns at once. Effects begin in the order of the calls.
+    pub fn perform(&self, effect: Effect) {
+        let driver = &self.inner.driver;
+        match effect {
+            Effect::StartInstance {
+                spec,
+                generation,
+                grants,
+            } => driver.start(*spec, generation, grants),
+            Effect::StopInstance {
+                service,
+                generation,
+                kill_at,
+            } => {
+                driver.stop(&service, generation, kill_at);
+            }
+            Effect::FindInstance {
+                spec,
+                generation,
+                grants: _,
+                process,
+                stop_at,
+            } => {
+                driver.find(*spec, generation, process, stop_at);
+            }
+            Effect::SweepOrphans { live } => driver.sweep_orphans(live),
+            // Simulated memory is free when the processes are gone; which GPUs it was on does not matter.
+            Effect::WatchRelease {
+                service,
+                generation,
+                grants: _,
+            } => {
+                driver.watch_release(&service, generation);
+            }
+            Effect::Dispatch(dispatch) => calls::dispatch(&self.inner, *dispatch),
+            Effect::StopCall {
+                run,
+                attempt,
+                service,
+                generation,
+                reason,
+                deadline,
+            } => {
+                let stop = calls::Stop { reason, deadline };
+                calls::stop(&self.inner, (run, attempt), &(service, generation), stop);
+            }
+            Effect::SendCallback {
+                plane,
+                run,
+                number,
+                url,
+                not_before,
+            } => {
+                let try_ = callback::Try {
+                    plane,
+                    run,
+                    number,
+                    url,
+                    not_before,
+                };
+                let sending = callback::send(self.inner.clone(), try_);
+                self.inner.tasks.spawn("callback", sending);
+            }
+        }
+    }
+
+    /// Waits until no job's call is open, at most for `limit`. Answers how many still are.
+    pub async fn finish_calls(&self, limit: Duration) -> usize {
+        self.inner.calls.finish(limit).await
+    }
+}
+
+impl Inner {
+    /// Reads the ledger off the asynchronous threads.
+    async fn read<T: Send + 'static>(
+        self: &Arc<Self>,
+        read: impl FnOnce(&dyn Source) -> Result<T, SourceError> + Send + 'static,
+    ) -> Result<T, SourceError> {
+        let source = self.source.clone();
+        tokio::task::spawn_blocking(move || read(&*source)).await?
+    }
+}

@@ -1,0 +1,157 @@
+//! Standard Webhooks: the secret and the signature of a message. Source: github.com/standard-webhooks/standard-webhooks,
+//! `spec/standard-webhooks.md`: `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::path::Path;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::Sha256;
+
+const PREFIX: &str = "whsec_";
+/// What is made, and what the standard allows.
+const KEY_BYTES: usize = 32;
+const KEY_BYTES_ALLOWED: std::ops::RangeInclusive<usize> = 24..=64;
+
+/// The key that signs callbacks. Its `Debug` does not show it.
+#[derive(Clone)]
+pub struct Secret {
+    key: Vec<u8>,
+}
+
+/// Why there is no secret.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    #[error("cannot use the webhook secret file {path}")]
+    File { path: String, source: io::Error },
+    #[error(
+        "{path} holds no webhook secret, which reads whsec_ and the base64 of 24 to 64 bytes; delete it to get a new one"
+    )]
+    Damaged { path: String },
+}
+
+impl Secret {
+    /// Whether [`Secret::load_or_create`] will have nothing to complain of in what is there; changes nothing.
+    ///
+    /// # Errors
+    /// As `load_or_create`.
+    pub fn check(data_dir: &Path) -> Result<(), SecretError> {
+        let there = data_dir.join("auth").join("webhook-secret");
+        match fs::symlink_metadata(there) {
+            Ok(_) => Secret::load_or_create(data_dir).map(drop),
+            // A missing one will be made; any other trouble is the ledger's to tell, which lies beside it.
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// From `<data_dir>/auth/webhook-secret`, which is made (readable by its owner only) when it is missing.
+    pub fn load_or_create(data_dir: &Path) -> Result<Secret, SecretError> {
+        let dir = data_dir.join("auth");
+        let path = dir.join("webhook-secret");
+        let shown = path.display().to_string();
+        let file = |source| SecretError::File {
+            path: shown.clone(),
+            source,
+        };
+        let text = match fs::read_to_string(&path) {
+            Ok(text) => {
+                let mode = fs::metadata(&path).map_err(file)?.permissions().mode();
+                if mode & 0o077 != 0 {
+                    tracing::warn!(
+                        file.path = shown,
+                        "others can read the webhook secret; chmod it to 600"
+                    );
+                }
+                text
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                create(&dir, &path).map_err(file)?
+            }
+            Err(error) => return Err(file(error)),
+        };
+        Secret::parse(&text).ok_or(SecretError::Damaged { path: shown })
+    }
+
+    /// From `whsec_<base64>`.
+    pub fn parse(text: &str) -> Option<Secret> {
+        let key = STANDARD.decode(text.trim().strip_prefix(PREFIX)?).ok()?;
+        KEY_BYTES_ALLOWED
+            .contains(&key.len())
+            .then_some(Secret { key })
+    }
+
+    /// The `webhook-signature` of a message.
+    pub fn sign(&self, id: &str, timestamp_s: i64, body: &[u8]) -> String {
+        let mut mac =
+            Hmac::<Sha256>::new_from_slice(&self.key).expect("HMAC takes keys of any length");
+        mac.update(format!("{id}.{timestamp_s}.").as_bytes());
+        mac.update(body);
+        format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes()))
+    }
+}
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
+
+/// Written whole under another name first: a crash leaves no half of a secret.
+fn create(dir: &Path, path: &Path) -> io::Result<String> {
+    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+    let mut key = [0; KEY_BYTES];
+    File::open("/dev/urandom")?.read_exact(&mut key)?;
+    let text = format!("{PREFIX}{}\n", STANDARD.encode(key));
+    let part = path.with_extension("part");
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&part)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    fs::rename(&part, path)?;
+    File::open(dir)?.sync_all()?;
+    Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The example of the standard's own test suite.
+    #[test]
+    fn the_standards_example_signs_alike() {
+        let secret = Secret::parse("whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw").unwrap();
+        let signed = secret.sign(
+            "msg_p5jXN8AQM9LWM0D4loKWxJek",
+            1_614_265_330,
+            br#"{"test": 2432232314}"#,
+        );
+        assert_eq!(signed, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
+    }
+
+    #[test]
+    fn a_secret_is_made_once_and_for_its_owner_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let made = Secret::load_or_create(dir.path()).unwrap();
+        let again = Secret::load_or_create(dir.path()).unwrap();
+        assert_eq!(made.key, again.key);
+        let path = dir.path().join("auth/webhook-secret");
+        assert_eq!(
+            fs::metadata(&path).unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        assert_eq!(format!("{made:?}"), "Secret(..)");
+        fs::write(&path, "whsec_short").unwrap();
+        let error = Secret::load_or_create(dir.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("webhook-secret") && error.contains("delete it"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,567 @@
+//! Appending: the one writer and its batches. A batch holds its records and the projections they change
+//! in memory, reads through them, and writes all in one commit.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::{Bound, ControlFlow};
+use std::sync::Arc;
+use std::time::Instant;
+
+use bytes::Bytes;
+use rustc_hash::FxHashMap;
+use serde::{Deserialize, Serialize};
+
+use crate::domain::event::Event;
+use crate::domain::ids::{CommandId, Cursor, PlaneId, RunId, Seq, ServiceName};
+use crate::domain::record::{NewRecord, Record};
+use crate::domain::time::Timestamp;
+
+use super::error::{CommitError, ReadError};
+use super::hub::Published;
+use super::projection::inbox::{self, InboxEntry};
+use super::projection::people;
+use super::projection::run::{self as run_projection, Place, RunStatus, RunSummary};
+use super::projection::service::{self, PlaneView, ServiceView};
+use super::record_codec::{self, Hash, Meta, RECORD_FORMAT, Raw};
+use super::store::{Direction, Snapshot, Table, WriteSet};
+use super::{Inner, keys, read, view};
+
+/// Longest payload of one record. The API's own limits are far lower; this one keeps a record's lengths
+/// within 32 bits and a batch within memory.
+pub const MAX_PAYLOAD_BYTES: usize = 64 << 20;
+
+/// Appends to the ledger. There is one for each open ledger; the coordinator's thread owns it.
+pub struct Writer {
+    pub(super) inner: Arc<Inner>,
+    pub(super) next_seq: Seq,
+    pub(super) tail_hash: Hash,
+    pub(super) poisoned: bool,
+}
+
+/// A record's place.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Appended {
+    pub seq: Seq,
+    /// 0 when the record belongs to no run.
+    pub cursor: Cursor,
+}
+
+/// What is kept under an Idempotency-Key.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoredReply {
+    pub body_hash: Hash,
+    pub reply: Vec<u8>,
+    /// The ledger's tail when it was kept.
+    pub seq: Seq,
+}
+
+impl Writer {
+    /// Starts a batch. Dropping it leaves everything as it was.
+    ///
+    /// # Errors
+    /// `Poisoned` after a failed commit.
+    pub fn begin(&mut self) -> Result<Batch<'_>, CommitError> {
+        self.check()?;
+        let snapshot = self.inner.store.snapshot()?;
+        Ok(Batch {
+            seq: self.next_seq,
+            prev_hash: self.tail_hash,
+            writer: self,
+            snapshot,
+            writes: WriteSet::default(),
+            runs: FxHashMap::default(),
+            services: BTreeMap::new(),
+            inbox: HashMap::new(),
+            published: Vec::new(),
+        })
+    }
+
+    /// The last committed record's hash.
+    pub fn tail_hash(&self) -> Hash {
+        self.tail_hash
+    }
+
+    pub(super) fn check(&self) -> Result<(), CommitError> {
+        if self.poisoned {
+            return Err(CommitError::Poisoned);
+        }
+        Ok(())
+    }
+
+    /// Commits, and refuses all further work when that fails.
+    pub(super) fn write(&mut self, writes: WriteSet) -> Result<(), CommitError> {
+        self.check()?;
+        // Set first, so that a panic in the store poisons as well.
+        self.poisoned = true;
+        self.inner.store.commit(writes)?;
+        self.poisoned = false;
+        Ok(())
+    }
+}
+
+/// A run as the batch sees it.
+struct RunSlot {
+    /// Its status on disk, which the index by status shows.
+    stored: Option<RunStatus>,
+    now: Option<RunSummary>,
+    changed: bool,
+}
+
+/// Records and projections that become durable together.
+pub struct Batch<'a> {
+    writer: &'a mut Writer,
+    snapshot: Box<dyn Snapshot>,
+    seq: Seq,
+    prev_hash: Hash,
+    writes: WriteSet,
+    runs: FxHashMap<(PlaneId, RunId), RunSlot>,
+    services: BTreeMap<ServiceName, Option<ServiceView>>,
+    inbox: HashMap<(PlaneId, CommandId), InboxEntry>,
+    published: Vec<Published>,
+}
+
+/// A record about to be appended, encoded, whatever it came from.
+pub(super) struct Encoded<'b> {
+    pub raw: Raw<'b>,
+    pub event: Event,
+    pub payload: Bytes,
+    pub meta: Meta,
+}
+
+impl Batch<'_> {
+    /// The inbox entry of a command, this batch's own included.
+    pub fn inbox(&self, plane: PlaneId, id: &str) -> Result<Option<InboxEntry>, CommitError> {
+        if let Some(entry) = self.inbox.get(&(plane, CommandId::new(id))) {
+            return Ok(Some(entry.clone()));
+        }
+        Ok(read::command(&*self.snapshot, plane, id)?)
+    }
+
+    /// What was kept under an Idempotency-Key, this batch's own included. `route` names the operation.
+    pub fn idempotency(
+        &self,
+        plane: PlaneId,
+        route: &str,
+        key: &str,
+    ) -> Result<Option<StoredReply>, CommitError> {
+        let key = keys::idempotency(plane, route, key);
+        if let Some(Some(bytes)) = self.writes.get(Table::Idempotency, &key) {
+            return Ok(Some(read::entry(Table::Idempotency, bytes)?));
+        }
+        Ok(read::get(&*self.snapshot, Table::Idempotency, &key)?)
+    }
+
+    /// Keeps a reply under an Idempotency-Key.
+    pub fn put_idempotency(
+        &mut self,
+        plane: PlaneId,
+        route: &str,
+        key: &str,
+        body_hash: Hash,
+        reply: &[u8],
+    ) -> Result<(), CommitError> {
+        let stored = StoredReply {
+            body_hash,
+            reply: reply.to_vec(),
+            seq: self.seq - 1,
+        };
+        self.writes.put(
+            Table::Idempotency,
+            keys::idempotency(plane, route, key),
+            record_codec::encode(&stored),
+        );
+        Ok(())
+    }
+
+    /// A run's summary, this batch's changes included.
+    pub fn run(&self, plane: PlaneId, run: RunId) -> Result<Option<RunSummary>, CommitError> {
+        match self.runs.get(&(plane, run)) {
+            Some(slot) => Ok(slot.now.clone()),
+            None => Ok(read::run(&*self.snapshot, plane, run)?),
+        }
+    }
+
+    /// How many records the batch holds.
+    pub fn len(&self) -> u64 {
+        self.seq - self.writer.next_seq
+    }
+
+    /// The hash of its last record, or of the one before it.
+    pub fn tail_hash(&self) -> Hash {
+        self.prev_hash
+    }
+
+    /// Whether it holds no record.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Appends a record and folds its event into the projections.
+    ///
+    /// # Errors
+    /// `PayloadTooLarge`; the batch is as before and may go on. Any other error: drop the batch and stop.
+    pub fn append(&mut self, record: NewRecord) -> Result<Appended, CommitError> {
+        if record.payload.len() > MAX_PAYLOAD_BYTES {
+            return Err(CommitError::PayloadTooLarge {
+                size_bytes: record.payload.len(),
+                limit_bytes: MAX_PAYLOAD_BYTES,
+            });
+        }
+        let meta = Meta {
+            actor: record.actor,
+            request_id: record.request_id,
+        };
+        let (event_bytes, meta_bytes) = (
+            record_codec::encode(&record.event),
+            record_codec::encode(&meta),
+        );
+        let raw = Raw {
+            format: RECORD_FORMAT,
+            purged: false,
+            plane: record.plane,
+            at: record.at,
+            cursor: 0,
+            run: None,
+            prev_hash: self.prev_hash,
+            payload_hash: *blake3::hash(&record.payload).as_bytes(),
+            hash: record_codec::GENESIS,
+            event: &event_bytes,
+            meta: &meta_bytes,
+            payload_len: u32::try_from(record.payload.len()).expect("checked above"),
+            payload: &record.payload,
+        };
+        self.push(Encoded {
+            raw,
+            event: record.event,
+            payload: record.payload.clone(),
+            meta,
+        })
+    }
+
+    /// Gives an encoded record its place, its cursor and its hash.
+    pub(super) fn push(&mut self, encoded: Encoded<'_>) -> Result<Appended, CommitError> {
+        let Encoded {
+            mut raw,
+            event,
+            payload,
+            meta,
+        } = encoded;
+        let (seq, plane) = (self.seq, raw.plane);
+        if let Some(run) = event.run() {
+            let known = self.load_run(plane, run)?.now.as_ref();
+            if let Some(known_len) = known.map(|summary| summary.ledger_len) {
+                raw.cursor = known_len + 1;
+            } else if matches!(event, Event::JobQueued { .. }) {
+                raw.cursor = 1;
+            }
+            raw.run = (raw.cursor > 0).then_some(run);
+        }
+        raw.prev_hash = self.prev_hash;
+        raw.hash = raw.computed_hash(seq);
+        self.writes
+            .put(Table::Events, keys::seq(seq), raw.to_bytes());
+        if let Some(run) = raw.run {
+            let key = keys::run_record(plane, run, raw.cursor);
+            self.writes.put(Table::RunRecords, key, keys::seq(seq));
+        }
+        self.project(&event, seq, &raw)?;
+        let session = raw.run.and_then(|run| {
+            let slot = self.runs.get(&(plane, run))?;
+            slot.now.as_ref()?.session.clone()
+        });
+        let hides_other = match view::other_run(&event) {
+            Some(other) => self.load_run(plane, other)?.now.is_none(),
+            None => false,
+        };
+        self.published.push(Published {
+            record: Record {
+                seq,
+                cursor: raw.cursor,
+                plane,
+                at: raw.at,
+                actor: meta.actor,
+                request_id: meta.request_id,
+                event,
+                payload,
+                purged: raw.purged,
+                prev_hash: raw.prev_hash,
+                hash: raw.hash,
+            },
+            context: view::Context {
+                session,
+                hides_other,
+            },
+        });
+        self.prev_hash = raw.hash;
+        self.seq += 1;
+        Ok(Appended {
+            seq,
+            cursor: raw.cursor,
+        })
+    }
+
+    fn project(&mut self, event: &Event, seq: Seq, raw: &Raw<'_>) -> Result<(), CommitError> {
+        let (plane, at) = (raw.plane, raw.at);
+        if let Some(run) = raw.run {
+            self.project_run(plane, run, event, seq, raw)?;
+        }
+        if let Some(command) = inbox::command_of(event) {
+            let before = self.inbox(plane, command)?;
+            if let Some(entry) = inbox::apply(before, event, seq, at, raw.payload_hash) {
+                self.inbox.insert((plane, command.clone()), entry);
+            }
+        }
+        if let Some(name) = service::service_of(event) {
+            let view = self.take_service(name)?;
+            let view = service::apply(view, event, at);
+            self.services.insert(name.clone(), view);
+        }
+        self.project_people(event, at)?;
+        match event {
+            Event::PlanePurged { plane } => self.purge_plane(*plane)?,
+            Event::GpusListed { gpus } => {
+                self.writes
+                    .put(Table::Gpus, keys::GPUS, record_codec::encode(gpus));
+            }
+            Event::PlaneOpened {
+                plane,
+                tenant,
+                runtime,
+            } => {
+                let view = PlaneView {
+                    plane: *plane,
+                    tenant: tenant.clone(),
+                    runtime: runtime.clone(),
+                    opened_at: at,
+                };
+                let key = plane.0.to_be_bytes();
+                self.writes
+                    .put(Table::Planes, key, record_codec::encode(&view));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Users, tokens and runtimes: small tables, written at once.
+    fn project_people(&mut self, event: &Event, at: Timestamp) -> Result<(), CommitError> {
+        for change in people::changes(event, at, |table, key| self.get(table, key))? {
+            match change.value {
+                Some(value) => self.writes.put(change.table, change.key, value),
+                None => self.writes.remove(change.table, change.key),
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the payloads of a plane's commands that belong to no run. Its runs were purged before.
+    fn purge_plane(&mut self, plane: PlaneId) -> Result<(), CommitError> {
+        let mut seqs = Vec::new();
+        let low = plane.0.to_be_bytes();
+        let high = plane.0.saturating_add(1).to_be_bytes();
+        let bounds = (Bound::Included(&low[..]), Bound::Excluded(&high[..]));
+        let mut failure = None;
+        self.snapshot
+            .scan(Table::Inbox, bounds, Direction::Up, &mut |_, bytes| {
+                match read::entry::<InboxEntry>(Table::Inbox, bytes) {
+                    Ok(entry) => seqs.push(entry.seq),
+                    Err(error) => {
+                        failure = Some(error);
+                        return ControlFlow::Break(());
+                    }
+                }
+                ControlFlow::Continue(())
+            })?;
+        if let Some(error) = failure {
+            return Err(error.into());
+        }
+        for seq in seqs {
+            self.purge_record(seq)?;
+        }
+        Ok(())
+    }
+
+    fn project_run(
+        &mut self,
+        plane: PlaneId,
+        run: RunId,
+        event: &Event,
+        seq: Seq,
+        raw: &Raw<'_>,
+    ) -> Result<(), CommitError> {
+        let place = Place {
+            seq,
+            cursor: raw.cursor,
+            plane,
+            at: raw.at,
+            has_payload: raw.payload_len > 0,
+        };
+        let slot = self.load_run(plane, run)?;
+        let before = slot.now.take();
+        let occupied_before = service::occupied(before.as_ref()).cloned();
+        slot.now = run_projection::apply(before, event, place);
+        slot.changed = true;
+        let occupied_after = service::occupied(slot.now.as_ref()).cloned();
+        if occupied_before != occupied_after {
+            self.occupy(occupied_before, (plane, run), false)?;
+            self.occupy(occupied_after, (plane, run), true)?;
+        }
+        if matches!(event, Event::RunPurged { .. }) {
+            self.purge(plane, run, raw.cursor)?;
+        }
+        Ok(())
+    }
+
+    fn occupy(
+        &mut self,
+        name: Option<ServiceName>,
+        run: (PlaneId, RunId),
+        active: bool,
+    ) -> Result<(), CommitError> {
+        let Some(name) = name else { return Ok(()) };
+        let mut view = self.take_service(&name)?;
+        if let Some(view) = view.as_mut() {
+            service::occupy(view, run, active);
+        }
+        self.services.insert(name, view);
+        Ok(())
+    }
+
+    /// Removes the payloads of a run's records before `cursor`; hashes and lengths stay.
+    fn purge(&mut self, plane: PlaneId, run: RunId, cursor: Cursor) -> Result<(), CommitError> {
+        for earlier in 1..cursor {
+            let key = keys::run_record(plane, run, earlier);
+            let Some(seq_key) = self.get(Table::RunRecords, &key)? else {
+                continue;
+            };
+            self.purge_record(keys::parse_seq(&seq_key).unwrap_or_default())?;
+        }
+        Ok(())
+    }
+
+    /// Removes a record's payload; its hash and length stay.
+    fn purge_record(&mut self, seq: Seq) -> Result<(), CommitError> {
+        let key = keys::seq(seq);
+        let Some(bytes) = self.get(Table::Events, &key)? else {
+            return Ok(());
+        };
+        let raw = Raw::parse(seq, &bytes)?;
+        if !raw.purged && !raw.payload.is_empty() {
+            let purged = Raw {
+                purged: true,
+                ..raw
+            };
+            self.writes.put(Table::Events, key, purged.to_bytes());
+        }
+        Ok(())
+    }
+
+    /// A table's entry, this batch's changes included.
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, ReadError> {
+        match self.writes.get(table, key) {
+            Some(change) => Ok(change.map(<[u8]>::to_vec)),
+            None => Ok(self.snapshot.get(table, key)?),
+        }
+    }
+
+    fn load_run(&mut self, plane: PlaneId, run: RunId) -> Result<&mut RunSlot, ReadError> {
+        use std::collections::hash_map::Entry;
+        match self.runs.entry((plane, run)) {
+            Entry::Occupied(slot) => Ok(slot.into_mut()),
+            Entry::Vacant(vacant) => {
+                let now = read::run(&*self.snapshot, plane, run)?;
+                Ok(vacant.insert(RunSlot {
+                    stored: now.as_ref().map(|summary| summary.status),
+                    now,
+                    changed: false,
+                }))
+            }
+        }
+    }
+
+    fn take_service(&mut self, name: &ServiceName) -> Result<Option<ServiceView>, ReadError> {
+        match self.services.remove(name) {
+            Some(view) => Ok(view),
+            None => read::service(&*self.snapshot, name),
+        }
+    }
+
+    /// Makes it durable, then shows it to followers. An empty batch writes nothing.
+    ///
+    /// # Errors
+    /// The writer is poisoned: the coordinator stops the process, since the disk may hold either state.
+    pub fn commit(mut self) -> Result<Seq, CommitError> {
+        self.settle();
+        let Batch {
+            writer,
+            snapshot,
+            seq,
+            prev_hash,
+            writes,
+            published,
+            ..
+        } = self;
+        // Gone before the commit, so that the pages it pins can be used again.
+        drop(snapshot);
+        if writes.is_empty() {
+            return Ok(seq - 1);
+        }
+        let started = Instant::now();
+        writer.write(writes)?;
+        metrics::histogram!("rungate_ledger_commit_seconds").record(started.elapsed());
+        metrics::histogram!("rungate_ledger_batch_records").record(published.len() as f64);
+        writer.next_seq = seq;
+        writer.tail_hash = prev_hash;
+        writer.inner.hub.publish(seq - 1, published);
+        Ok(seq - 1)
+    }
+
+    /// Writes each changed projection once, however many records changed it.
+    fn settle(&mut self) {
+        for ((plane, run), slot) in &self.runs {
+            let Some(summary) = slot.now.as_ref().filter(|_| slot.changed) else {
+                continue;
+            };
+            let encoded = record_codec::encode(summary);
+            self.writes
+                .put(Table::Runs, keys::run(*plane, *run), encoded);
+            if slot.stored != Some(summary.status) {
+                if let Some(stored) = slot.stored {
+                    let key = keys::status(*plane, stored, *run);
+                    self.writes.remove(Table::RunsByStatus, key);
+                }
+                let key = keys::status(*plane, summary.status, *run);
+                self.writes.put(Table::RunsByStatus, key, []);
+            }
+            if let (None, Some(session)) = (slot.stored, &summary.session) {
+                let key = keys::session(*plane, session, *run);
+                self.writes.put(Table::RunsBySession, key, []);
+            }
+        }
+        for (name, view) in &self.services {
+            match view {
+                Some(view) => {
+                    let encoded = record_codec::encode(view);
+                    self.writes.put(Table::Services, name.as_bytes(), encoded);
+                }
+                None => self.writes.remove(Table::Services, name.as_bytes()),
+            }
+        }
+        for ((plane, command), entry) in &self.inbox {
+            let key = keys::command(*plane, command);
+            self.writes
+                .put(Table::Inbox, key, record_codec::encode(entry));
+        }
+    }
+}
+
+/// The last record's seq and hash.
+pub(super) fn tail(snapshot: &dyn Snapshot) -> Result<(Seq, Hash), ReadError> {
+    let mut tail = Ok((0, record_codec::GENESIS));
+    let all = (Bound::Unbounded, Bound::Unbounded);
+    snapshot.scan(Table::Events, all, Direction::Down, &mut |key, value| {
+        let seq = keys::parse_seq(key).unwrap_or_default();
+        tail = Raw::parse(seq, value).map(|raw| (seq, raw.hash));
+        ControlFlow::Break(())
+    })?;
+    tail
+}

@@ -1,0 +1,223 @@
+//! A record as bytes, format 1, and its place in the hash chain. Leaves keys and tables to others.
+//!
+//! ```text
+//!   0  u16  format              72  [32] blake3 of the payload
+//!   2  u8   flags (1 = purged)  104 [32] hash of the record
+//!   3  u8   0                   136 u32  length of the event
+//!   4  u32  plane               140 u32  length of the meta
+//!   8  i64  at, microseconds    144 u32  length of the payload, also after a purge
+//!  16  u64  cursor, 0 = no run  148 event, meta (postcard), payload
+//!  24  [16] run, nil = none
+//!  40  [32] hash of the record before
+//! ```
+//! Numbers are little-endian. `hash = blake3(prev_hash ‖ envelope ‖ blake3(payload))`, where the envelope
+//! is seq and all the rest but the flags and the payload: a purge leaves every hash as it was.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
+use uuid::Uuid;
+
+use crate::domain::event::Event;
+use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
+use crate::domain::record::Record;
+use crate::domain::time::Timestamp;
+
+use super::error::ReadError;
+
+/// The record format this program writes; it reads all up to it.
+pub const RECORD_FORMAT: u16 = 1;
+/// Bytes before the event.
+pub const HEADER_BYTES: usize = 148;
+const FLAG_PURGED: u8 = 1;
+
+/// A blake3 hash.
+pub type Hash = [u8; 32];
+
+/// The hash before the first record.
+pub const GENESIS: Hash = [0; 32];
+
+/// Who caused a record; skipped on replay.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    pub actor: SmolStr,
+    pub request_id: Option<SmolStr>,
+}
+
+/// A record's parts, borrowed from its bytes. Nothing is decoded yet.
+#[derive(Clone, Copy, Debug)]
+pub struct Raw<'a> {
+    pub format: u16,
+    pub purged: bool,
+    pub plane: PlaneId,
+    pub at: Timestamp,
+    pub cursor: Cursor,
+    pub run: Option<RunId>,
+    pub prev_hash: Hash,
+    pub payload_hash: Hash,
+    pub hash: Hash,
+    pub event: &'a [u8],
+    pub meta: &'a [u8],
+    /// Length of the payload as it was appended.
+    pub payload_len: u32,
+    /// Empty when purged.
+    pub payload: &'a [u8],
+}
+
+impl<'a> Raw<'a> {
+    /// Finds the parts.
+    ///
+    /// # Errors
+    /// When the bytes are cut short or of an unknown format.
+    pub fn parse(seq: Seq, bytes: &'a [u8]) -> Result<Raw<'a>, ReadError> {
+        Self::split(bytes).map_err(|detail| ReadError::BadRecord {
+            seq,
+            detail: detail.to_owned(),
+        })
+    }
+
+    fn split(bytes: &'a [u8]) -> Result<Raw<'a>, &'static str> {
+        if bytes.len() < HEADER_BYTES {
+            return Err("shorter than its header");
+        }
+        let (header, body) = bytes.split_at(HEADER_BYTES);
+        let format = u16::from_le_bytes(array(header, 0));
+        if format == 0 || format > RECORD_FORMAT {
+            return Err("unknown record format");
+        }
+        if header[2] & !FLAG_PURGED != 0 || header[3] != 0 {
+            return Err("unknown flags");
+        }
+        let purged = header[2] & FLAG_PURGED != 0;
+        let run = Uuid::from_bytes(array(header, 24));
+        let event_len = u32::from_le_bytes(array(header, 136)) as usize;
+        let meta_len = u32::from_le_bytes(array(header, 140)) as usize;
+        let payload_len = u32::from_le_bytes(array(header, 144));
+        let kept = if purged { 0 } else { payload_len as usize };
+        if event_len
+            .checked_add(meta_len)
+            .and_then(|n| n.checked_add(kept))
+            != Some(body.len())
+        {
+            return Err("its lengths do not add up");
+        }
+        let (event, rest) = body.split_at(event_len);
+        let (meta, payload) = rest.split_at(meta_len);
+        Ok(Raw {
+            format,
+            purged,
+            plane: PlaneId(u32::from_le_bytes(array(header, 4))),
+            at: Timestamp(i64::from_le_bytes(array(header, 8))),
+            cursor: u64::from_le_bytes(array(header, 16)),
+            run: (!run.is_nil()).then_some(RunId(run)),
+            prev_hash: array(header, 40),
+            payload_hash: array(header, 72),
+            hash: array(header, 104),
+            event,
+            meta,
+            payload_len,
+            payload,
+        })
+    }
+
+    /// Where the event lies within the record's bytes, without looking at anything else (replay).
+    pub fn event_of(bytes: &'a [u8]) -> Option<(Timestamp, PlaneId, &'a [u8])> {
+        if bytes.len() < HEADER_BYTES || u16::from_le_bytes(array(bytes, 0)) > RECORD_FORMAT {
+            return None;
+        }
+        let event_len = u32::from_le_bytes(array(bytes, 136)) as usize;
+        let event = bytes.get(HEADER_BYTES..HEADER_BYTES.checked_add(event_len)?)?;
+        let plane = PlaneId(u32::from_le_bytes(array(bytes, 4)));
+        Some((Timestamp(i64::from_le_bytes(array(bytes, 8))), plane, event))
+    }
+
+    /// The hash that these parts give at `seq`.
+    pub fn computed_hash(&self, seq: Seq) -> Hash {
+        let mut hasher = blake3::Hasher::new();
+        hasher.update(&self.prev_hash);
+        hasher.update(&seq.to_le_bytes());
+        hasher.update(&self.format.to_le_bytes());
+        hasher.update(&self.plane.0.to_le_bytes());
+        hasher.update(&self.at.0.to_le_bytes());
+        hasher.update(&self.cursor.to_le_bytes());
+        hasher.update(self.run.map_or(Uuid::nil(), |run| run.0).as_bytes());
+        hasher.update(&(self.event.len() as u64).to_le_bytes());
+        hasher.update(&(self.meta.len() as u64).to_le_bytes());
+        hasher.update(&u64::from(self.payload_len).to_le_bytes());
+        hasher.update(self.event);
+        hasher.update(self.meta);
+        hasher.update(&self.payload_hash);
+        *hasher.finalize().as_bytes()
+    }
+
+    /// The parts as they lie on disk.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let kept = if self.purged { &[][..] } else { self.payload };
+        let mut bytes =
+            Vec::with_capacity(HEADER_BYTES + self.event.len() + self.meta.len() + kept.len());
+        bytes.extend_from_slice(&self.format.to_le_bytes());
+        bytes.push(if self.purged { FLAG_PURGED } else { 0 });
+        bytes.push(0);
+        bytes.extend_from_slice(&self.plane.0.to_le_bytes());
+        bytes.extend_from_slice(&self.at.0.to_le_bytes());
+        bytes.extend_from_slice(&self.cursor.to_le_bytes());
+        bytes.extend_from_slice(self.run.map_or(Uuid::nil(), |run| run.0).as_bytes());
+        bytes.extend_from_slice(&self.prev_hash);
+        bytes.extend_from_slice(&self.payload_hash);
+        bytes.extend_from_slice(&self.hash);
+        bytes.extend_from_slice(&length(self.event).to_le_bytes());
+        bytes.extend_from_slice(&length(self.meta).to_le_bytes());
+        bytes.extend_from_slice(&self.payload_len.to_le_bytes());
+        bytes.extend_from_slice(self.event);
+        bytes.extend_from_slice(self.meta);
+        bytes.extend_from_slice(kept);
+        bytes
+    }
+
+    /// Decodes the event.
+    pub fn decode_event(&self, seq: Seq) -> Result<Event, ReadError> {
+        decode(seq, self.event)
+    }
+
+    /// Decodes all of it.
+    pub fn decode(&self, seq: Seq) -> Result<Record, ReadError> {
+        let meta: Meta = decode(seq, self.meta)?;
+        Ok(Record {
+            seq,
+            cursor: self.cursor,
+            plane: self.plane,
+            at: self.at,
+            actor: meta.actor,
+            request_id: meta.request_id,
+            event: self.decode_event(seq)?,
+            payload: Bytes::copy_from_slice(self.payload),
+            purged: self.purged,
+            prev_hash: self.prev_hash,
+            hash: self.hash,
+        })
+    }
+}
+
+/// An event or a meta from its bytes, all of which must belong to it.
+pub fn decode<T: serde::de::DeserializeOwned>(seq: Seq, bytes: &[u8]) -> Result<T, ReadError> {
+    let bad = |detail: String| ReadError::BadRecord { seq, detail };
+    match postcard::take_from_bytes(bytes) {
+        Ok((value, [])) => Ok(value),
+        Ok(_) => Err(bad("bytes after its end".into())),
+        Err(error) => Err(bad(error.to_string())),
+    }
+}
+
+/// Postcard bytes of a value of ours.
+pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
+    postcard::to_allocvec(value).expect("our types hold nothing that postcard cannot write")
+}
+
+fn array<const N: usize>(bytes: &[u8], start: usize) -> [u8; N] {
+    let slice = &bytes[start..start + N];
+    slice.try_into().expect("the slice has N bytes")
+}
+
+fn length(part: &[u8]) -> u32 {
+    u32::try_from(part.len()).expect("a batch refuses payloads over 64 MiB, and events are smaller")
+}

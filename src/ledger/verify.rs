@@ -1,0 +1,515 @@
+//! Proves a ledger: the chain and its payloads record by record, then that every projection is what a
+//! fold of the events gives. Stops at the first thing that is wrong, and names it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ops::{Bound, ControlFlow};
+
+use serde::Serialize;
+
+use crate::domain::event::Event;
+use crate::domain::identity::{Runtime, Token, User};
+use crate::domain::ids::{PlaneId, RunId, Seq, ServiceName};
+use crate::domain::state::user::People;
+
+use super::error::{ReadError, StoreError};
+use super::projection::inbox::{self, InboxEntry, InboxState};
+use super::projection::people as people_projection;
+use super::projection::run::{self as run_projection, Place, RunSummary};
+use super::projection::service::{self, PlaneView, ServiceView};
+use super::record_codec::{self, GENESIS, Hash, Meta, Raw};
+use super::store::{Direction, KeyBounds, Snapshot, Table};
+use super::{Ledger, keys, read, view};
+
+/// What was proved.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Verified {
+    pub records: u64,
+    /// Records whose payload was removed by a purge.
+    pub purged: u64,
+    pub runs: u64,
+    pub commands: u64,
+    pub services: u64,
+    /// The last record; its hash stands for the whole ledger.
+    pub tail_seq: Seq,
+    pub tail_hash: String,
+}
+
+/// The first thing found wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum VerifyError {
+    #[error("record {seq} is bad: {detail}")]
+    Record { seq: Seq, detail: String },
+    #[error("the records are whole, but {what} in {table} does not follow from them: {detail}")]
+    Projection {
+        table: &'static str,
+        what: String,
+        detail: String,
+    },
+    #[error("the ledger cannot be read: {0}")]
+    Store(#[from] StoreError),
+}
+
+impl From<ReadError> for VerifyError {
+    fn from(error: ReadError) -> Self {
+        match error {
+            ReadError::BadRecord { seq, detail } => VerifyError::Record { seq, detail },
+            ReadError::Store(error) => VerifyError::Store(error),
+            ReadError::BadEntry { table, detail } => VerifyError::Projection {
+                table,
+                what: "an entry".into(),
+                detail,
+            },
+            ReadError::Closed => VerifyError::Store(StoreError::Failed),
+        }
+    }
+}
+
+/// How often `progress` hears of it.
+const PROGRESS_EVERY: u64 = 65_536;
+
+impl Ledger {
+    /// Reads all of it as of now; a running gateway goes on meanwhile. `progress` hears the seq.
+    ///
+    /// # Errors
+    /// The first bad record, or the first entry of a projection that does not follow from the records.
+    pub fn verify(&self, progress: &mut dyn FnMut(Seq)) -> Result<Verified, VerifyError> {
+        let snapshot = self.inner.store.snapshot()?;
+        let snapshot = &*snapshot;
+        let mut fold = Fold::default();
+        walk(snapshot, Table::Events, &mut |key, bytes| {
+            let seq = fold.record(snapshot, key, bytes)?;
+            if seq % PROGRESS_EVERY == 0 {
+                progress(seq);
+            }
+            Ok(())
+        })?;
+        fold.check_small_tables(snapshot)?;
+        fold.check_purged_planes()?;
+        check_people(snapshot, &fold.people)?;
+        let commands = fold.check_inbox(snapshot)?;
+        let runs = check_runs(snapshot, fold.in_runs)?;
+        Ok(Verified {
+            records: fold.seq,
+            purged: fold.purged,
+            runs,
+            commands,
+            services: fold.services.len() as u64,
+            tail_seq: fold.seq,
+            tail_hash: view::hex(&fold.hash),
+        })
+    }
+}
+
+/// What the records seen so far amount to.
+#[derive(Default)]
+struct Fold {
+    seq: Seq,
+    hash: Hash,
+    purged: u64,
+    /// Records that belong to a run.
+    in_runs: u64,
+    accepted: u64,
+    decided: u64,
+    services: BTreeMap<ServiceName, ServiceView>,
+    /// Which service each live attempt occupies.
+    occupied: HashMap<(PlaneId, RunId), ServiceName>,
+    gpus: Option<Vec<u8>>,
+    planes: BTreeMap<u32, PlaneView>,
+    people: People,
+    /// The last record without a run whose payload is gone, of each plane; and when a plane was purged.
+    bare: BTreeMap<PlaneId, Seq>,
+    planes_purged: BTreeMap<PlaneId, Seq>,
+}
+
+impl Fold {
+    fn record(
+        &mut self,
+        snapshot: &dyn Snapshot,
+        key: &[u8],
+        bytes: &[u8],
+    ) -> Result<Seq, VerifyError> {
+        let expected = self.seq + 1;
+        let bad = |detail: &str| VerifyError::Record {
+            seq: expected,
+            detail: detail.to_owned(),
+        };
+        if keys::parse_seq(key) != Some(expected) {
+            return Err(bad("it is missing"));
+        }
+        let raw = Raw::parse(expected, bytes)?;
+        let prev_hash = if self.seq == 0 { GENESIS } else { self.hash };
+        if raw.prev_hash != prev_hash {
+            return Err(bad("it does not follow the record before it"));
+        }
+        if raw.computed_hash(expected) != raw.hash {
+            return Err(bad("its hash does not match its content"));
+        }
+        if !raw.purged && *blake3::hash(raw.payload).as_bytes() != raw.payload_hash {
+            return Err(bad("its payload does not match its hash"));
+        }
+        let event = raw.decode_event(expected)?;
+        record_codec::decode::<Meta>(expected, raw.meta)?;
+        if raw.run.is_some() && raw.run != event.run() {
+            return Err(bad("it belongs to another run than its event"));
+        }
+        self.hash = raw.hash;
+        self.seq = expected;
+        self.check_run(snapshot, &raw)?;
+        self.command(snapshot, &event, &raw)?;
+        self.small_tables(&event, &raw);
+        Ok(expected)
+    }
+
+    /// That the run's index names the record, and that a purged payload was purged by its run.
+    fn check_run(&mut self, snapshot: &dyn Snapshot, raw: &Raw<'_>) -> Result<(), VerifyError> {
+        let Some(run) = raw.run else {
+            if raw.purged {
+                self.purged += 1;
+                self.bare.insert(raw.plane, self.seq);
+            }
+            return Ok(());
+        };
+        self.in_runs += 1;
+        let key = keys::run_record(raw.plane, run, raw.cursor);
+        if snapshot.get(Table::RunRecords, &key)?.as_deref() != Some(&keys::seq(self.seq)[..]) {
+            return Err(wrong(
+                Table::RunRecords,
+                format!("cursor {} of run {run}", raw.cursor),
+                format!("it should name record {}", self.seq),
+            ));
+        }
+        if raw.purged {
+            self.purged += 1;
+            if !read::run(snapshot, raw.plane, run)?.is_some_and(|run| run.purged) {
+                return Err(self.bad("its payload is gone, and its run was never purged"));
+            }
+        }
+        Ok(())
+    }
+
+    fn bad(&self, detail: &str) -> VerifyError {
+        VerifyError::Record {
+            seq: self.seq,
+            detail: detail.to_owned(),
+        }
+    }
+
+    fn command(
+        &mut self,
+        snapshot: &dyn Snapshot,
+        event: &Event,
+        raw: &Raw<'_>,
+    ) -> Result<(), VerifyError> {
+        let Some(id) = inbox::command_of(event) else {
+            return Ok(());
+        };
+        let entry = read::command(snapshot, raw.plane, id)?;
+        let before = entry.clone().map(|entry| InboxEntry {
+            state: InboxState::Accepted,
+            decided_at: None,
+            ..entry
+        });
+        let after = inbox::apply(before, event, self.seq, raw.at, raw.payload_hash);
+        let agrees = match (event, &after, &entry) {
+            // The decision comes later in the ledger, and is checked there.
+            (Event::CommandAccepted { .. }, Some(after), Some(entry)) => {
+                self.accepted += 1;
+                let undecided = InboxEntry {
+                    state: InboxState::Accepted,
+                    decided_at: None,
+                    ..entry.clone()
+                };
+                *after == undecided
+            }
+            (_, Some(_), Some(_)) => {
+                self.decided += 1;
+                after == entry
+            }
+            (Event::CommandAccepted { .. }, ..) => false,
+            // A decision about a command that was never accepted is nothing to the inbox.
+            _ => true,
+        };
+        if agrees {
+            return Ok(());
+        }
+        Err(wrong(
+            Table::Inbox,
+            format!("command {id}"),
+            format!("record {} says otherwise", self.seq),
+        ))
+    }
+
+    fn small_tables(&mut self, event: &Event, raw: &Raw<'_>) {
+        if let Some(run) = raw.run {
+            self.occupy((raw.plane, run), event);
+        }
+        if let Some(name) = service::service_of(event) {
+            let before = self.services.remove(name);
+            if let Some(view) = service::apply(before, event, raw.at) {
+                self.services.insert(name.clone(), view);
+            }
+        }
+        self.people.apply(event, raw.at);
+        match event {
+            Event::PlanePurged { plane } => {
+                self.planes_purged.insert(*plane, self.seq);
+            }
+            Event::GpusListed { gpus } => self.gpus = Some(record_codec::encode(gpus)),
+            Event::PlaneOpened {
+                plane,
+                tenant,
+                runtime,
+            } => {
+                let view = PlaneView {
+                    plane: *plane,
+                    tenant: tenant.clone(),
+                    runtime: runtime.clone(),
+                    opened_at: raw.at,
+                };
+                self.planes.insert(plane.0, view);
+            }
+            _ => {}
+        }
+    }
+
+    /// Follows which service a run's attempt occupies, as the summaries' statuses tell it.
+    fn occupy(&mut self, run: (PlaneId, RunId), event: &Event) {
+        let before = self.occupied.get(&run).cloned();
+        let after = match event {
+            Event::JobDispatched { service, .. } => Some(service.clone()),
+            Event::JobPaused { .. }
+            | Event::JobResumed { .. }
+            | Event::JobPreempted { .. }
+            | Event::JobRequeued { .. }
+            | Event::JobAttemptFailed {
+                retry_at: Some(_), ..
+            }
+            | Event::JobCompleted { .. }
+            | Event::JobFailed { .. }
+            | Event::JobCancelled { .. }
+            | Event::JobRevived { .. } => None,
+            _ => return,
+        };
+        if before == after {
+            return;
+        }
+        if let Some(view) = before.and_then(|name| self.services.get_mut(&name)) {
+            service::occupy(view, run, false);
+        }
+        match after {
+            Some(name) => {
+                if let Some(view) = self.services.get_mut(&name) {
+                    service::occupy(view, run, true);
+                }
+                self.occupied.insert(run, name);
+            }
+            None => drop(self.occupied.remove(&run)),
+        }
+    }
+
+    fn check_small_tables(&self, snapshot: &dyn Snapshot) -> Result<(), VerifyError> {
+        let stored: Vec<ServiceView> = read::all(snapshot, Table::Services)?;
+        for (name, view) in &self.services {
+            if stored.iter().find(|stored| stored.spec.name == *name) != Some(view) {
+                let detail = "it differs from what the events give".to_owned();
+                return Err(wrong(Table::Services, format!("service {name}"), detail));
+            }
+        }
+        if stored.len() != self.services.len() {
+            let detail = format!("{} instead of {}", stored.len(), self.services.len());
+            return Err(wrong(Table::Services, "their number".into(), detail));
+        }
+        if snapshot.get(Table::Gpus, keys::GPUS)? != self.gpus {
+            let detail = "it differs from the last one recorded".to_owned();
+            return Err(wrong(Table::Gpus, "the list".into(), detail));
+        }
+        let planes: Vec<PlaneView> = read::all(snapshot, Table::Planes)?;
+        if !planes.iter().eq(self.planes.values()) {
+            let detail = "it differs from what the events give".to_owned();
+            return Err(wrong(Table::Planes, "the list".into(), detail));
+        }
+        Ok(())
+    }
+
+    /// That payloads of records without a run went only where their plane was purged.
+    fn check_purged_planes(&self) -> Result<(), VerifyError> {
+        for (plane, seq) in &self.bare {
+            if self
+                .planes_purged
+                .get(plane)
+                .is_none_or(|purged| purged < seq)
+            {
+                return Err(VerifyError::Record {
+                    seq: *seq,
+                    detail: "its payload is gone, and its plane was never purged".to_owned(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// That the inbox holds no more than the records account for.
+    fn check_inbox(&self, snapshot: &dyn Snapshot) -> Result<u64, VerifyError> {
+        let (mut entries, mut decided) = (0, 0);
+        walk(snapshot, Table::Inbox, &mut |_, bytes| {
+            let entry: InboxEntry = read::entry(Table::Inbox, bytes)?;
+            entries += 1;
+            decided += u64::from(entry.state != InboxState::Accepted);
+            Ok(())
+        })?;
+        if (entries, decided) != (self.accepted, self.decided) {
+            return Err(wrong(
+                Table::Inbox,
+                "the number of commands".into(),
+                format!(
+                    "{entries} of which {decided} are decided, instead of {} and {}",
+                    self.accepted, self.decided
+                ),
+            ));
+        }
+        Ok(entries)
+    }
+}
+
+/// That users, tokens and runtimes are what the events give, and each token is found by its hash.
+fn check_people(snapshot: &dyn Snapshot, people: &People) -> Result<(), VerifyError> {
+    let differs = |table: Table| {
+        let detail = "it differs from what the events give".to_owned();
+        Err(wrong(table, "the list".into(), detail))
+    };
+    if !read::all::<User>(snapshot, Table::Users)?
+        .iter()
+        .eq(people.users.values())
+    {
+        return differs(Table::Users);
+    }
+    if !read::all::<Token>(snapshot, Table::Tokens)?
+        .iter()
+        .eq(people.tokens.values())
+    {
+        return differs(Table::Tokens);
+    }
+    if !read::all::<Runtime>(snapshot, Table::Runtimes)?
+        .iter()
+        .eq(people.runtimes.values())
+    {
+        return differs(Table::Runtimes);
+    }
+    for token in people.tokens.values() {
+        let key = people_projection::digest_key(&token.hash);
+        let found = snapshot.get(Table::TokenDigests, &key)?;
+        if found != Some(people_projection::token_key(&token.key)) {
+            return differs(Table::TokenDigests);
+        }
+    }
+    if snapshot.len(Table::TokenDigests)? != people.tokens.len() as u64 {
+        return differs(Table::TokenDigests);
+    }
+    Ok(())
+}
+
+/// Folds each run's records again and compares the summary and its place in the indexes.
+fn check_runs(snapshot: &dyn Snapshot, in_runs: u64) -> Result<u64, VerifyError> {
+    let (mut runs, mut records, mut sessions) = (0, 0, 0);
+    walk(snapshot, Table::Runs, &mut |key, bytes| {
+        let stored: RunSummary = read::entry(Table::Runs, bytes)?;
+        let (plane, run) = (stored.plane, stored.run);
+        let what = || format!("run {run}");
+        if keys::parse_run(key) != Some((plane, run)) {
+            return Err(wrong(
+                Table::Runs,
+                what(),
+                "it stands under another key".into(),
+            ));
+        }
+        if fold_run(snapshot, &stored)?.as_ref() != Some(&stored) {
+            let detail = "it differs from what its records give".to_owned();
+            return Err(wrong(Table::Runs, what(), detail));
+        }
+        let key = keys::status(plane, stored.status, run);
+        if snapshot.get(Table::RunsByStatus, &key)?.is_none() {
+            return Err(wrong(Table::RunsByStatus, what(), "it is missing".into()));
+        }
+        if let Some(session) = &stored.session {
+            sessions += 1;
+            let key = keys::session(plane, session, run);
+            if snapshot.get(Table::RunsBySession, &key)?.is_none() {
+                return Err(wrong(Table::RunsBySession, what(), "it is missing".into()));
+            }
+        }
+        runs += 1;
+        records += stored.ledger_len;
+        Ok(())
+    })?;
+    let counts = [
+        (Table::RunRecords, in_runs),
+        (Table::RunRecords, records),
+        (Table::RunsByStatus, runs),
+        (Table::RunsBySession, sessions),
+    ];
+    for (table, expected) in counts {
+        let found = snapshot.len(table)?;
+        if found != expected {
+            let detail = format!("{found} instead of {expected}");
+            return Err(wrong(table, "the number of entries".into(), detail));
+        }
+    }
+    Ok(runs)
+}
+
+fn fold_run(
+    snapshot: &dyn Snapshot,
+    stored: &RunSummary,
+) -> Result<Option<RunSummary>, VerifyError> {
+    let mut folded = None;
+    for cursor in 1..=stored.ledger_len {
+        let key = keys::run_record(stored.plane, stored.run, cursor);
+        let seq = snapshot.get(Table::RunRecords, &key)?;
+        let Some(seq) = seq.and_then(|key| keys::parse_seq(&key)) else {
+            return Ok(None);
+        };
+        let Some(bytes) = snapshot.get(Table::Events, &keys::seq(seq))? else {
+            return Ok(None);
+        };
+        let raw = Raw::parse(seq, &bytes)?;
+        let place = Place {
+            seq,
+            cursor,
+            plane: raw.plane,
+            at: raw.at,
+            has_payload: raw.payload_len > 0,
+        };
+        folded = run_projection::apply(folded, &raw.decode_event(seq)?, place);
+    }
+    Ok(folded)
+}
+
+fn wrong(table: Table, what: String, detail: String) -> VerifyError {
+    VerifyError::Projection {
+        table: table.name(),
+        what,
+        detail,
+    }
+}
+
+/// Shown each entry of a table; its first error ends the walk.
+type Check<'c> = dyn FnMut(&[u8], &[u8]) -> Result<(), VerifyError> + 'c;
+
+/// Shows every entry of a table until `visit` fails.
+fn walk(snapshot: &dyn Snapshot, table: Table, visit: &mut Check<'_>) -> Result<(), VerifyError> {
+    let mut failure = None;
+    let all: KeyBounds<'_> = (Bound::Unbounded, Bound::Unbounded);
+    snapshot.scan(
+        table,
+        all,
+        Direction::Up,
+        &mut |key, bytes| match visit(key, bytes) {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(error) => {
+                failure = Some(error);
+                ControlFlow::Break(())
+            }
+        },
+    )?;
+    failure.map_or(Ok(()), Err)
+}

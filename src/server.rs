@@ -1,0 +1,436 @@
+//! Wiring: what is started in which order, what a stop waits for, and one sentence for each thing that can
+//! be wrong at the start.
+
+mod seams;
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use smol_str::SmolStr;
+use tokio::net::{TcpListener, TcpSocket};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+
+use self::seams::{LedgerSource, ToCoordinator};
+use crate::api::listen::ListenConfig;
+use crate::api::{ApiConfig, App, Parts};
+use crate::auth::Authenticator;
+use crate::auth::bootstrap::{self, BootstrapError};
+use crate::auth::secret::{TokenKey, TokenKeyError};
+use crate::auth::uses::Uses;
+use crate::config::Config;
+use crate::coordinator::{self, Handle, Running};
+use crate::domain::command::{Command, Origin};
+use crate::domain::ids::PlaneId;
+use crate::domain::spec::GpuFacts;
+use crate::driver::{Driver, DriverError, DriverOptions, Outcomes, ProbeTimings, Tasks};
+use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
+use crate::gpu::{self, InventoryError};
+use crate::ledger::{CommitError, Ledger, OpenError, OpenOptions, Writer};
+use crate::outbound::Reach;
+use crate::telemetry::Metrics;
+
+/// The gateway answers now.
+#[derive(Clone, Debug)]
+pub struct Ready {
+    /// The address it listens on, its port chosen when the setting's was 0.
+    pub addr: SocketAddr,
+    /// Where the administrator's token lies.
+    pub token_path: PathBuf,
+}
+
+/// Why the gateway did not start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error(
+        "cannot listen on {addr}: the port is taken; stop the other program or set --listen to another port"
+    )]
+    PortTaken { addr: SocketAddr },
+    #[error("cannot listen on {addr}; check --listen")]
+    Listen {
+        addr: SocketAddr,
+        source: std::io::Error,
+    },
+    #[error("cannot create the data directory {path}; check --data-dir and its permissions")]
+    DataDir {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error(transparent)]
+    Ledger(#[from] OpenError),
+    #[error("the ledger could not be replayed; `rungate ledger verify` tells more")]
+    Recover(#[from] coordinator::RecoverError),
+    #[error(transparent)]
+    Token(#[from] BootstrapError),
+    #[error(transparent)]
+    TokenKey(#[from] TokenKeyError),
+    #[error(transparent)]
+    Secret(#[from] SecretError),
+    #[error(transparent)]
+    Gpus(#[from] InventoryError),
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    #[error("cannot make an HTTP client")]
+    Client(#[from] reqwest::Error),
+    #[error("cannot start a thread")]
+    Thread(#[source] std::io::Error),
+    /// State is ahead of the disk: nothing may go on.
+    #[error("the ledger could not be written; nothing that was answered is lost")]
+    Commit(#[from] CommitError),
+    #[error("the coordinator ended unexpectedly; see the log")]
+    CoordinatorGone,
+}
+
+/// How long requests may go on once no call is open any more: all but streams, which have ended by then, are short.
+const REQUESTS_DRAIN: Duration = Duration::from_secs(5);
+
+/// How long a start waits for what a killed predecessor still holds, and how often it looks. A person who mistook
+/// the port hardly notices; a child needs milliseconds, more on a busy machine.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(2);
+const PREDECESSOR_PAUSE: Duration = Duration::from_millis(20);
+
+/// The HTTP server loop.
+struct Http {
+    task: tokio::task::JoinHandle<()>,
+    /// Accepts no more connections from then on.
+    closing: CancellationToken,
+}
+
+impl Http {
+    fn start(listener: TcpListener, app: App, listening: ListenConfig) -> Http {
+        let closing = CancellationToken::new();
+        let router = crate::api::router(app);
+        let serving = crate::api::listen::serve(listener, router, listening, closing.clone());
+        Http {
+            task: tokio::spawn(serving),
+            closing,
+        }
+    }
+}
+
+/// What runs while the gateway does.
+struct Core {
+    ledger: Ledger,
+    handle: Handle,
+    driver: Driver,
+    executor: Executor,
+    tasks: Tasks,
+    /// Resolves when the coordinator has ended.
+    ended: oneshot::Receiver<Result<(), ServeError>>,
+    /// Which gateway process of this ledger this is, from 1.
+    epoch: u64,
+}
+
+/// Runs a gateway until `shutdown` is cancelled.
+///
+/// # Errors
+/// One sentence for each thing that can be wrong at the start, before anything on disk is changed by it; and
+/// a failed commit, after which the process must end.
+pub async fn serve(
+    config: Config,
+    ready: Option<oneshot::Sender<Ready>>,
+    shutdown: CancellationToken,
+) -> Result<(), ServeError> {
+    let taken = |error: &ServeError| matches!(error, ServeError::PortTaken { .. });
+    let listener = patiently(taken, || bind(config.listen)).await?;
+    let addr = listener.local_addr().map_err(|source| ServeError::Listen {
+        addr: config.listen,
+        source,
+    })?;
+    let inventory = gpu::inventory(Some(&config.gpus))?;
+    bootstrap::check(&config.data_dir)?;
+    Secret::check(&config.data_dir)?;
+    let metrics = Metrics::install();
+    let locked = |error: &ServeError| matches!(error, ServeError::Ledger(OpenError::Locked { .. }));
+    let opened = patiently(locked, || open_ledger(&config)).await?;
+    let mut core = Core::start(&config, addr, opened)?;
+    let token = bootstrap::load_or_create(&config.data_dir)?;
+    let token_key = TokenKey::load_or_create(&config.data_dir)?;
+    let uses = Uses::load(&config.data_dir);
+    core.tasks.spawn("token uses", keep_uses(uses.clone()));
+    core.tasks.spawn("metrics", metrics.clone().keep_up());
+    core.begin(inventory.gpus).await;
+
+    let app = App::new(Parts {
+        config: api_config(&config, addr, inventory.reason),
+        handle: core.handle.clone(),
+        ledger: core.ledger.clone(),
+        auth: Authenticator::new(&token.token, token_key, uses.clone()),
+        metrics,
+        logs: core.driver.logs().clone(),
+        stopping: shutdown.child_token(),
+    });
+    let listening = ListenConfig {
+        max_connections: usize::try_from(config.max_connections).unwrap_or(usize::MAX),
+        drain_timeout: REQUESTS_DRAIN,
+        ..ListenConfig::default()
+    };
+    let http = Http::start(listener, app, listening);
+    if let Some(ready) = ready {
+        // A caller that does not care has dropped it.
+        let _ = ready.send(Ready {
+            addr,
+            token_path: token.path,
+        });
+    }
+    tokio::select! {
+        () = shutdown.cancelled() => {}
+        result = &mut core.ended => {
+            http.closing.cancel();
+            core.tasks.stop().await;
+            return result.unwrap_or(Err(ServeError::CoordinatorGone)).and(Err(ServeError::CoordinatorGone));
+        }
+    }
+    let stopped = core
+        .stop(http, Duration::from_millis(config.shutdown_limit_ms))
+        .await;
+    save_uses(&uses);
+    stopped
+}
+
+/// Writes a new token for the first administrator, whose path it answers. For the machine's shell, with the
+/// gateway stopped: a running one would go on with the old token.
+///
+/// # Errors
+/// A gateway runs, or the file cannot be written.
+pub fn recover_admin(data_dir: &Path) -> Result<PathBuf, ServeError> {
+    match Ledger::open_read_only(data_dir, &OpenOptions::default()) {
+        // A ledger left by a crash is not locked by anyone.
+        Ok(_) | Err(OpenError::NeedsRecovery { .. }) => Ok(bootstrap::replace(data_dir)?.path),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// How often the last uses of tokens are written down.
+const USES_EVERY: Duration = Duration::from_secs(60);
+
+async fn keep_uses(uses: Uses) {
+    loop {
+        tokio::time::sleep(USES_EVERY).await;
+        let uses = uses.clone();
+        // It logs what goes wrong itself.
+        let _ = tokio::task::spawn_blocking(move || save_uses(&uses)).await;
+    }
+}
+
+fn save_uses(uses: &Uses) {
+    if let Err(error) = uses.save() {
+        tracing::warn!(%error, "when tokens were last used could not be written down");
+    }
+}
+
+impl Core {
+    /// Makes State anew from the ledger and starts coordinator and executor.
+    fn start(
+        config: &Config,
+        addr: SocketAddr,
+        (ledger, writer): (Ledger, Writer),
+    ) -> Result<Core, ServeError> {
+        let settings = config.scheduling();
+        let state = coordinator::recover(&ledger, settings.ageing_ms_per_level)?;
+        let epoch = state.epoch + 1;
+        let (sender, effects) = tokio::sync::mpsc::unbounded_channel();
+        let Running { handle, thread } = coordinator::start(coordinator::Parts {
+            writer,
+            state,
+            settings,
+            effects: sender,
+            snapshot_idle: Duration::from_millis(config.snapshot_idle_ms),
+        })
+        .map_err(ServeError::Thread)?;
+        let tasks = Tasks::new();
+        let (executor, driver) = executor(config, addr, &ledger, &handle, &tasks)?;
+        let performing = executor.clone();
+        tasks.spawn("executor", async move { performing.run(effects).await });
+        Ok(Core {
+            ledger,
+            handle,
+            driver,
+            executor,
+            tasks,
+            ended: watch_thread(thread),
+            epoch,
+        })
+    }
+
+    /// The first commands of a process: which GPUs there are, and what a restart left open.
+    async fn begin(&self, gpus: Vec<GpuFacts>) {
+        let version = SmolStr::new_static(env!("CARGO_PKG_VERSION"));
+        let started = Command::GatewayStarted {
+            epoch: self.epoch,
+            version,
+        };
+        // Both fail only when the coordinator has ended, which its thread reports.
+        let listed = Command::GpusListed { gpus };
+        let _ = self.handle.submit(gateway_origin(), listed).await;
+        let _ = self.handle.submit(gateway_origin(), started).await;
+    }
+
+    /// Begins nothing new, lets open calls end for at most `limit`, puts what still runs back into the queue, and
+    /// ends with a snapshot. Requests are answered until the calls have ended: services report progress and save
+    /// checkpoints to the last, and `/readyz` tells that it is over.
+    async fn stop(self, http: Http, limit: Duration) -> Result<(), ServeError> {
+        self.handle.quiet();
+        let open = self.executor.finish_calls(limit).await;
+        if open > 0 {
+            tracing::info!(
+                calls.open = open,
+                "calls did not end in time; their runs go back to the queue"
+            );
+        }
+        http.closing.cancel();
+        // It logs what it had to cut off.
+        let _ = http.task.await;
+        self.tasks.stop().await;
+        // A coordinator that has ended meanwhile says why below.
+        let _ = self
+            .handle
+            .submit(gateway_origin(), Command::GatewayStopped)
+            .await;
+        self.handle.stop();
+        self.ended.await.unwrap_or(Err(ServeError::CoordinatorGone))
+    }
+}
+
+/// Tries again for a while what a predecessor may still hold: one that was killed while it started a service has
+/// left a child that keeps its port and its lock until it becomes that service.
+async fn patiently<T>(
+    held: impl Fn(&ServeError) -> bool,
+    attempt: impl Fn() -> Result<T, ServeError>,
+) -> Result<T, ServeError> {
+    let deadline = tokio::time::Instant::now() + PREDECESSOR_WAIT;
+    loop {
+        match attempt() {
+            Err(error) if held(&error) && tokio::time::Instant::now() < deadline => {
+                tokio::time::sleep(PREDECESSOR_PAUSE).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+fn open_ledger(config: &Config) -> Result<(Ledger, Writer), ServeError> {
+    create_private(&config.data_dir)?;
+    let options = OpenOptions {
+        cache_bytes: usize::try_from(config.cache_mib << 20).unwrap_or(usize::MAX),
+    };
+    Ok(Ledger::open(&config.data_dir, &options)?)
+}
+
+/// Connections that wait to be accepted at most; the kernel's own bound (`net.core.somaxconn`) may be lower.
+const BACKLOG: u32 = 1_024;
+
+fn bind(addr: SocketAddr) -> Result<TcpListener, ServeError> {
+    let listen = || {
+        let socket = if addr.is_ipv4() {
+            TcpSocket::new_v4()?
+        } else {
+            TcpSocket::new_v6()?
+        };
+        // Connections of an earlier process that are still being closed are no obstacle.
+        socket.set_reuseaddr(true)?;
+        socket.bind(addr)?;
+        socket.listen(BACKLOG)
+    };
+    listen().map_err(|source: std::io::Error| match source.kind() {
+        std::io::ErrorKind::AddrInUse => ServeError::PortTaken { addr },
+        _ => ServeError::Listen { addr, source },
+    })
+}
+
+/// Creates the data directory for its owner only.
+fn create_private(path: &Path) -> Result<(), ServeError> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(path)
+        .map_err(|source| ServeError::DataDir {
+            path: path.to_owned(),
+            source,
+        })
+}
+
+fn executor(
+    config: &Config,
+    addr: SocketAddr,
+    ledger: &Ledger,
+    handle: &Handle,
+    tasks: &Tasks,
+) -> Result<(Executor, Driver), ServeError> {
+    let outcomes = Outcomes::new(Arc::new(ToCoordinator(handle.clone())));
+    let driver = Driver::new(
+        DriverOptions {
+            data_dir: config.data_dir.clone(),
+            ledger: ledger.instance_id(),
+            probes: ProbeTimings {
+                liveness: Duration::from_millis(config.probe_interval_ms),
+                ..ProbeTimings::default()
+            },
+        },
+        outcomes.clone(),
+        tasks.clone(),
+    )?;
+    let options = ExecutorOptions {
+        gateway_url: gateway_url(addr),
+        ledger: ledger.instance_id(),
+        callback_reach: if config.callback_allow_private {
+            Reach::PublicAndPrivate
+        } else {
+            Reach::Public
+        },
+        secret: Secret::load_or_create(&config.data_dir)?,
+        progress_every: PROGRESS_EVERY,
+    };
+    let source = Arc::new(LedgerSource(ledger.clone()));
+    let executor = Executor::new(driver.clone(), outcomes, source, tasks.clone(), options)?;
+    Ok((executor, driver))
+}
+
+/// How a service on this machine reaches the gateway.
+fn gateway_url(addr: SocketAddr) -> String {
+    if addr.ip().is_unspecified() {
+        format!("http://127.0.0.1:{}", addr.port())
+    } else {
+        format!("http://{addr}")
+    }
+}
+
+fn gateway_origin() -> Origin {
+    Origin {
+        plane: PlaneId::ROOT,
+        actor: SmolStr::new_static("gateway"),
+        request_id: None,
+        at: coordinator::now(),
+    }
+}
+
+fn api_config(config: &Config, addr: SocketAddr, no_gpu: Option<String>) -> ApiConfig {
+    let mut api = ApiConfig::for_listener(addr);
+    api.allowed_hosts
+        .extend(config.allowed_hosts.iter().cloned());
+    api.allowed_origins = config.allowed_origins.clone();
+    api.max_body_bytes = usize::try_from(config.max_body_bytes).unwrap_or(usize::MAX);
+    api.max_streams = usize::try_from(config.max_streams).unwrap_or(usize::MAX);
+    api.no_gpu_reason = no_gpu;
+    api
+}
+
+/// The end of the coordinator's thread, as something to wait for.
+fn watch_thread(
+    thread: std::thread::JoinHandle<Result<(), CommitError>>,
+) -> oneshot::Receiver<Result<(), ServeError>> {
+    let (sender, receiver) = oneshot::channel();
+    // Not on the runtime: it lasts as long as the gateway.
+    std::thread::spawn(move || {
+        let result = match thread.join() {
+            Ok(result) => result.map_err(ServeError::from),
+            Err(_) => Err(ServeError::CoordinatorGone),
+        };
+        // Nobody waits any more when the server was dropped.
+        let _ = sender.send(result);
+    });
+    receiver
+}

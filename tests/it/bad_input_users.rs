@@ -1,0 +1,125 @@
+//! The rows of `bad_input` about users, tokens and runtimes.
+
+use crate::bad_input_table::{Case, bodies};
+
+const USERS: &str = "/api/gateway/admin/users";
+const TOKENS: &str = "/api/gateway/tokens";
+const RESERVATIONS: &str = "/api/gateway/admin/runtime-reservations";
+
+/// All of them.
+pub fn rows() -> Vec<Case> {
+    let mut rows = Vec::new();
+    for path in ["/api/gateway/me", TOKENS, USERS, RESERVATIONS] {
+        let case = Case::new("GET", path, path);
+        rows.push(case.without_token().fails(401, "unauthorized"));
+    }
+    rows.extend(users());
+    rows.extend(one_user());
+    rows.extend(tokens());
+    rows.extend(runtimes());
+    rows
+}
+
+fn users() -> Vec<Case> {
+    let mut rows = bodies("POST", USERS, USERS);
+    let long = format!(r#"{{"user_id":"{}"}}"#, "u".repeat(65));
+    for body in [
+        "{}",
+        r#"{"user_id":""}"#,
+        r#"{"user_id":"..."}"#,
+        r#"{"user_id":7}"#,
+        r#"{"user_id":"u","extra":1}"#,
+        r#"{"user_id":"u","roles":"user"}"#,
+        r#"{"user_id":"u","roles":["root"]}"#,
+        r#"{"user_id":"u","scopes":["runs:*"]}"#,
+        r#"{"user_id":"u","enabled":"yes"}"#,
+        r#"{"user_id":"u","email":"a@b@c.d"}"#,
+        r#"{"user_id":"u","email":"nobody"}"#,
+        r#"{"user_id":"u","tenant_id":"__"}"#,
+        r#"{"user_id":"u","runtime_id":"\u0000"}"#,
+        r#"{"user_id":"u","token":"short"}"#,
+        r#"{"user_id":"u","token":"rgt_user_with-a-wrong-checksum"}"#,
+        long.as_str(),
+    ] {
+        let case = Case::new("POST", USERS, USERS).json(body);
+        rows.push(case.fails(422, "validation_failed"));
+    }
+    let case = Case::new("POST", USERS, USERS);
+    rows.push(
+        case.json(r#"{"user_id":"admin"}"#)
+            .fails(400, "user_exists"),
+    );
+    let import = format!("{USERS}/import");
+    rows.extend(bodies("POST", &import, &import));
+    for body in ["{}", r#"{"users":{}}"#, r#"{"users":[1]}"#] {
+        let case = Case::new("POST", &import, &import).json(body);
+        rows.push(case.fails(422, "validation_failed"));
+    }
+    rows
+}
+
+fn one_user() -> Vec<Case> {
+    let template = format!("{USERS}/{{user_id}}");
+    let path = |id: &str| format!("{USERS}/{id}");
+    let mut rows = bodies("PATCH", &template, &path("admin"));
+    for id in ["nobody", "admin?tenant_id=other"] {
+        for method in ["GET", "DELETE"] {
+            let case = Case::new(method, &template, &path(id));
+            rows.push(case.fails(404, "user_not_found"));
+        }
+        let case = Case::new("PATCH", &template, &path(id)).json("{}");
+        rows.push(case.fails(404, "user_not_found"));
+    }
+    let patch = |body: &str| Case::new("PATCH", &template, &path("admin")).json(body);
+    rows.push(patch(r#"{"user_id":"b"}"#).fails(422, "validation_failed"));
+    rows.push(patch(r#"{"rotate_token":1}"#).fails(422, "validation_failed"));
+    rows.push(patch(r#"{"enabled":false}"#).fails(400, "user_protected"));
+    rows.push(patch(r#"{"rotate_token":true}"#).fails(400, "user_protected"));
+    let delete = Case::new("DELETE", &template, &path("admin"));
+    rows.push(delete.fails(400, "user_protected"));
+    rows
+}
+
+fn tokens() -> Vec<Case> {
+    let mut rows = bodies("POST", TOKENS, TOKENS);
+    for body in [
+        "{}",
+        r#"{"name":""}"#,
+        r#"{"name":"n","scopes":["all"]}"#,
+        r#"{"name":"n","expires_in_s":0}"#,
+        r#"{"name":"n","expires_in_s":315576001}"#,
+        r#"{"name":"n","token":"of my own choice"}"#,
+    ] {
+        let case = Case::new("POST", TOKENS, TOKENS).json(body);
+        rows.push(case.fails(422, "validation_failed"));
+    }
+    let template = format!("{TOKENS}/{{token_id}}");
+    let case = Case::new("DELETE", &template, &format!("{TOKENS}/tok_0"));
+    rows.push(case.fails(404, "token_not_found"));
+    rows
+}
+
+fn runtimes() -> Vec<Case> {
+    let mut rows = Vec::new();
+    for verb in ["transfer", "purge"] {
+        let template = format!("{RESERVATIONS}/{{runtime_id}}/{verb}");
+        let none = format!("{RESERVATIONS}/nothing/{verb}");
+        let held = format!("{RESERVATIONS}/default/{verb}");
+        rows.extend(bodies("POST", &template, &none));
+        let post = |path: &str, body: &str| Case::new("POST", &template, path).json(body);
+        rows.push(post(&none, "{}").fails(404, "runtime_not_found"));
+        rows.push(post(&held, "{}").fails(422, "validation_failed"));
+        let wrong = r#"{"confirm_runtime_id":"x","target_user_id":"admin"}"#;
+        rows.push(post(&held, wrong).fails(400, "confirmation_required"));
+    }
+    let template = format!("{RESERVATIONS}/{{runtime_id}}/purge");
+    let purge = |body: &str| {
+        let path = format!("{RESERVATIONS}/default/purge");
+        Case::new("POST", &template, &path).json(body)
+    };
+    let kept = r#"{"confirm_runtime_id":"default","delete_data":false}"#;
+    rows.push(purge(kept).fails(400, "confirmation_required"));
+    let held = r#"{"confirm_runtime_id":"default"}"#;
+    rows.push(purge(held).fails(409, "runtime_in_use"));
+    rows
+}

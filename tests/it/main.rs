@@ -1,0 +1,52 @@
+//! The integration tests: one binary, so that they link once. `driver_*`, `executor_*` and `ledger_*` go through
+//! the library's own interface; the others drive the built binary (`support` has a gateway, `rungate` a command).
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+#![allow(
+    clippy::too_many_lines,
+    reason = "a table of cases or a story reads best in one piece"
+)]
+
+mod bad_input;
+mod bad_input_table;
+mod bad_input_users;
+mod cli_basics;
+mod cli_client;
+mod cli_demo;
+mod cli_worker;
+mod commands;
+mod crash;
+mod crash_audit;
+mod crash_clients;
+mod dialect;
+mod disk_full;
+mod docs;
+mod driver_find;
+mod driver_health;
+mod driver_logs;
+mod driver_process;
+mod executor_callbacks;
+mod executor_calls;
+mod gpu;
+mod health;
+mod isolation;
+mod ledger_disk;
+mod ledger_follow;
+mod ledger_golden;
+mod ledger_http;
+mod ledger_open;
+mod ledger_reads;
+mod ledger_transfer;
+mod ledger_world;
+mod preempt;
+mod queue;
+mod recovery;
+mod rungate;
+mod runs;
+mod scheduling;
+mod services;
+mod startup;
+mod streams;
+mod support;
+mod tidy;
+mod users;
+mod world;

@@ -1,0 +1,554 @@
+//! What must hold after every event, whatever was asked; and what must hold when nothing is left to decide.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use rungate::domain::effect::Effect;
+use rungate::domain::event::{Event, JobStopCause};
+use rungate::domain::ids::{Generation, GpuUuid, RunId, ServiceName};
+use rungate::domain::scheduler::step;
+use rungate::domain::settings::Settings;
+use rungate::domain::spec::{Target, Worker};
+use rungate::domain::state::State;
+use rungate::domain::state::gpu::{Hold, mib_on};
+use rungate::domain::state::job::Phase;
+use rungate::domain::state::service::{InstancePhase, Service};
+use rungate::domain::time::Timestamp;
+
+/// A broken invariant, in words.
+pub type Broken = String;
+
+macro_rules! hold {
+    ($condition:expr, $($text:tt)+) => {
+        if !$condition {
+            return Err(format!($($text)+));
+        }
+    };
+}
+
+/// What has to be remembered from event to event.
+#[derive(Clone, Debug, Default)]
+pub struct Watch {
+    /// A person is at work: what the scheduler may not do by itself, a person may.
+    pub by_hand: bool,
+    ended: BTreeSet<RunId>,
+    /// Instances that were given whole GPUs.
+    whole: BTreeSet<(ServiceName, Generation)>,
+    preempted_at: BTreeMap<(RunId, RunId), Timestamp>,
+    /// Nothing fails and nobody interferes: a preemptor starts before its victims go on.
+    pub benign: bool,
+    /// Victims of preemptors that have not started since.
+    owed: BTreeMap<RunId, BTreeSet<RunId>>,
+}
+
+/// What State said of an event's subject just before it.
+#[derive(Clone, Debug, Default)]
+pub struct Before {
+    first_of_shape: Option<RunId>,
+    victim: Option<(RunId, u8, Timestamp, ServiceName)>,
+}
+
+impl Watch {
+    pub fn before(&self, state: &State, event: &Event) -> Before {
+        let mut before = Before::default();
+        match event {
+            Event::JobDispatched { run, .. } => {
+                before.first_of_shape = state
+                    .jobs
+                    .get(run)
+                    .and_then(|job| state.queue.shape(&job.spec.target))
+                    .and_then(|shape| shape.waiting.first())
+                    .map(|(_, run)| run);
+            }
+            Event::JobStopRequested {
+                run,
+                cause: JobStopCause::Preempt { by },
+                ..
+            } => {
+                before.victim = state.jobs.get(run).and_then(|job| {
+                    let (service, _) = job.place()?;
+                    Some((*by, job.spec.priority.get(), job.since, service.clone()))
+                });
+            }
+            _ => {}
+        }
+        before
+    }
+
+    pub fn after(
+        &mut self,
+        state: &State,
+        settings: &Settings,
+        now: Timestamp,
+        event: &Event,
+        before: Before,
+    ) -> Result<(), Broken> {
+        self.terminal_stays_terminal(event)?;
+        self.started_whole(state, event)?;
+        self.memory(state)?;
+        self.preemption(state, settings, now, event, &before)?;
+        match event {
+            Event::JobDispatched {
+                run,
+                service,
+                generation,
+                ..
+            } => {
+                let first = before.first_of_shape;
+                hold!(first == Some(*run), "{run} starts ahead of {first:?}");
+                let entry = state
+                    .services
+                    .get(service)
+                    .ok_or("dispatched to an unknown service")?;
+                let instance = entry
+                    .ready()
+                    .ok_or("dispatched to an instance that is not ready")?;
+                hold!(
+                    instance.generation == *generation,
+                    "dispatched to another generation"
+                );
+                hold!(
+                    instance.active.len() <= entry.spec.concurrency as usize,
+                    "{service} has {} jobs, at most {}",
+                    instance.active.len(),
+                    entry.spec.concurrency
+                );
+            }
+            Event::RoomHeld { service, .. } => room_will_be_free(state, service)?,
+            _ => {}
+        }
+        places_agree(state)
+    }
+
+    fn terminal_stays_terminal(&mut self, event: &Event) -> Result<(), Broken> {
+        let Some(run) = event.run() else {
+            return Ok(());
+        };
+        match event {
+            Event::JobRevived { .. } => {
+                hold!(self.ended.remove(&run), "{run} was revived alive");
+            }
+            Event::JobOutcomeStale { .. }
+            | Event::CallbackAttempted { .. }
+            | Event::RunPurged { .. }
+            | Event::CommandAccepted { .. }
+            | Event::CommandApplied { .. }
+            | Event::CommandRejected { .. } => {}
+            _ => hold!(!self.ended.contains(&run), "{run} has ended and goes on"),
+        }
+        if event.ends_run() {
+            self.ended.insert(run);
+        }
+        Ok(())
+    }
+
+    /// An instance gets what it needs: an amount on one GPU, or whole GPUs, all or none.
+    fn started_whole(&mut self, state: &State, event: &Event) -> Result<(), Broken> {
+        if let Event::InstanceStartRequested {
+            service,
+            generation,
+            grants,
+            ..
+        } = event
+        {
+            let entry = state
+                .services
+                .get(service)
+                .ok_or("an unknown service is started")?;
+            let gpus: BTreeSet<&GpuUuid> = grants.iter().map(|grant| &grant.gpu).collect();
+            hold!(
+                gpus.len() == grants.len(),
+                "{service} has two grants on one GPU"
+            );
+            if entry.spec.gpus > 0 {
+                hold!(
+                    grants.len() == entry.spec.gpus as usize,
+                    "{service} got {} GPUs",
+                    grants.len()
+                );
+                self.whole.insert((service.clone(), *generation));
+            } else {
+                let wanted = usize::from(entry.spec.vram_mib > 0);
+                hold!(
+                    grants.len() == wanted,
+                    "{service} got {} GPUs",
+                    grants.len()
+                );
+                hold!(
+                    grants.iter().all(|g| g.mib == entry.need_mib()),
+                    "{service} got another amount"
+                );
+            }
+            for grant in grants {
+                let gpu = state
+                    .gpus
+                    .get(&grant.gpu)
+                    .ok_or("started on an unknown GPU")?;
+                hold!(gpu.present, "started on a GPU that is gone");
+                let whole = entry.spec.gpus > 0;
+                hold!(
+                    whole || gpu.reserved_mib <= gpu.usable_mib(),
+                    "started into others' memory"
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Invariant 6, holds included; whole GPUs are whole.
+    fn memory(&self, state: &State) -> Result<(), Broken> {
+        for (uuid, gpu) in &state.gpus {
+            let on_it: Vec<(&Service, u64)> = state
+                .services
+                .values()
+                .map(|s| (s, granted(s, uuid)))
+                .filter(|(_, mib)| *mib > 0)
+                .collect();
+            let sum: u64 = on_it.iter().map(|(_, mib)| mib).sum();
+            hold!(
+                sum == gpu.reserved_mib,
+                "{uuid}: reserved {} but granted {sum}",
+                gpu.reserved_mib
+            );
+            let held: u64 = state
+                .holds
+                .values()
+                .map(|hold| still_needed(state, hold, uuid))
+                .sum();
+            hold!(
+                sum + held <= gpu.facts.memory_mib,
+                "{uuid}: {sum} reserved and {held} held of {}",
+                gpu.facts.memory_mib
+            );
+            let whole = on_it.iter().any(|(service, _)| {
+                service.instance.as_ref().is_some_and(|instance| {
+                    self.whole
+                        .contains(&(service.spec.name.clone(), instance.generation))
+                })
+            });
+            hold!(
+                !whole || on_it.len() == 1,
+                "{uuid} is shared though given whole"
+            );
+        }
+        Ok(())
+    }
+
+    /// The gap, the minimum runtime, and that an eviction leads to the preemptor's start.
+    fn preemption(
+        &mut self,
+        state: &State,
+        settings: &Settings,
+        now: Timestamp,
+        event: &Event,
+        before: &Before,
+    ) -> Result<(), Broken> {
+        if let (Event::JobStopRequested { run, .. }, Some((by, priority, since, service))) =
+            (event, &before.victim)
+            && !self.by_hand
+        {
+            let preemptor = state
+                .jobs
+                .get(by)
+                .ok_or("preempted for a run that is no more")?;
+            hold!(
+                matches!(preemptor.phase, Phase::Queued),
+                "preempted for a run that does not wait"
+            );
+            let gap = priority.saturating_sub(preemptor.spec.priority.get());
+            hold!(
+                gap >= settings.preempt_priority_gap,
+                "preempted for a gap of {gap}"
+            );
+            let min_ms = state
+                .services
+                .get(service)
+                .and_then(|s| s.spec.min_runtime_ms)
+                .unwrap_or(settings.min_runtime_ms);
+            hold!(
+                now.millis_since(*since) >= min_ms,
+                "{run} preempted before its minimum runtime"
+            );
+            let last = self.preempted_at.insert((*by, *run), now);
+            hold!(
+                last.is_none_or(|at| now.millis_since(at) >= min_ms),
+                "{by} preempted {run} twice within the minimum runtime"
+            );
+        }
+        match event {
+            Event::JobStopRequested {
+                run,
+                cause: JobStopCause::Preempt { by },
+                ..
+            } => {
+                self.owed.entry(*by).or_default().insert(*run);
+            }
+            Event::JobRequeued { run, .. } if self.benign => {
+                let in_vain = self.owed.iter().find(|(_, victims)| victims.contains(run));
+                hold!(in_vain.is_none(), "{run} was evicted in vain: {in_vain:?}");
+            }
+            Event::JobDispatched { run, .. } => {
+                // The place may pass to a job of the same shape that is served earlier.
+                let target = |run: &RunId| state.jobs.get(run).map(|job| &job.spec.target);
+                let started = target(run);
+                self.owed.retain(|by, _| target(by) != started);
+            }
+            Event::JobPaused { run, .. } => {
+                self.owed.remove(run);
+            }
+            event if event.ends_run() => {
+                if let Some(run) = event.run() {
+                    self.owed.remove(&run);
+                }
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+/// Whether an effect carries the generation or attempt of the event that implies it (invariant 3).
+pub fn is_fenced(event: &Event, effect: &Effect) -> bool {
+    match (event, effect) {
+        (
+            Event::InstanceStartRequested { .. },
+            Effect::StartInstance {
+                spec, generation, ..
+            },
+        ) => event.instance() == Some((&spec.name, *generation)),
+        (
+            Event::InstanceStopRequested { .. },
+            Effect::StopInstance {
+                service,
+                generation,
+                ..
+            },
+        ) => event.instance() == Some((service, *generation)),
+        (
+            Event::JobDispatched {
+                run,
+                attempt,
+                service,
+                generation,
+                ..
+            },
+            Effect::Dispatch(call),
+        ) => {
+            (*run, *attempt, service, *generation)
+                == (call.run, call.attempt, &call.service, call.generation)
+        }
+        (
+            Event::JobStopRequested { run, attempt, .. },
+            Effect::StopCall {
+                run: of,
+                attempt: number,
+                ..
+            },
+        ) => (run, attempt) == (of, number),
+        (Event::CallbackAttempted { number: last, .. }, Effect::SendCallback { number, .. }) => {
+            *number == last + 1
+        }
+        (event, Effect::SendCallback { run, .. }) => event.ends_run() && event.run() == Some(*run),
+        _ => false,
+    }
+}
+
+/// MiB of a GPU granted to a service's instance.
+fn granted(service: &Service, gpu: &GpuUuid) -> u64 {
+    service
+        .instance
+        .as_ref()
+        .map_or(0, |instance| mib_on(&instance.grants, gpu))
+}
+
+/// MiB of a GPU that a hold needs beyond what its leaving victims will give back.
+fn still_needed(state: &State, hold: &Hold, gpu: &GpuUuid) -> u64 {
+    mib_on(&hold.grants, gpu).saturating_sub(coming(state, hold, gpu))
+}
+
+fn coming(state: &State, hold: &Hold, gpu: &GpuUuid) -> u64 {
+    hold.victims
+        .iter()
+        .filter_map(|name| state.services.get(name))
+        .filter(|service| service.instance.as_ref().is_some_and(|i| i.is_leaving()))
+        .map(|service| granted(service, gpu))
+        .sum()
+}
+
+/// When the victims are gone, the held room is there: nobody is evicted in vain.
+fn room_will_be_free(state: &State, service: &ServiceName) -> Result<(), Broken> {
+    let hold = state.holds.get(service).ok_or("no hold")?;
+    let whole = state.services.get(service).is_some_and(|s| s.spec.gpus > 0);
+    for grant in &hold.grants {
+        let gpu = state.gpus.get(&grant.gpu).ok_or("room on an unknown GPU")?;
+        let others: u64 = state
+            .holds
+            .iter()
+            .filter(|(name, _)| *name != service)
+            .map(|(_, other)| still_needed(state, other, &grant.gpu))
+            .sum();
+        let left = gpu.reserved_mib - coming(state, hold, &grant.gpu) + others;
+        let wanted = if whole {
+            gpu.usable_mib().max(1)
+        } else {
+            grant.mib
+        };
+        hold!(
+            left + wanted <= gpu.usable_mib(),
+            "{service} would not fit on {}: {left} left, {wanted} wanted, {} usable",
+            grant.gpu,
+            gpu.usable_mib()
+        );
+    }
+    Ok(())
+}
+
+/// Jobs, places and promises say the same.
+fn places_agree(state: &State) -> Result<(), Broken> {
+    let mut promised = BTreeMap::new();
+    for (name, service) in &state.services {
+        let Some(instance) = &service.instance else {
+            continue;
+        };
+        for run in &instance.active {
+            let job = state.jobs.get(run).ok_or("an ended run holds a place")?;
+            hold!(
+                job.place() == Some((name, instance.generation)),
+                "{run} is not on {name}: {:?}",
+                job.phase
+            );
+        }
+        for run in &instance.promised {
+            hold!(
+                promised.insert(*run, name.clone()).is_none(),
+                "{run} was promised two places"
+            );
+            let queued = state
+                .jobs
+                .get(run)
+                .is_some_and(|job| matches!(job.phase, Phase::Queued));
+            hold!(queued, "{run} was promised a place and does not wait");
+        }
+    }
+    hold!(
+        promised == state.promises,
+        "promises differ: {promised:?} and {:?}",
+        state.promises
+    );
+    for (run, job) in &state.jobs {
+        if let Some((name, generation)) = job.place() {
+            let there = state.services.get(name).and_then(|s| s.instance.as_ref());
+            let there = there.filter(|i| i.generation == generation && i.active.contains(run));
+            hold!(there.is_some(), "{run} holds a place that is not there");
+        }
+    }
+    Ok(())
+}
+
+/// What must hold when `step` has nothing left to decide.
+pub fn at_rest(state: &State, settings: &Settings, now: Timestamp) -> Result<(), Broken> {
+    // With every shape open and every service looked at, there is still nothing to do: no wake-up was lost.
+    let bytes = state.to_snapshot().map_err(|e| e.to_string())?;
+    let mut fresh =
+        State::from_snapshot(&bytes, settings.ageing_ms_per_level).map_err(|e| e.to_string())?;
+    hold!(fresh == *state, "a snapshot differs from its State");
+    if let Some(events) = step(&mut fresh, settings, now) {
+        return Err(format!("a wake-up was lost: {events:?}"));
+    }
+    for (name, held) in &state.holds {
+        let waits = state
+            .jobs
+            .get(&held.run)
+            .is_some_and(|job| matches!(job.phase, Phase::Queued));
+        hold!(
+            waits,
+            "room for {name} is held for a run that does not wait"
+        );
+        let pending = held.victims.iter().any(|victim| {
+            let entry = state.services.get(victim).and_then(|s| s.instance.as_ref());
+            entry.is_some_and(|instance| instance.is_leaving())
+        });
+        hold!(pending, "room for {name} is held and nobody leaves");
+    }
+    for (target, shape) in state.queue.shapes() {
+        if !shape.waiting.is_empty() {
+            nothing_idle(state, now, target, shape.waiting.len())?;
+        }
+    }
+    Ok(())
+}
+
+/// No free place, and no room for another instance, while jobs of this shape wait. By brute force.
+fn nothing_idle(
+    state: &State,
+    now: Timestamp,
+    target: &Target,
+    waiting: usize,
+) -> Result<(), Broken> {
+    let mut coming = 0;
+    let all: Vec<&Service> = state
+        .services
+        .values()
+        .filter(|s| s.enabled && s.serves(target))
+        .collect();
+    for service in &all {
+        let places = service.spec.concurrency as usize;
+        if let Some(instance) = service
+            .instance
+            .as_ref()
+            .filter(|i| i.phase == InstancePhase::Ready)
+        {
+            let taken = instance.active.len() + instance.promised.len();
+            hold!(
+                taken >= places,
+                "{} has a free place and {target:?} waits",
+                service.spec.name
+            );
+        }
+        let is_coming = service.instance.as_ref().is_some_and(|i| i.is_coming());
+        if is_coming || state.holds.contains_key(&service.spec.name) {
+            coming += places;
+        }
+    }
+    coming += state
+        .promises
+        .keys()
+        .filter(|run| state.jobs[*run].spec.target == *target)
+        .count();
+    if waiting <= coming {
+        return Ok(());
+    }
+    for service in all {
+        let may_start = service.instance.is_none()
+            && service.crash_looped.is_none()
+            && service.retry_at.is_none_or(|at| at <= now)
+            && service.spec.worker != Worker::Container
+            && !state.holds.contains_key(&service.spec.name);
+        let room = room_for(state, service);
+        hold!(
+            !may_start || !room,
+            "{} fits and {target:?} waits",
+            service.spec.name
+        );
+    }
+    Ok(())
+}
+
+fn room_for(state: &State, service: &Service) -> bool {
+    if service.spec.vram_mib == 0 && service.spec.gpus == 0 {
+        return true;
+    }
+    let fitting = state.gpus.iter().filter(|(uuid, gpu)| {
+        let held: u64 = state
+            .holds
+            .values()
+            .map(|hold| still_needed(state, hold, uuid))
+            .sum();
+        let taken = gpu.reserved_mib + held;
+        if service.spec.gpus > 0 {
+            taken == 0 && gpu.usable_mib() > 0 && gpu.usable_mib() >= service.need_mib()
+        } else {
+            gpu.usable_mib() >= taken + service.need_mib() && gpu.usable_mib() > 0
+        }
+    });
+    fitting.count() >= service.spec.gpus.max(1) as usize
+}
