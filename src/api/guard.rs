@@ -18,6 +18,7 @@ use super::access::{check, need};
 use super::authenticate::{authenticate, watched};
 use super::config::ApiConfig;
 use super::error::{ApiError, ErrorCode};
+use super::linger::linger;
 use super::state::App;
 use crate::auth::Principal;
 use crate::coordinator::now;
@@ -177,7 +178,8 @@ fn unauthorized(path: &str) -> ApiError {
 }
 
 /// The outermost layer of the router.
-pub async fn guard(State(app): State<App>, mut request: Request, next: Next) -> Response {
+pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
+    let mut request = linger(request);
     let started = Instant::now();
     let request_id = request_id(request.headers());
     let path = request.uri().path().to_owned();

@@ -7,6 +7,7 @@
 //! | `authenticate`, `access` | credentials to a principal; what each route needs |
 //! | `users`, `tokens`, `runtimes` | people, their tokens, and the planes they leave |
 //! | `error` | every refusal and its status |
+//! | `linger` | reading on what was refused |
 //! | `body`, `json`, `fields`, `query`, `idempotency`, `cursor` | reading requests |
 //! | `runs`, `job`, `run_view`, `run_ledger`, `checkpoint`, `commands`, `ledger`, `ledger_tools` | runs, commands, ledger |
 //! | `queue`, `services`, `service_spec`, `service_control`, `service_logs`, `preempt`, `gpu` | the GPU dialect |
@@ -33,6 +34,7 @@ mod job;
 mod json;
 mod ledger;
 mod ledger_tools;
+mod linger;
 pub mod listen;
 mod metrics;
 mod preempt;

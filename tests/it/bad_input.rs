@@ -403,3 +403,25 @@ async fn a_refused_body_hides_no_second_request() {
     assert_eq!(new_records(&gateway, tail).await, json!([]));
     assert_eq!(gateway.run(&fixture.queued).await["job"]["state"], "queued");
 }
+
+/// A connection that is closed with unread bytes is reset, and the reset would destroy the answer: the sender of a
+/// body that nobody wants reads why, every time.
+#[tokio::test]
+async fn the_sender_of_a_refused_body_gets_the_answer() {
+    let (gateway, _) = fixture().await;
+    let body = vec![b'x'; 3 << 20];
+    for _ in 0..50 {
+        for (path, token, status) in [
+            ("/api/gateway/commands", true, 413),
+            ("/api/gateway/commands", false, 401),
+            ("/api/gateway/nowhere", true, 404),
+        ] {
+            let mut request = gateway.bare(reqwest::Method::POST, path);
+            if token {
+                request = request.bearer_auth(gateway.token());
+            }
+            let answer = request.body(body.clone()).send().await;
+            assert_eq!(answer.expect("an answer").status(), status, "{path}");
+        }
+    }
+}
