@@ -14,3 +14,8 @@ pub mod outbound;
 pub mod server;
 pub mod telemetry;
 pub mod worker;
+
+/// Threads of the runtime allocate what the coordinator frees, and the other way round: glibc's allocator takes a
+/// third of a start for that (`benches/`). Huge pages are off (`no_thp`): they would double what a follower costs.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
