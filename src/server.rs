@@ -403,7 +403,7 @@ fn gateway_origin() -> Origin {
         plane: PlaneId::ROOT,
         actor: SmolStr::new_static("gateway"),
         request_id: None,
-        at: coordinator::now(),
+        at: crate::clock::now(),
     }
 }
 

@@ -12,7 +12,7 @@ use super::error::{ApiError, ErrorCode};
 use super::state::App;
 use crate::auth::secret::fits_imported;
 use crate::auth::{Principal, Shown};
-use crate::coordinator::now;
+use crate::clock::now;
 use crate::domain::command::{Command, Origin};
 use crate::domain::identity::IdentityCommand;
 use crate::domain::time::Timestamp;

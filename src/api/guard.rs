@@ -21,7 +21,7 @@ use super::error::{ApiError, ErrorCode};
 use super::linger::linger;
 use super::state::App;
 use crate::auth::Principal;
-use crate::coordinator::now;
+use crate::clock::now;
 use crate::domain::command::Origin;
 use crate::domain::ids::PlaneId;
 use crate::domain::time::Timestamp;

@@ -13,7 +13,7 @@ use utoipa_axum::routes;
 use super::guard::Caller;
 use super::query::Query;
 use super::state::App;
-use crate::coordinator::now;
+use crate::clock::now;
 
 /// How long the coordinator may take to answer before the gateway counts as not ready.
 const READY_WAIT: Duration = Duration::from_secs(2);

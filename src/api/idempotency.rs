@@ -10,9 +10,11 @@ use smol_str::SmolStr;
 use super::body::JsonBody;
 use super::error::{ApiError, ErrorCode};
 use super::guard::Caller;
+use super::runs::unexpected;
 use super::state::App;
 use crate::coordinator::Once;
 use crate::domain::command::{Command, Reply};
+use crate::domain::ids::RunId;
 
 const HEADER: &str = "idempotency-key";
 
@@ -43,29 +45,48 @@ impl FromRequestParts<App> for IdempotencyKey {
     }
 }
 
+/// A run that was started, now or by an earlier request under the same key.
+pub struct StartedRun {
+    pub run: RunId,
+    /// Its place in its queue, from 1, at the moment it was queued.
+    pub position: u64,
+    pub duplicate: bool,
+}
+
 impl IdempotencyKey {
-    /// Submits a start, once if there is a key. `route` names the operation that the key belongs to.
-    pub async fn submit(
+    /// Starts a run, once if there is a key. `route` names the operation that the key belongs to.
+    pub async fn start(
         self,
         app: &App,
         caller: &Caller,
         route: &'static str,
         body: &JsonBody,
         command: Command,
-    ) -> Result<Reply, ApiError> {
-        let Some(key) = self.0 else {
-            return app.submit(caller, command).await;
+    ) -> Result<StartedRun, ApiError> {
+        let reply = match self.0 {
+            None => app.submit(caller, command).await?,
+            Some(key) => {
+                let once = Once {
+                    route,
+                    key,
+                    body_hash: body.canonical_hash(),
+                };
+                let origin = caller.origin();
+                app.handle.submit_once(origin, command, once).await?
+            }
         };
-        let body_hash = body.canonical_hash();
-        let once = Once {
-            route,
-            key,
-            body_hash,
-        };
-        Ok(app
-            .handle
-            .submit_once(caller.origin(), command, once)
-            .await?)
+        match reply {
+            Reply::Started {
+                run,
+                position,
+                duplicate,
+            } => Ok(StartedRun {
+                run,
+                position,
+                duplicate,
+            }),
+            reply => Err(unexpected(&reply)),
+        }
     }
 }
 

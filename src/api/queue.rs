@@ -23,9 +23,8 @@ use super::guard::Caller;
 use super::idempotency::{IdempotencyKey, replayed};
 use super::job::{DIALECT_TTL_MS, JobRequest};
 use super::run_view::seconds;
-use super::runs::unexpected;
 use super::state::App;
-use crate::domain::command::{Command, Reply};
+use crate::domain::command::Command;
 use crate::domain::ids::{RunId, Seq};
 use crate::domain::spec::Target;
 use crate::domain::time::Timestamp;
@@ -67,24 +66,15 @@ async fn submit(
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     let command = read_submission(&body.fields()?)?;
-    let reply = key
-        .submit(&app, &caller, "queue/submit", &body, command)
+    let started = key
+        .start(&app, &caller, "queue/submit", &body, command)
         .await?;
-    let Reply::Started {
-        run,
-        position,
-        duplicate,
-    } = reply
-    else {
-        return Err(unexpected(&reply));
-    };
-    let job_id = run.to_string();
     let answer = Submitted {
-        job_id,
-        position,
+        job_id: started.run.to_string(),
+        position: started.position,
         estimated_wait: None,
     };
-    Ok(replayed(Json(answer), duplicate))
+    Ok(replayed(Json(answer), started.duplicate))
 }
 
 fn read_submission(fields: &Fields) -> Result<Command, ApiError> {

@@ -80,19 +80,14 @@ async fn start(
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     let command = read_start(&body.fields()?)?;
-    let reply = key
-        .submit(&app, &caller, "runs/start", &body, command)
+    let started = key
+        .start(&app, &caller, "runs/start", &body, command)
         .await?;
-    let Reply::Started {
-        run,
-        position,
-        duplicate,
-    } = reply
-    else {
-        return Err(unexpected(&reply));
+    let answer = Started {
+        run_id: started.run.to_string(),
+        position: started.position,
     };
-    let run_id = run.to_string();
-    Ok(replayed(Json(Started { run_id, position }), duplicate))
+    Ok(replayed(Json(answer), started.duplicate))
 }
 
 /// The coordinator answered a command with another command's reply: a fault of ours.

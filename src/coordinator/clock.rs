@@ -3,7 +3,7 @@
 
 use std::time::Instant;
 
-use super::now;
+use crate::clock::now;
 use crate::domain::effect::Effect;
 use crate::domain::time::Timestamp;
 

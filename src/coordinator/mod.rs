@@ -24,7 +24,6 @@ pub use crate::domain::scheduler::status::{GpuStatus, QueueStats};
 pub use crate::domain::scheduler::why::{Blocking, Why};
 use crate::domain::settings::Settings;
 use crate::domain::state::State;
-use crate::domain::time::Timestamp;
 use crate::ledger::{CommitError, Writer};
 
 /// Messages decided in one batch at most: beyond it the first caller would wait for too long.
@@ -66,11 +65,6 @@ pub fn start(parts: Parts) -> std::io::Result<Running> {
         handle: Handle { inbox: sender },
         thread,
     })
-}
-
-/// The wall clock. The only place where the coordinator's side reads it.
-pub fn now() -> Timestamp {
-    Timestamp(jiff::Timestamp::now().as_microsecond())
 }
 
 struct Coordinator {

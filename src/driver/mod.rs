@@ -179,14 +179,9 @@ impl Driver {
     }
 }
 
-/// The wall clock, as the ledger counts.
-pub fn now() -> Timestamp {
-    Timestamp(jiff::Timestamp::now().as_microsecond())
-}
-
 /// Time from now until `at`, zero when it has passed.
 pub fn until(at: Timestamp) -> std::time::Duration {
-    std::time::Duration::from_micros(u64::try_from(at - now()).unwrap_or(0))
+    std::time::Duration::from_micros(u64::try_from(at - crate::clock::now()).unwrap_or(0))
 }
 
 /// Runs what reads `/proc` or files off the asynchronous threads.

@@ -10,10 +10,11 @@ use serde_json::value::RawValue;
 use smol_str::SmolStr;
 
 use super::Inner;
+use crate::clock::now;
 use crate::domain::command::Command;
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::time::Timestamp;
-use crate::driver::{error_text, now, until};
+use crate::driver::{error_text, until};
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

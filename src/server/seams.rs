@@ -4,7 +4,8 @@ use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use smol_str::SmolStr;
 
-use crate::coordinator::{Handle, SubmitError, now};
+use crate::clock::now;
+use crate::coordinator::{Handle, SubmitError};
 use crate::domain::command::{Command, Origin};
 use crate::domain::ids::{PlaneId, RunId, Seq};
 use crate::driver::{NotTaken, Sink};

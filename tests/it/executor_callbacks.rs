@@ -164,7 +164,7 @@ async fn a_callback_has_the_contracts_body_and_a_signature() {
         assert_eq!(headers[name], value, "{name}");
     }
     let timestamp = headers["webhook-timestamp"].clone();
-    let now_s = rungate::driver::now().0 / 1_000_000;
+    let now_s = rungate::clock::now().0 / 1_000_000;
     assert!((now_s - timestamp.parse::<i64>().unwrap()).abs() < 300);
     let secret = callbacks.world.dir.path().join("auth/webhook-secret");
     assert_eq!(

@@ -11,18 +11,23 @@ const MAX_LINES: usize = 1_000;
 /// adds one without saying where it stands.
 const ARROWS: &[(&str, &[&str])] = &[
     ("domain", &[]),
+    ("clock", &["domain"]),
     ("ledger", &["domain"]),
     ("outbound", &[]),
-    ("driver", &["domain"]),
+    ("driver", &["clock", "domain"]),
     ("gpu", &["domain"]),
-    ("coordinator", &["domain", "ledger"]),
-    ("executor", &["domain", "driver", "gpu", "outbound"]),
+    ("coordinator", &["clock", "domain", "ledger"]),
+    (
+        "executor",
+        &["clock", "domain", "driver", "gpu", "outbound"],
+    ),
     ("auth", &["domain"]),
     ("telemetry", &[]),
     (
         "api",
         &[
             "auth",
+            "clock",
             "coordinator",
             "domain",
             "driver",
@@ -38,6 +43,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         &[
             "api",
             "auth",
+            "clock",
             "config",
             "coordinator",
             "domain",

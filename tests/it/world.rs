@@ -9,13 +9,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
+use rungate::clock::now;
 use rungate::domain::command::Command;
 use rungate::domain::event::Exit;
 use rungate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
 use rungate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 use rungate::domain::time::Timestamp;
 use rungate::driver::{
-    Driver, DriverOptions, Mark, NotTaken, Outcomes, ProbeTimings, Sink, Tasks, marked_by, now,
+    Driver, DriverOptions, Mark, NotTaken, Outcomes, ProbeTimings, Sink, Tasks, marked_by,
 };
 use rungate::executor::{CallbackBody, Source, SourceError};
 use rustix::process::{Pid, Signal, kill_process};
