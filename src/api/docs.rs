@@ -56,16 +56,19 @@ pub fn outline() -> OpenApi {
 
 /// The shape of every error.
 fn problem_schema() -> RefOr<utoipa::openapi::Schema> {
-    use utoipa::openapi::schema::{AllOfBuilder, ArrayBuilder, ObjectBuilder, Type};
+    use utoipa::openapi::schema::{ArrayBuilder, ObjectBuilder, SchemaType, Type};
     let text = || ObjectBuilder::new().schema_type(Type::String);
     let codes = ErrorCode::ALL.iter().map(|code| code.as_str());
     let field = ObjectBuilder::new()
         .property("field", text())
         .property("message", text())
         .property("code", text());
-    let detail = AllOfBuilder::new().description(Some(
-        "A text; the list of wrong fields of a 422; or an object where the contract has one",
-    ));
+    let kinds = [Type::String, Type::Array, Type::Object];
+    let detail = ObjectBuilder::new()
+        .schema_type(SchemaType::from_iter(kinds))
+        .description(Some(
+            "A text; the list of wrong fields of a 422; or an object where the contract has one",
+        ));
     let object = ObjectBuilder::new()
         .property("type", text())
         .property("title", text())
@@ -167,6 +170,9 @@ fn describe_errors(path: &str, operation: &mut Operation) {
             ErrorCode::UnsupportedMediaType,
             ErrorCode::Overloaded,
         ]);
+    }
+    if path.contains('{') {
+        codes.push(ErrorCode::NotFound);
     }
     if operation.request_body.is_some() || operation.parameters.is_some() {
         codes.push(ErrorCode::ValidationFailed);

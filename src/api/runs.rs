@@ -188,7 +188,8 @@ struct Listing {
         ("include_metrics" = Option<bool>, Query),
         ("after" = Option<String>, Query, description = "`next_cursor` of the page before"),
     ),
-    responses((status = 200, description = "With `Link: rel=next` when there is more", body = RunList, example = json!(examples::runs())))
+    responses((status = 200, description = "With `Link: rel=next` when there is more", body = RunList, example = json!(examples::runs())),
+        (status = 400, description = "The cursor is not one of this listing"))
 )]
 async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Response, ApiError> {
     let listing = read_listing(&query)?;

@@ -51,7 +51,9 @@ pub struct LogLines {
         ("tail" = Option<u64>, Query, description = "Last lines, up to 10000; 200 when absent"),
         ("follow" = Option<bool>, Query, description = "Stay, as server-sent events"),
     ),
-    responses((status = 200, body = LogLines, example = json!({"service": "stats", "lines": ["listening on 127.0.0.1:40123"]})),
+    responses((status = 200, content(
+            (LogLines = "application/json", example = json!({"service": "stats", "lines": ["listening on 127.0.0.1:40123"]})),
+            (String = "text/event-stream"))),
         (status = 404, description = "Unknown service: x")))]
 async fn read(
     State(app): State<App>,

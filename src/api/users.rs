@@ -264,7 +264,8 @@ async fn submit(app: &App, caller: &Caller, command: IdentityCommand) -> Result<
 /// Create a user. The answer is the only place where its token is shown.
 #[utoipa::path(post, path = "/admin/users", tag = "users",
     request_body(content = NewUser, example = json!({"user_id": "alice", "roles": ["user"]})),
-    responses((status = 200, body = UserAnswer, example = json!({"user": {"user_id": "alice", "tenant_id": "default", "email": "", "roles": ["user"], "scopes": [], "enabled": true, "runtime_id": "alice", "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 400, description = "Gateway user already exists: t/u")))]
+    responses((status = 200, body = UserAnswer, example = json!({"user": {"user_id": "alice", "tenant_id": "default", "email": "", "roles": ["user"], "scopes": [], "enabled": true, "runtime_id": "alice", "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 400, description = "Gateway user already exists: t/u"),
+        (status = 409, description = "The chosen token is another's")))]
 async fn create(
     State(app): State<App>,
     caller: Caller,
@@ -412,6 +413,7 @@ async fn update(
 #[utoipa::path(delete, path = "/admin/users/{user_id}", tag = "users",
     params(("tenant_id" = Option<String>, Query, description = "`default` when absent")),
     responses((status = 200, body = Object, example = json!({"ok": true, "deleted": true, "user_id": "alice", "tenant_id": "default"})),
+        (status = 400, description = "The first administrator cannot be changed"),
         (status = 404, description = "Gateway user not found")))]
 async fn remove(
     State(app): State<App>,

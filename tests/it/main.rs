@@ -43,6 +43,7 @@ mod recovery;
 mod rungate;
 mod runs;
 mod scheduling;
+mod schema;
 mod services;
 mod startup;
 mod streams;
