@@ -412,6 +412,7 @@ fn api_config(config: &Config, addr: SocketAddr, no_gpu: Option<String>) -> ApiC
     api.allowed_hosts
         .extend(config.allowed_hosts.iter().cloned());
     api.allowed_origins = config.allowed_origins.clone();
+    api.trusted_proxies = usize::try_from(config.trusted_proxies).unwrap_or(usize::MAX);
     api.max_body_bytes = usize::try_from(config.max_body_bytes).unwrap_or(usize::MAX);
     api.max_streams = usize::try_from(config.max_streams).unwrap_or(usize::MAX);
     api.no_gpu_reason = no_gpu;

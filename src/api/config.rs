@@ -11,6 +11,8 @@ pub struct ApiConfig {
     pub allowed_hosts: Vec<String>,
     /// Patterns (`*`, `?`) that an `Origin` header must match when there is one.
     pub allowed_origins: Vec<String>,
+    /// Proxies in front of the gateway whose `X-Forwarded-For` and `X-Forwarded-Proto` count.
+    pub trusted_proxies: usize,
     /// Largest JSON body. Payloads go into the ledger, so it is not larger than a record should be.
     pub max_body_bytes: usize,
     /// Largest checkpoint; the same reason.
@@ -49,6 +51,7 @@ impl ApiConfig {
             allowed_origins: ["http://localhost:*", "http://127.0.0.1:*"]
                 .map(str::to_owned)
                 .into(),
+            trusted_proxies: 0,
             max_body_bytes: 1 << 20,
             max_checkpoint_bytes: 1 << 20,
             body_timeout: Duration::from_secs(30),

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
@@ -16,6 +17,7 @@ use uuid::Uuid;
 
 use super::access::{check, need};
 use super::authenticate::{authenticate, watched};
+use super::client::Client;
 use super::config::ApiConfig;
 use super::error::{ApiError, ErrorCode};
 use super::linger::linger;
@@ -40,6 +42,8 @@ pub struct Caller {
     pub principal: Principal,
     pub request_id: SmolStr,
     pub at: Timestamp,
+    /// Whence it calls (see `client`).
+    pub address: IpAddr,
 }
 
 impl Caller {
@@ -181,11 +185,17 @@ fn unauthorized(path: &str) -> ApiError {
 pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
     let mut request = linger(request);
     let started = Instant::now();
+    let client = Client::of(
+        request.extensions(),
+        request.headers(),
+        app.config.trusted_proxies,
+    );
+    request.extensions_mut().insert(client);
     let request_id = request_id(request.headers());
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().cloned();
-    let response = match admit(&app, &mut request, &request_id).await {
+    let response = match admit(&app, &mut request, client, &request_id).await {
         Ok(_turn) => {
             let caller = request.extensions().get::<Caller>().cloned();
             let response = next.run(request).await;
@@ -211,6 +221,7 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
 async fn admit<'a>(
     app: &'a App,
     request: &mut Request,
+    client: Client,
     request_id: &SmolStr,
 ) -> Result<Option<tokio::sync::SemaphorePermit<'a>>, ApiError> {
     let access = access(request.uri().path());
@@ -232,6 +243,7 @@ async fn admit<'a>(
             principal,
             request_id: request_id.clone(),
             at,
+            address: client.address,
         });
     }
     // A timer is armed only by those who have to wait.

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | `router`, `docs`, `examples` | all routes; the OpenAPI document, its examples and its reader |
 //! | `guard` | request id, Host and Origin, bounds; finishes every answer |
+//! | `client` | where a request came from: address, https |
 //! | `authenticate`, `access` | credentials to a principal; what each route needs |
 //! | `users`, `tokens`, `runtimes` | people, their tokens, and the planes they leave |
 //! | `error` | every refusal and its status |
@@ -19,6 +20,7 @@ mod access;
 mod authenticate;
 mod body;
 mod checkpoint;
+pub mod client;
 mod commands;
 pub mod config;
 mod cursor;

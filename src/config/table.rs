@@ -64,6 +64,8 @@ settings! {
         "Host names that a request may be addressed to, besides the loopback names and the listening address.";
     allowed_origins: Vec<String>, "RUNGATE_ALLOWED_ORIGINS", &[], ANY, "http://localhost:*,http://127.0.0.1:*".to_owned(),
         "Patterns (`*`, `?`) of the origins of browser pages that may call.";
+    trusted_proxies: u64, "RUNGATE_TRUSTED_PROXIES", &[], (0, 16), "0".to_owned(),
+        "Proxies in front of the gateway; a client's address is that many entries from the right of X-Forwarded-For.";
     max_body_bytes: u64, "RUNGATE_MAX_BODY_BYTES", &[], (1_024, 1 << 30), "1048576".to_owned(),
         "Largest request body, in bytes.";
     max_connections: u64, "RUNGATE_MAX_CONNECTIONS", &[], (1, 1 << 20), "4096".to_owned(),
