@@ -1,28 +1,180 @@
-//! The guarded HTTP client for addresses that strangers choose (callbacks): what it may reach is checked on
-//! the very addresses it connects to, after name resolution, and redirects are not followed.
+//! The HTTP clients for every call that leaves the gateway. What may be reached, for which purpose, is checked on the
+//! very addresses that are connected to, after name resolution; redirects are not followed, proxies not asked.
 //! Sources: OWASP's SSRF prevention cheat sheet; IANA's special-purpose address registries.
 
+mod network;
+
+use std::error::Error;
+use std::future::Future;
+use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use reqwest::redirect::Policy;
 use url::{Host, Url};
 
+pub use network::{Network, NoNetwork};
+
 /// The longest URL taken.
 const URL_MAX_BYTES: usize = 2_048;
-/// Longest time for one request, from resolving to the answer's head (`contracts/gpu-gateway.md` section 4).
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+/// Longest time for one callback, from resolving to the answer's head (`contracts/gpu-gateway.md` section 4).
+const CALLBACK_TIMEOUT: Duration = Duration::from_secs(10);
 /// Callbacks are rare and go many ways: few connections are worth keeping.
-const IDLE_PER_HOST: usize = 1;
+const CALLBACKS_IDLE_PER_HOST: usize = 1;
+/// Longest time to connect to a service, which is on this machine or near it.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long an idle connection to a service is kept: less than the 5 s after which common servers (uvicorn, Node) close
+/// theirs, so that a job is not posted into a connection that is just being closed.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(4);
 
-/// How far a guarded client may reach.
+/// What a call is made for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To addresses that submitters of runs choose.
+    Callbacks,
+    /// To services, whose addresses operators choose: health, jobs, progress.
+    Services,
+}
+
+impl Purpose {
+    /// The setting that names further networks.
+    fn setting(self) -> &'static str {
+        match self {
+            Purpose::Callbacks => "callback_allow_networks",
+            Purpose::Services => "service_allow_networks",
+        }
+    }
+}
+
+/// How far a client may reach.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reach {
     /// Addresses of the public internet.
     Public,
-    /// Those, and this machine and its private networks (setting `callback_allow_private`).
+    /// Those, and this machine and its private networks.
     PublicAndPrivate,
+}
+
+/// The addresses of a name, as they are asked for.
+pub type Found = Pin<Box<dyn Future<Output = io::Result<Vec<SocketAddr>>> + Send>>;
+
+/// Finds the addresses of names.
+pub type Lookup = Arc<dyn Fn(String) -> Found + Send + Sync>;
+
+/// What may be called for one purpose.
+#[derive(Clone)]
+pub struct Rules {
+    purpose: Purpose,
+    reach: Reach,
+    /// Called whatever kind they are.
+    allowed: Vec<Network>,
+    lookup: Lookup,
+}
+
+impl Rules {
+    /// With names looked up by the system.
+    pub fn new(purpose: Purpose, reach: Reach, allowed: Vec<Network>) -> Rules {
+        let lookup: Lookup = Arc::new(|name| {
+            Box::pin(async move {
+                let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
+                Ok(found.collect())
+            })
+        });
+        Rules {
+            purpose,
+            reach,
+            allowed,
+            lookup,
+        }
+    }
+
+    /// With names looked up in another way.
+    pub fn with_lookup(self, lookup: Lookup) -> Rules {
+        Rules { lookup, ..self }
+    }
+
+    /// What can be told of a URL without resolving its name: everything but where the name leads.
+    ///
+    /// # Errors
+    /// Why it is not called.
+    pub fn check_url(&self, text: &str) -> Result<Url, Refused> {
+        if text.len() > URL_MAX_BYTES {
+            return Err(Refused::TooLong);
+        }
+        let url = Url::parse(text).map_err(Refused::NoUrl)?;
+        if !matches!(url.scheme(), "http" | "https") {
+            return Err(Refused::Scheme(url.scheme().to_owned()));
+        }
+        if !url.username().is_empty() || url.password().is_some() {
+            return Err(Refused::Credentials);
+        }
+        // The parser has turned every spelling of an IPv4 address (decimal, octal, hexadecimal, short) into one.
+        match url.host().ok_or(Refused::NoHost)? {
+            Host::Ipv4(address) => self.check_address(IpAddr::V4(address))?,
+            Host::Ipv6(address) => self.check_address(IpAddr::V6(address))?,
+            Host::Domain(name) => {
+                let name = name.trim_end_matches('.');
+                // It leads nowhere else (RFC 6761 section 6.3); of other names that is checked when it is known.
+                if name == "localhost" || name.ends_with(".localhost") {
+                    self.check_address(Ipv4Addr::LOCALHOST.into())?;
+                }
+            }
+        }
+        Ok(url)
+    }
+
+    /// Whether an address may be connected to. One that wraps an IPv4 address is judged as that.
+    ///
+    /// # Errors
+    /// Why it is not called.
+    pub fn check_address(&self, address: IpAddr) -> Result<(), Refused> {
+        let bare = match address {
+            IpAddr::V4(address) => IpAddr::V4(address),
+            IpAddr::V6(address) => wrapped_v4(address).map_or(address.into(), IpAddr::V4),
+        };
+        if self.allowed.iter().any(|network| network.contains(bare)) {
+            return Ok(());
+        }
+        let kind = match bare {
+            IpAddr::V4(address) => kind_v4(address),
+            IpAddr::V6(address) => kind_v6(address),
+        };
+        let setting = self.purpose.setting();
+        match (kind, self.reach) {
+            (Kind::Public, _) | (Kind::Private, Reach::PublicAndPrivate) => Ok(()),
+            (Kind::Private, Reach::Public) => Err(Refused::Private { address, setting }),
+            (Kind::Special, _) => Err(Refused::Special { address, setting }),
+        }
+    }
+
+    /// Those of a name's addresses that may be called.
+    fn within(&self, found: Vec<SocketAddr>) -> Result<Addrs, Refused> {
+        let mut allowed = Vec::new();
+        let mut refused = None;
+        for address in found {
+            match self.check_address(address.ip()) {
+                Ok(()) => allowed.push(address),
+                Err(error) => refused = Some(error),
+            }
+        }
+        match refused {
+            Some(error) if allowed.is_empty() => Err(error),
+            _ => Ok(Box::new(allowed.into_iter())),
+        }
+    }
+}
+
+impl std::fmt::Debug for Rules {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Rules")
+            .field("purpose", &self.purpose)
+            .field("reach", &self.reach)
+            .field("allowed", &self.allowed)
+            .finish_non_exhaustive()
+    }
 }
 
 /// Why a URL or an address is refused. For the person who chose it.
@@ -39,53 +191,32 @@ pub enum Refused {
     #[error("it holds a user name or a password, which would be kept in the ledger")]
     Credentials,
     #[error(
-        "{0} is never called: it is a link-local, metadata, multicast or otherwise special address"
+        "{address} is a link-local, metadata, multicast or otherwise special address, and not in the setting {setting}"
     )]
-    Special(String),
+    Special {
+        address: IpAddr,
+        setting: &'static str,
+    },
     #[error(
-        "{0} is private; private addresses are called only if the setting callback_allow_private is true"
+        "{address} is private; private addresses are called only if the setting callback_allow_private is true, or {setting} \
+         holds them"
     )]
-    Private(String),
+    Private {
+        address: IpAddr,
+        setting: &'static str,
+    },
 }
 
-/// What can be told of a URL without resolving its name: everything but where the name leads.
-pub fn check_url(text: &str, reach: Reach) -> Result<Url, Refused> {
-    if text.len() > URL_MAX_BYTES {
-        return Err(Refused::TooLong);
-    }
-    let url = Url::parse(text).map_err(Refused::NoUrl)?;
-    if !matches!(url.scheme(), "http" | "https") {
-        return Err(Refused::Scheme(url.scheme().to_owned()));
-    }
-    if !url.username().is_empty() || url.password().is_some() {
-        return Err(Refused::Credentials);
-    }
-    // The parser has turned every spelling of an IPv4 address (decimal, octal, hexadecimal, short) into one.
-    match url.host().ok_or(Refused::NoHost)? {
-        Host::Ipv4(address) => check_address(IpAddr::V4(address), reach)?,
-        Host::Ipv6(address) => check_address(IpAddr::V6(address), reach)?,
-        Host::Domain(name) => {
-            let name = name.trim_end_matches('.');
-            let local = name == "localhost" || name.ends_with(".localhost");
-            if local && reach == Reach::Public {
-                return Err(Refused::Private(name.to_owned()));
-            }
+/// Why a call failed, when that is because its name led to an address that is refused.
+pub fn refusal(error: &reqwest::Error) -> Option<&Refused> {
+    let mut cause: Option<&(dyn Error + 'static)> = Some(error);
+    while let Some(error) = cause {
+        if let Some(refused) = error.downcast_ref::<Refused>() {
+            return Some(refused);
         }
+        cause = error.source();
     }
-    Ok(url)
-}
-
-/// Whether an address may be connected to. One that wraps an IPv4 address is judged as that.
-pub fn check_address(address: IpAddr, reach: Reach) -> Result<(), Refused> {
-    let kind = match address {
-        IpAddr::V4(address) => kind_v4(address),
-        IpAddr::V6(address) => kind_v6(address),
-    };
-    match (kind, reach) {
-        (Kind::Public, _) | (Kind::Private, Reach::PublicAndPrivate) => Ok(()),
-        (Kind::Private, Reach::Public) => Err(Refused::Private(address.to_string())),
-        (Kind::Special, _) => Err(Refused::Special(address.to_string())),
-    }
+    None
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,7 +224,7 @@ enum Kind {
     Public,
     /// This machine and private networks.
     Private,
-    /// Nothing that a callback has any business with.
+    /// Nothing that a gateway has any business with.
     Special,
 }
 
@@ -118,101 +249,147 @@ fn kind_v4(address: Ipv4Addr) -> Kind {
     }
 }
 
-fn kind_v6(address: Ipv6Addr) -> Kind {
-    let segments = address.segments();
-    let embedded = |high: u16, low: u16| {
-        let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
-        kind_v4(Ipv4Addr::new(a, b, c, d))
-    };
-    match segments {
-        [0, 0, 0, 0, 0, 0, 0, 1] => Kind::Private,
-        // Mapped, translated and compatible IPv4, and the unspecified address.
+/// The IPv4 address that an IPv6 address leads to.
+fn wrapped_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
+    let (high, low) = match address.segments() {
+        // Not wrapped: loopback, and the unspecified address.
+        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => return None,
+        // Mapped, translated and compatible addresses.
         [0, 0, 0, 0, 0, 0xffff, high, low]
         | [0, 0, 0, 0, 0xffff, 0, high, low]
-        | [0, 0, 0, 0, 0, 0, high, low] => embedded(high, low),
-        // NAT64 and 6to4 lead to the IPv4 address in them.
-        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => embedded(high, low),
+        | [0, 0, 0, 0, 0, 0, high, low] => (high, low),
+        // NAT64 and 6to4.
+        [0x64, 0xff9b, 0, 0, 0, 0, high, low] | [0x2002, high, low, ..] => (high, low),
+        _ => return None,
+    };
+    let ([a, b], [c, d]) = (high.to_be_bytes(), low.to_be_bytes());
+    Some(Ipv4Addr::new(a, b, c, d))
+}
+
+fn kind_v6(address: Ipv6Addr) -> Kind {
+    match address.segments() {
+        [0, 0, 0, 0, 0, 0, 0, 1] => Kind::Private,
         // Amazon's metadata, in the middle of the private range.
         [0xfd00, 0x0ec2, ..] => Kind::Special,
         [first, ..] if first & 0xfe00 == 0xfc00 => Kind::Private,
         // Documentation; Teredo and other protocol assignments.
         [0x2001, 0x0db8, ..] => Kind::Special,
         [0x2001, second, ..] if second < 0x200 => Kind::Special,
-        // All that is global is in 2000::/3; what is left is link-local, site-local, multicast, discard or unassigned.
+        // All that is global is in 2000::/3; what is left is unspecified, link-local, site-local, multicast, discard or
+        // unassigned.
         [first, ..] if first & 0xe000 == 0x2000 => Kind::Public,
         _ => Kind::Special,
     }
 }
 
-/// An HTTP client that connects only within its reach.
+/// An HTTP client that keeps to its rules.
 #[derive(Clone, Debug)]
 pub struct GuardedClient {
     client: reqwest::Client,
-    reach: Reach,
+    rules: Arc<Rules>,
 }
 
 impl GuardedClient {
-    /// Fails when the system's TLS roots cannot be used.
-    pub fn new(reach: Reach) -> Result<GuardedClient, reqwest::Error> {
-        let client = reqwest::Client::builder()
+    /// For callbacks.
+    ///
+    /// # Errors
+    /// The system's TLS roots cannot be used; so for all of these.
+    pub fn for_callbacks(rules: Rules) -> Result<GuardedClient, reqwest::Error> {
+        let builder = reqwest::Client::builder()
+            .timeout(CALLBACK_TIMEOUT)
+            .pool_max_idle_per_host(CALLBACKS_IDLE_PER_HOST);
+        GuardedClient::build(rules, builder)
+    }
+
+    /// For jobs: keeps connections, since latency matters. How long an answer may take is the caller's to say.
+    ///
+    /// # Errors
+    /// As `for_callbacks`.
+    pub fn for_jobs(rules: Rules) -> Result<GuardedClient, reqwest::Error> {
+        let builder = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .pool_idle_timeout(IDLE_TIMEOUT);
+        GuardedClient::build(rules, builder)
+    }
+
+    /// For probes: keeps no connection, which would occupy a server that serves one at a time.
+    ///
+    /// # Errors
+    /// As `for_callbacks`.
+    pub fn for_probes(rules: Rules) -> Result<GuardedClient, reqwest::Error> {
+        let builder = reqwest::Client::builder()
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_nodelay(true)
+            .pool_max_idle_per_host(0);
+        GuardedClient::build(rules, builder)
+    }
+
+    fn build(
+        rules: Rules,
+        builder: reqwest::ClientBuilder,
+    ) -> Result<GuardedClient, reqwest::Error> {
+        let rules = Arc::new(rules);
+        let client = builder
             // A proxy would connect in our place, unchecked.
             .no_proxy()
             .redirect(Policy::none())
-            .timeout(REQUEST_TIMEOUT)
-            .pool_max_idle_per_host(IDLE_PER_HOST)
             .user_agent(concat!("rungate/", env!("CARGO_PKG_VERSION")))
-            .dns_resolver(std::sync::Arc::new(GuardedResolver { reach }))
+            .dns_resolver(Arc::new(GuardedResolver {
+                rules: Arc::clone(&rules),
+            }))
             .build()?;
-        Ok(GuardedClient { client, reach })
+        Ok(GuardedClient { client, rules })
     }
 
-    /// A POST to `url`. Checks addresses written as such here, since the connector asks no resolver for them, and
+    /// A GET of `url`. Addresses written as such are checked here, since the connector asks no resolver for them, and
     /// names when connecting.
+    ///
+    /// # Errors
+    /// Why it is not called.
+    pub fn get(&self, url: &str) -> Result<reqwest::RequestBuilder, Refused> {
+        Ok(self.client.get(self.rules.check_url(url)?))
+    }
+
+    /// A POST to `url`, checked like a GET.
+    ///
+    /// # Errors
+    /// Why it is not called.
     pub fn post(&self, url: &str) -> Result<reqwest::RequestBuilder, Refused> {
-        Ok(self.client.post(check_url(url, self.reach)?))
+        Ok(self.client.post(self.rules.check_url(url)?))
     }
 }
 
-/// Resolves names to those of their addresses that are within reach. The connector uses these very addresses, so
+/// Resolves names to those of their addresses that may be called. The connector uses these very addresses, so
 /// that a name which changes between check and use gains nothing.
 struct GuardedResolver {
-    reach: Reach,
+    rules: Arc<Rules>,
 }
 
 impl Resolve for GuardedResolver {
     fn resolve(&self, name: Name) -> Resolving {
-        let reach = self.reach;
+        let rules = Arc::clone(&self.rules);
         Box::pin(async move {
-            let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
-            Ok(within_reach(found, reach)?)
+            let found = (rules.lookup)(name.as_str().to_owned()).await?;
+            Ok(rules.within(found)?)
         })
-    }
-}
-
-fn within_reach(found: impl Iterator<Item = SocketAddr>, reach: Reach) -> Result<Addrs, Refused> {
-    let mut allowed = Vec::new();
-    let mut refused = None;
-    for address in found {
-        match check_address(address.ip(), reach) {
-            Ok(()) => allowed.push(address),
-            Err(error) => refused = Some(error),
-        }
-    }
-    match refused {
-        Some(error) if allowed.is_empty() => Err(error),
-        _ => Ok(Box::new(allowed.into_iter())),
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::refusal as refusal_of;
     use super::*;
 
+    fn rules(reach: Reach) -> Rules {
+        Rules::new(Purpose::Callbacks, reach, Vec::new())
+    }
+
     fn refusal(url: &str, reach: Reach) -> Option<&'static str> {
-        match check_url(url, reach) {
+        match rules(reach).check_url(url) {
             Ok(_) => None,
-            Err(Refused::Private(_)) => Some("private"),
-            Err(Refused::Special(_)) => Some("special"),
+            Err(Refused::Private { .. }) => Some("private"),
+            Err(Refused::Special { .. }) => Some("special"),
             Err(Refused::Credentials) => Some("credentials"),
             Err(Refused::Scheme(_)) => Some("scheme"),
             Err(Refused::NoUrl(_) | Refused::NoHost | Refused::TooLong) => Some("no url"),
@@ -359,35 +536,38 @@ mod tests {
     fn a_name_leads_only_to_its_addresses_within_reach() {
         let found = ["10.0.0.1:0", "8.8.8.8:0", "169.254.169.254:0"]
             .map(|address| address.parse().unwrap());
-        let left: Vec<_> = within_reach(found.into_iter(), Reach::Public)
-            .ok()
-            .unwrap()
-            .collect();
+        let within = |reach, found: &[SocketAddr]| rules(reach).within(found.to_vec());
+        let left: Vec<_> = within(Reach::Public, &found).ok().unwrap().collect();
         assert_eq!(left, [found[1]]);
-        let error = within_reach(found[2..].iter().copied(), Reach::PublicAndPrivate)
-            .err()
-            .unwrap();
-        assert!(
-            error
-                .to_string()
-                .starts_with("169.254.169.254 is never called"),
-            "{error}"
-        );
+        let error = within(Reach::PublicAndPrivate, &found[2..]).err().unwrap();
+        assert!(matches!(error, Refused::Special { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_network_may_be_allowed_whatever_it_is() {
+        let allowed = vec!["100.64.0.0/10".parse().unwrap()];
+        let rules = Rules::new(Purpose::Services, Reach::Public, allowed);
+        let good = ["100.64.0.1", "::ffff:100.64.0.1", "64:ff9b::100.64.0.1"];
+        for address in good {
+            rules.check_address(address.parse().unwrap()).unwrap();
+        }
+        for address in ["100.128.0.1", "169.254.169.254", "127.0.0.1"] {
+            let checked = rules.check_address(address.parse().unwrap());
+            assert_eq!(checked.is_ok(), address == "100.128.0.1", "{address}");
+        }
     }
 
     #[tokio::test]
     async fn a_name_is_checked_where_it_is_resolved() {
-        let resolver = GuardedResolver {
-            reach: Reach::Public,
-        };
-        let error = resolver
-            .resolve("localhost".parse().unwrap())
-            .await
-            .err()
-            .unwrap();
-        assert!(
-            error.to_string().contains("callback_allow_private"),
-            "{error}"
-        );
+        let lookup: Lookup = Arc::new(|name| {
+            assert_eq!(name, "leads-here.example");
+            Box::pin(async { Ok(vec![SocketAddr::from(([127, 0, 0, 1], 0))]) })
+        });
+        let rules = rules(Reach::Public).with_lookup(lookup);
+        let client = GuardedClient::for_callbacks(rules).unwrap();
+        let request = client.post("http://leads-here.example:9/").unwrap();
+        let error = request.send().await.unwrap_err();
+        let refused = refusal_of(&error).expect("it is refused");
+        assert!(refused.to_string().contains("callback_allow_private"));
     }
 }

@@ -29,7 +29,7 @@ use crate::driver::{Driver, DriverError, DriverOptions, Outcomes, ProbeTimings, 
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
 use crate::gpu::{self, InventoryError};
 use crate::ledger::{CommitError, Ledger, OpenError, OpenOptions, Writer};
-use crate::outbound::Reach;
+use crate::outbound::{Purpose, Reach, Rules};
 use crate::telemetry::Metrics;
 
 /// The gateway answers now.
@@ -369,6 +369,7 @@ fn executor(
                 liveness: Duration::from_millis(config.probe_interval_ms),
                 ..ProbeTimings::default()
             },
+            services: service_rules(config),
         },
         outcomes.clone(),
         tasks.clone(),
@@ -376,11 +377,8 @@ fn executor(
     let options = ExecutorOptions {
         gateway_url: gateway_url(addr),
         ledger: ledger.instance_id(),
-        callback_reach: if config.callback_allow_private {
-            Reach::PublicAndPrivate
-        } else {
-            Reach::Public
-        },
+        callbacks: callback_rules(config),
+        services: service_rules(config),
         secret: Secret::load_or_create(&config.data_dir)?,
         progress_every: PROGRESS_EVERY,
     };
@@ -396,6 +394,21 @@ fn gateway_url(addr: SocketAddr) -> String {
     } else {
         format!("http://{addr}")
     }
+}
+
+fn callback_rules(config: &Config) -> Rules {
+    let reach = match config.callback_allow_private {
+        true => Reach::PublicAndPrivate,
+        false => Reach::Public,
+    };
+    let allowed = config.callback_allow_networks.clone();
+    Rules::new(Purpose::Callbacks, reach, allowed)
+}
+
+/// Operators choose services' addresses, and services are near: only what is no service anywhere is refused.
+fn service_rules(config: &Config) -> Rules {
+    let allowed = config.service_allow_networks.clone();
+    Rules::new(Purpose::Services, Reach::PublicAndPrivate, allowed)
 }
 
 fn gateway_origin() -> Origin {

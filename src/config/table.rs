@@ -9,6 +9,7 @@ use super::load::{ConfigError, Origin, Raw};
 use super::value::{FromText, LogFormat, Secret};
 use super::{Setting, load};
 use crate::domain::settings::Settings as Scheduling;
+use crate::outbound::Network;
 
 /// Any number.
 const ANY: (u64, u64) = (0, u64::MAX);
@@ -96,6 +97,10 @@ settings! {
         "Milliseconds that a job waits at most for its service to be loaded while others keep the memory busy.";
     idle_timeout_ms: u64, "RUNGATE_IDLE_TIMEOUT_MS", &[("IDLE_TIMEOUT_SECONDS", 1_000)], SPAN, defaults().idle_timeout_ms.to_string(),
         "Milliseconds without work after which a service that the scheduler started is stopped.";
+    callback_allow_networks: Vec<Network>, "RUNGATE_CALLBACK_ALLOW_NETWORKS", &[], ANY, String::new(),
+        "Networks that callbacks may go to whatever they are, e.g. `10.1.0.0/16`.";
+    service_allow_networks: Vec<Network>, "RUNGATE_SERVICE_ALLOW_NETWORKS", &[], ANY, String::new(),
+        "Networks that services registered by URL may be in whatever they are, e.g. `100.64.0.0/10` for Tailscale.";
     drain_ms: u64, "RUNGATE_DRAIN_MS", &[], SPAN_OR_NONE, defaults().drain_ms.to_string(),
         "Milliseconds that a stop waits for running jobs when asked to drain.";
     retry_base_ms: u64, "RUNGATE_RETRY_BASE_MS", &[], SPAN, defaults().retry_base_ms.to_string(),

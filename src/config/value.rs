@@ -4,6 +4,8 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use crate::outbound::Network;
+
 /// A kind of value. `parse` answers the reason in words that fit "… must be {reason}".
 pub trait FromText: Sized {
     /// The kind in words, e.g. `a number of milliseconds`.
@@ -92,6 +94,18 @@ pub enum LogFormat {
     Text,
     /// One JSON object for each event.
     Json,
+}
+
+impl FromText for Vec<Network> {
+    const KIND: &'static str = "list of networks";
+    fn parse(text: &str, _: (u64, u64)) -> Result<Self, String> {
+        let members = text
+            .split(',')
+            .map(str::trim)
+            .filter(|text| !text.is_empty());
+        let networks: Result<_, _> = members.map(str::parse).collect();
+        networks.map_err(|_| "networks such as 100.64.0.0/10 or fd00::/8".to_owned())
+    }
 }
 
 impl FromText for LogFormat {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::http::error_text;
+use crate::outbound::{GuardedClient, refusal};
 
 /// One probe's time, by `contracts/gpu-gateway.md` section 3.
 const PROBE_TIMEOUT: Duration = Duration::from_secs(3);
@@ -53,7 +54,7 @@ enum Phase {
 
 /// Probes one instance.
 pub(super) struct Prober {
-    client: reqwest::Client,
+    client: GuardedClient,
     url: String,
     timings: ProbeTimings,
     startup: Duration,
@@ -63,7 +64,7 @@ pub(super) struct Prober {
 impl Prober {
     /// Starts in start-up, which may take `startup` from now.
     pub fn new(
-        client: reqwest::Client,
+        client: GuardedClient,
         url: String,
         timings: ProbeTimings,
         startup: Duration,
@@ -145,20 +146,22 @@ impl Prober {
 
     /// Healthy is any status under 400.
     async fn probe(&self) -> Result<(), String> {
-        let answer = self
-            .client
-            .get(&self.url)
-            .timeout(PROBE_TIMEOUT)
-            .send()
-            .await;
-        match answer {
+        let failed = |why: String| Err(format!("GET {}: {why}", self.url));
+        let request = match self.client.get(&self.url) {
+            Ok(request) => request,
+            Err(refused) => return failed(format!("it is not called: {refused}")),
+        };
+        match request.timeout(PROBE_TIMEOUT).send().await {
             Ok(answer) if answer.status().as_u16() < 400 => Ok(()),
             Ok(answer) => Err(format!(
                 "GET {} answered {}",
                 self.url,
                 answer.status().as_u16()
             )),
-            Err(error) => Err(format!("GET {}: {}", self.url, error_text(error))),
+            Err(error) => failed(match refusal(&error) {
+                Some(refused) => format!("it is not called: {refused}"),
+                None => error_text(error),
+            }),
         }
     }
 }

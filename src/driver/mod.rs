@@ -23,7 +23,7 @@ use smol_str::SmolStr;
 use uuid::Uuid;
 
 pub use health::ProbeTimings;
-pub use http::{call_client, error_text, join};
+pub use http::{error_text, join};
 pub use logs::{LogError, LogLine, Logs};
 pub use outcome::{NotTaken, Outcomes, Sink};
 pub use procfs::{MARK_VARIABLE, Mark, Marked, marked_by};
@@ -34,6 +34,7 @@ use crate::domain::effect::ProcessIdentity;
 use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::spec::{Grant, ServiceSpec};
 use crate::domain::time::Timestamp;
+use crate::outbound::{GuardedClient, Rules};
 use instance::{Found, Instance};
 use table::Table;
 
@@ -44,6 +45,8 @@ pub struct DriverOptions {
     /// The ledger's own id: marks our processes.
     pub ledger: Uuid,
     pub probes: ProbeTimings,
+    /// Which addresses services may have.
+    pub services: Rules,
 }
 
 /// Why no driver could be made.
@@ -68,7 +71,7 @@ struct Shared {
     ledger: Uuid,
     boot_id: SmolStr,
     probes: ProbeTimings,
-    probe_client: reqwest::Client,
+    probe_client: GuardedClient,
     logs: Logs,
     outcomes: Outcomes,
     tasks: Tasks,
@@ -103,7 +106,8 @@ impl Driver {
             ledger: options.ledger,
             boot_id: procfs::boot_id().map_err(DriverError::BootId)?,
             probes: options.probes,
-            probe_client: http::probe_client().map_err(DriverError::Client)?,
+            probe_client: GuardedClient::for_probes(options.services)
+                .map_err(DriverError::Client)?,
             logs,
             outcomes,
             tasks,

@@ -7,6 +7,7 @@ use smol_str::SmolStr;
 
 use crate::domain::command::JobFailure;
 use crate::driver::error_text;
+use crate::outbound::{Refused, refusal};
 
 /// A larger answer is a failure: it would be kept in the ledger and read whole.
 pub const ANSWER_MAX_BYTES: usize = 16 << 20;
@@ -20,8 +21,16 @@ pub(super) fn failure(code: &'static str, error: impl Into<String>) -> JobFailur
     }
 }
 
+/// The failure of a call that was not made.
+pub(super) fn not_called(refused: &Refused) -> JobFailure {
+    failure("not_called", format!("it is not called: {refused}"))
+}
+
 /// The failure of a call that got no whole answer.
 pub(super) fn broken(error: reqwest::Error) -> JobFailure {
+    if let Some(refused) = refusal(&error) {
+        return not_called(refused);
+    }
     let code = if error.is_connect() {
         "connect"
     } else if error.is_timeout() {

@@ -15,6 +15,7 @@ use crate::domain::command::Command;
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::time::Timestamp;
 use crate::driver::{error_text, until};
+use crate::outbound::{Refused, refusal};
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -123,7 +124,7 @@ async fn attempt(inner: &Arc<Inner>, plane: PlaneId, run: RunId, url: &str) -> R
     let request = inner
         .callback_client
         .post(url)
-        .map_err(|refused| format!("it is not called: {refused}"))?;
+        .map_err(|refused| not_called(&refused))?;
     let body = inner
         .read(move |source| source.callback_body(plane, run))
         .await
@@ -151,6 +152,13 @@ async fn attempt(inner: &Arc<Inner>, plane: PlaneId, run: RunId, url: &str) -> R
         .header("ce-time", body.timestamp.to_string());
     match request.body(json).send().await {
         Ok(response) => Ok(response.status().as_u16()),
-        Err(error) => Err(error_text(error)),
+        Err(error) => Err(match refusal(&error) {
+            Some(refused) => not_called(refused),
+            None => error_text(error),
+        }),
     }
+}
+
+fn not_called(refused: &Refused) -> String {
+    format!("it is not called: {refused}")
 }

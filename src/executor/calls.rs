@@ -11,7 +11,7 @@ use bytes::Bytes;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 
-use super::answer::{broken, failure, result_of};
+use super::answer::{broken, failure, not_called, result_of};
 use super::{Inner, progress};
 use crate::domain::command::{Command, JobFailure};
 use crate::domain::effect::Dispatch;
@@ -220,15 +220,16 @@ async fn ask_to_stop(
         "reason": stop.reason,
         "grace_ms": u64::try_from(grace.as_millis()).unwrap_or(u64::MAX),
     });
-    let request = inner
-        .call_client
-        .post(join(&endpoint.base_url, path))
-        .json(&body)
-        .timeout(grace);
-    match request.send().await {
+    let asked = match inner.call_client.post(&join(&endpoint.base_url, path)) {
+        Ok(request) => {
+            let request = request.json(&body).timeout(grace);
+            request.send().await.map_err(broken)
+        }
+        Err(refused) => Err(not_called(&refused)),
+    };
+    match asked {
         Ok(response) => response.status().is_success(),
-        Err(error) => {
-            let error = broken(error).error;
+        Err(JobFailure { error, .. }) => {
             tracing::debug!(run.id = %run, run.attempt = attempt, error, "a service did not confirm a stop");
             false
         }
@@ -257,7 +258,8 @@ async fn exchange(
     let run = dispatch.run;
     let mut request = inner
         .call_client
-        .post(join(&endpoint.base_url, endpoint.spec.dispatch_path()))
+        .post(&join(&endpoint.base_url, endpoint.spec.dispatch_path()))
+        .map_err(|refused| not_called(&refused))?
         .header(http::header::CONTENT_TYPE, "application/json")
         .header(http::header::ACCEPT, "application/json")
         .header("x-rungate-run-id", run.to_string())

@@ -22,7 +22,7 @@ pub use webhook::{Secret, SecretError};
 use crate::domain::effect::Effect;
 use crate::domain::ids::{PlaneId, RunId, Seq};
 use crate::driver::{Driver, Outcomes, Tasks};
-use crate::outbound::{GuardedClient, Reach};
+use crate::outbound::{GuardedClient, Rules};
 use calls::Calls;
 
 /// Callbacks sent at the same time: they go to strangers, who may be slow, and each holds its body.
@@ -49,8 +49,10 @@ pub struct ExecutorOptions {
     pub gateway_url: String,
     /// The ledger's own id: the source of callbacks.
     pub ledger: uuid::Uuid,
-    /// How far callbacks may reach.
-    pub callback_reach: Reach,
+    /// Which addresses callbacks may go to.
+    pub callbacks: Rules,
+    /// Which addresses services may have.
+    pub services: Rules,
     pub secret: Secret,
     /// Between questions for progress where a service wants to be asked.
     pub progress_every: Duration,
@@ -71,7 +73,7 @@ struct Inner {
     source: Arc<dyn Source>,
     tasks: Tasks,
     options: ExecutorOptions,
-    call_client: reqwest::Client,
+    call_client: GuardedClient,
     callback_client: GuardedClient,
     callback_slots: Semaphore,
     calls: Calls,
@@ -91,8 +93,8 @@ impl Executor {
             outcomes,
             source,
             tasks,
-            call_client: crate::driver::call_client()?,
-            callback_client: GuardedClient::new(options.callback_reach)?,
+            call_client: GuardedClient::for_jobs(options.services.clone())?,
+            callback_client: GuardedClient::for_callbacks(options.callbacks.clone())?,
             callback_slots: Semaphore::new(CALLBACKS_AT_ONCE),
             calls: Calls::default(),
             options,

@@ -58,6 +58,7 @@ async fn ask(inner: &Inner, url: &str, dispatch: &Dispatch) -> Result<Bytes, Str
     let request = inner
         .call_client
         .get(url)
+        .map_err(|refused| answer::not_called(&refused).error)?
         .header("x-rungate-run-id", dispatch.run.to_string())
         .header("x-rungate-attempt", dispatch.attempt)
         .timeout(inner.options.progress_every);

@@ -16,11 +16,11 @@ use rungate::domain::time::Timestamp;
 use rungate::executor::{
     CallbackBody, CallbackStatus, Executor, ExecutorOptions, PROGRESS_EVERY, Secret,
 };
-use rungate::outbound::Reach;
+use rungate::outbound::{Purpose, Reach, Rules};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::world::{Ledger, PYTHON, World};
+use crate::world::{Ledger, PYTHON, World, service_rules};
 
 type Seen = (String, HashMap<String, String>, String);
 
@@ -58,7 +58,7 @@ struct Callbacks {
 }
 
 impl Callbacks {
-    async fn new(callback_reach: Reach) -> Callbacks {
+    async fn new(reach: Reach) -> Callbacks {
         let seen = watch::Sender::new(Vec::new());
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let base = format!("http://{}", listener.local_addr().unwrap());
@@ -69,7 +69,8 @@ impl Callbacks {
         let options = ExecutorOptions {
             gateway_url: "http://127.0.0.1:8080".into(),
             ledger: world.ledger,
-            callback_reach,
+            callbacks: Rules::new(Purpose::Callbacks, reach, Vec::new()),
+            services: service_rules(),
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
             progress_every: PROGRESS_EVERY,
         };

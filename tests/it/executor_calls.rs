@@ -12,13 +12,13 @@ use axum::response::{IntoResponse, Response};
 use rungate::domain::command::{Command, JobFailure};
 use rungate::domain::effect::{Dispatch, Effect};
 use rungate::domain::ids::{Generation, PlaneId, RunId};
-use rungate::domain::spec::{ProgressMode, ServiceSpec};
+use rungate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 use rungate::executor::{Executor, ExecutorOptions, Secret};
-use rungate::outbound::Reach;
+use rungate::outbound::{Lookup, Purpose, Reach, Rules};
 use tokio::sync::{Semaphore, mpsc, watch};
 use uuid::Uuid;
 
-use crate::world::{Ledger, PATIENCE, World, external, is_healthy, service, soon};
+use crate::world::{Ledger, PATIENCE, World, external, is_healthy, service, service_rules, soon};
 
 /// A service: answers by the payload's text, and remembers what it was asked.
 #[derive(Clone)]
@@ -131,13 +131,19 @@ struct Calls {
 impl Calls {
     /// A healthy service, `change`d.
     async fn new(change: impl FnOnce(&mut ServiceSpec)) -> Calls {
+        Calls::ruled(service_rules(), change).await
+    }
+
+    /// The same, with rules of its own for the calls of jobs.
+    async fn ruled(services: Rules, change: impl FnOnce(&mut ServiceSpec)) -> Calls {
         let (service, base) = Service::start().await;
         let world = World::new();
         let ledger = Arc::new(Ledger::default());
         let options = ExecutorOptions {
             gateway_url: "http://127.0.0.1:8080".into(),
             ledger: world.ledger,
-            callback_reach: Reach::Public,
+            callbacks: Rules::new(Purpose::Callbacks, Reach::Public, Vec::new()),
+            services,
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
             progress_every: Duration::from_millis(30),
         };
@@ -471,4 +477,25 @@ async fn progress_is_asked_for_while_a_call_is_open_and_only_news_is_told() {
     calls.answered(run).await.unwrap();
     let all: Vec<_> = calls.world.recorder.all().iter().filter_map(told).collect();
     assert_eq!(all, ["{\"p\":1}", "{\"p\":2}"]);
+}
+
+/// It was healthy where its name led then; since, the name leads to where a cloud hands out credentials.
+#[tokio::test]
+async fn a_service_whose_name_has_changed_is_not_called() {
+    let metadata = "169.254.169.254:0".parse().unwrap();
+    let lookup: Lookup = Arc::new(move |_| Box::pin(async move { Ok(vec![metadata]) }));
+    let rules = service_rules().with_lookup(lookup);
+    let calls = Calls::ruled(rules, |spec| {
+        if let Worker::External { url } = &mut spec.worker {
+            *url = url.replace("127.0.0.1", "localhost");
+        }
+    });
+    let calls = calls.await;
+    let run = calls.dispatch("{}", |_| {});
+    let failure = calls.answered(run).await.unwrap_err();
+    assert_eq!(failure.code, "not_called");
+    let expected = "it is not called: 169.254.169.254 is a link-local, metadata";
+    assert!(failure.error.starts_with(expected), "{}", failure.error);
+    assert!(calls.service.seen.borrow().is_empty());
+    calls.assert_told_once(1).await;
 }

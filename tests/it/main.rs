@@ -45,6 +45,7 @@ mod runs;
 mod scheduling;
 mod schema;
 mod services;
+mod ssrf;
 mod startup;
 mod streams;
 mod support;

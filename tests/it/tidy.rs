@@ -14,7 +14,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("clock", &["domain"]),
     ("ledger", &["domain"]),
     ("outbound", &[]),
-    ("driver", &["clock", "domain"]),
+    ("driver", &["clock", "domain", "outbound"]),
     ("gpu", &["domain"]),
     ("coordinator", &["clock", "domain", "ledger"]),
     (
@@ -36,7 +36,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "telemetry",
         ],
     ),
-    ("config", &["domain", "gpu"]),
+    ("config", &["domain", "gpu", "outbound"]),
     ("worker", &[]),
     (
         "server",
@@ -160,6 +160,22 @@ fn files_are_short_and_say_what_they_are_for() {
             if !text.starts_with("//!") {
                 wrong.push(format!("{}: does not open with //!", path.display()));
             }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+}
+
+/// What strangers and operators may make the gateway call is checked in one place. The command line and the example
+/// worker are clients of a gateway themselves.
+#[test]
+fn every_call_that_leaves_the_gateway_goes_through_outbound() {
+    let clients = ["outbound", "cli", "worker"];
+    let mut wrong = Vec::new();
+    for path in source_files(&root().join("src")) {
+        let text = std::fs::read_to_string(&path).unwrap();
+        let makes_one = text.contains("reqwest::Client") || text.contains("reqwest::get");
+        if makes_one && !clients.contains(&module_of(&path).as_str()) {
+            wrong.push(path.display().to_string());
         }
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));

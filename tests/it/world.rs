@@ -19,6 +19,7 @@ use rungate::driver::{
     Driver, DriverOptions, Mark, NotTaken, Outcomes, ProbeTimings, Sink, Tasks, marked_by,
 };
 use rungate::executor::{CallbackBody, Source, SourceError};
+use rungate::outbound::{Purpose, Reach, Rules};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::watch;
 use uuid::Uuid;
@@ -302,9 +303,15 @@ fn driver(data_dir: PathBuf, ledger: Uuid, probes: ProbeTimings) -> (Driver, Arc
         data_dir,
         ledger,
         probes,
+        services: service_rules(),
     };
     let driver = Driver::new(options, Outcomes::new(recorder.clone()), tasks.clone()).unwrap();
     (driver, recorder, tasks)
+}
+
+/// As the gateway has them by default.
+pub fn service_rules() -> Rules {
+    Rules::new(Purpose::Services, Reach::PublicAndPrivate, Vec::new())
 }
 
 pub fn pid(pid: u32) -> Pid {
