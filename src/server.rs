@@ -14,6 +14,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use self::seams::{LedgerSource, ToCoordinator};
+use crate::api::limits::LimitConfig;
 use crate::api::listen::ListenConfig;
 use crate::api::{ApiConfig, App, Parts};
 use crate::auth::Authenticator;
@@ -427,9 +428,24 @@ fn api_config(config: &Config, addr: SocketAddr, no_gpu: Option<String>) -> ApiC
     api.allowed_origins = config.allowed_origins.clone();
     api.trusted_proxies = usize::try_from(config.trusted_proxies).unwrap_or(usize::MAX);
     api.max_body_bytes = usize::try_from(config.max_body_bytes).unwrap_or(usize::MAX);
-    api.max_streams = usize::try_from(config.max_streams).unwrap_or(usize::MAX);
+    api.limits = limits(config);
     api.no_gpu_reason = no_gpu;
     api
+}
+
+fn limits(config: &Config) -> LimitConfig {
+    // Their ranges in the table keep the conversions from ever saturating.
+    let size = |count: u64| usize::try_from(count).unwrap_or(usize::MAX);
+    let count = |count: u64| u32::try_from(count).unwrap_or(u32::MAX);
+    LimitConfig {
+        user_per_minute: config.rate_limit_user,
+        address_per_minute: config.rate_limit_address,
+        requests: size(config.max_requests),
+        requests_per_user: count(config.max_requests_per_user),
+        streams: size(config.max_streams),
+        streams_per_user: count(config.max_streams_per_user),
+        are_admins_limited: config.limit_admins,
+    }
 }
 
 /// The end of the coordinator's thread, as something to wait for.

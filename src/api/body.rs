@@ -1,7 +1,7 @@
 //! Bodies and paths as handlers take them: bounded in size and time, of the right content type, and
 //! refused with the same errors everywhere.
 
-use axum::extract::{FromRequest, FromRequestParts, Path, Request};
+use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use bytes::Bytes;
 use http::request::Parts;
 use http::{HeaderMap, header};
@@ -45,13 +45,39 @@ impl FromRequest<App> for JsonBody {
     type Rejection = ApiError;
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
         check_content_type(request.headers())?;
-        let bytes = read_body(request, app, app.config.max_body_bytes).await?;
+        let limit = limit(&request, app.config.max_body_bytes);
+        let bytes = read_body(request, app, limit).await?;
         if bytes.is_empty() {
             let missing = FieldError::new(vec!["body".to_owned()], "missing", "Field required");
             return Err(ApiError::validation(vec![missing]));
         }
         json::check(&bytes)?;
         Ok(JsonBody { bytes })
+    }
+}
+
+/// Routes whose bodies hold what callers bring along, or lists: up to `max_body_bytes`.
+const LARGE_BODIES: &[&str] = &[
+    "/admin/users/import",
+    "/commands",
+    "/queue/submit",
+    "/queue/{job_id}/progress",
+    "/runs/ledger/batch",
+    "/runs/start",
+    "/services/register",
+    "/services/{name}",
+];
+
+/// Largest body of all other routes, which hold a few names and numbers.
+const SMALL_BODY_BYTES: usize = 64 << 10;
+
+/// Largest body that a request may have.
+fn limit(request: &Request, max_bytes: usize) -> usize {
+    let route = request.extensions().get::<MatchedPath>();
+    let route = route.map_or("", MatchedPath::as_str);
+    match LARGE_BODIES.contains(&route.strip_prefix("/api/gateway").unwrap_or(route)) {
+        true => max_bytes,
+        false => max_bytes.min(SMALL_BODY_BYTES),
     }
 }
 
@@ -129,6 +155,24 @@ impl<T: DeserializeOwned + Send> FromRequestParts<App> for PathOf<T> {
         match Path::<T>::from_request_parts(parts, app).await {
             Ok(Path(value)) => Ok(PathOf(value)),
             Err(_) => Err(ApiError::new(ErrorCode::NotFound, "Not Found")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn routes_with_large_bodies_are_routes_with_bodies() {
+        let api = serde_json::to_value(super::super::openapi()).unwrap();
+        for route in LARGE_BODIES {
+            let item = &api["paths"][format!("/api/gateway{route}")];
+            let mut operations = item.as_object().into_iter().flat_map(|item| item.values());
+            assert!(
+                operations.any(|operation| operation["requestBody"].is_object()),
+                "{route}"
+            );
         }
     }
 }

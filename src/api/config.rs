@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::time::Duration;
 
+use super::limits::LimitConfig;
+
 /// Settings of the HTTP side.
 #[derive(Clone, Debug)]
 pub struct ApiConfig {
@@ -19,10 +21,8 @@ pub struct ApiConfig {
     pub max_checkpoint_bytes: usize,
     /// How long a body may take to arrive, so that a slow sender holds nothing for long.
     pub body_timeout: Duration,
-    /// Requests worked on at once; more wait up to 10 ms and are then told 429.
-    pub max_concurrent_requests: usize,
-    /// Open streams; each costs a connection and under 16 KiB.
-    pub max_streams: usize,
+    /// How much callers may ask.
+    pub limits: LimitConfig,
     /// What a stream tells its reader to wait before reconnecting, in milliseconds.
     pub stream_retry_ms: u64,
     /// How long `start` waits for a service's health (`contracts/gpu-gateway.md` section 3).
@@ -55,8 +55,7 @@ impl ApiConfig {
             max_body_bytes: 1 << 20,
             max_checkpoint_bytes: 1 << 20,
             body_timeout: Duration::from_secs(30),
-            max_concurrent_requests: 1_024,
-            max_streams: 2_000,
+            limits: LimitConfig::default(),
             stream_retry_ms: 1_000,
             service_start_wait: Duration::from_secs(120),
             service_stop_wait: Duration::from_secs(60),

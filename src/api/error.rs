@@ -74,6 +74,7 @@ error_codes! {
     OriginNotAllowed = "origin_not_allowed", FORBIDDEN, "The origin is not allowed";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "Too much work is waiting to be recorded";
     Purged = "purged", GONE, "The run's payloads were purged";
+    RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests a minute";
     RoleRequired = "role_required", FORBIDDEN, "Another role is needed";
     RunEnded = "run_ended", CONFLICT, "The run has ended";
     RunNotEnded = "run_not_ended", CONFLICT, "The run has not ended";

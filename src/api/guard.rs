@@ -4,22 +4,24 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
 use axum::middleware::Next;
 use axum::response::Response;
 use http::request::Parts;
-use http::{HeaderMap, HeaderName, HeaderValue, Method, header};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use metrics::{Counter, Histogram};
 use smol_str::SmolStr;
 use uuid::Uuid;
 
-use super::access::{check, need};
+use super::access::{Need, check, need};
 use super::authenticate::{authenticate, watched};
 use super::client::Client;
 use super::config::ApiConfig;
 use super::error::{ApiError, ErrorCode};
+use super::headers::harden;
+use super::limits::{Standing, Turn};
 use super::linger::linger;
 use super::state::App;
 use crate::auth::Principal;
@@ -32,9 +34,6 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 /// Longest request id that is taken over from the caller: it goes into every record.
 const MAX_REQUEST_ID_BYTES: usize = 128;
-
-/// How long a request waits for its turn before it is told 429 (`contracts/run-gateway.md` section 2).
-const TURN_WAIT: Duration = Duration::from_millis(10);
 
 /// Who is calling and under which request.
 #[derive(Clone, Debug)]
@@ -88,17 +87,22 @@ impl HostRules {
         }
     }
 
-    fn check(&self, headers: &HeaderMap) -> Result<(), ApiError> {
+    fn check(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), ApiError> {
         let mut hosts = headers.get_all(header::HOST).iter();
         let host = hosts.next().and_then(|host| host.to_str().ok());
-        let name = host.map(|host| without_port(host).to_ascii_lowercase());
-        // Of two hosts, who is in front of us may have gone by the other (RFC 9112 section 3.2).
-        if hosts.next().is_some() || !name.as_ref().is_some_and(|name| self.hosts.contains(name)) {
+        // Of two hosts, who is in front of us may have gone by the other (RFC 9112 section 3.2); the target's own
+        // counts before the header's, and is ours no less.
+        let target = uri.authority().map(http::uri::Authority::as_str);
+        let is_ours = |host: &str| {
+            let name = without_port(host).to_ascii_lowercase();
+            self.hosts.contains(&name)
+        };
+        if hosts.next().is_some() || !host.is_some_and(is_ours) || !target.is_none_or(is_ours) {
             return Err(ApiError::new(
                 ErrorCode::HostNotAllowed,
                 format!(
                     "Host '{}' is not allowed; reach the gateway under one of its names, or add this one to allowed_hosts",
-                    host.unwrap_or_default()
+                    target.or(host).unwrap_or_default()
                 ),
             ));
         }
@@ -181,83 +185,119 @@ fn unauthorized(path: &str) -> ApiError {
     ApiError::new(ErrorCode::Unauthorized, detail)
 }
 
+/// A request as it came in.
+struct Arrival {
+    at: Instant,
+    request_id: SmolStr,
+    client: Client,
+    /// How its caller stands with its rate limit, once that is known.
+    standing: Option<Standing>,
+}
+
+impl Arrival {
+    /// Notes how the caller stands, which the answer will tell; 429 when its limit is used up.
+    fn count(&mut self, standing: Option<Standing>) -> Result<(), ApiError> {
+        self.standing = standing;
+        self.standing.as_ref().map_or(Ok(()), Standing::check)
+    }
+}
+
+/// A request that was let in.
+struct Admitted<'a> {
+    need: Option<Need>,
+    /// Bounds the work at once; held until there is an answer. Probes need none.
+    _turn: Option<Turn<'a>>,
+}
+
 /// The outermost layer of the router.
 pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
     let mut request = linger(request);
-    let started = Instant::now();
-    let client = Client::of(
-        request.extensions(),
-        request.headers(),
-        app.config.trusted_proxies,
-    );
-    request.extensions_mut().insert(client);
-    let request_id = request_id(request.headers());
+    let mut arrival = Arrival {
+        at: Instant::now(),
+        request_id: request_id(request.headers()),
+        client: Client::of(
+            request.extensions(),
+            request.headers(),
+            app.config.trusted_proxies,
+        ),
+        standing: None,
+    };
+    request.extensions_mut().insert(arrival.client);
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().cloned();
-    let response = match admit(&app, &mut request, client, &request_id).await {
-        Ok(_turn) => {
+    let response = match admit(&app, &mut request, &mut arrival).await {
+        Ok(admitted) => {
             let caller = request.extensions().get::<Caller>().cloned();
             let response = next.run(request).await;
-            match (caller, &route) {
-                (Some(caller), Some(route)) => {
-                    let need = need(&method, route.as_str());
-                    watched(&app, caller.principal, need, response)
-                }
+            match (caller, admitted.need) {
+                (Some(caller), Some(need)) => watched(&app, caller.principal, need, response),
                 _ => response,
             }
         }
         Err(error) => axum::response::IntoResponse::into_response(error),
     };
-    let mut response = finish(response, &request_id, &path);
-    if let Ok(value) = HeaderValue::from_str(&request_id) {
-        response.headers_mut().insert(REQUEST_ID, value);
-    }
-    count(&method, route.as_ref(), &response, started);
+    let response = finish(response, &arrival, &path);
+    count(&method, route.as_ref(), &response, arrival.at);
     response
 }
 
-/// Lets a request in, or says why not. The permit bounds the work at once.
+/// Lets a request in, or says why not.
 async fn admit<'a>(
     app: &'a App,
     request: &mut Request,
-    client: Client,
-    request_id: &SmolStr,
-) -> Result<Option<tokio::sync::SemaphorePermit<'a>>, ApiError> {
+    arrival: &mut Arrival,
+) -> Result<Admitted<'a>, ApiError> {
     let access = access(request.uri().path());
     if access == Access::Probe {
-        return Ok(None);
+        let (need, _turn) = (None, None);
+        return Ok(Admitted { need, _turn });
     }
-    app.hosts.check(request.headers())?;
+    app.hosts.check(request.uri(), request.headers())?;
+    let (method, route) = (
+        request.method().clone(),
+        request.extensions().get::<MatchedPath>().cloned(),
+    );
+    let route = route.as_ref().map(MatchedPath::as_str);
+    // A path that is none of ours is 404 to everyone who is known.
+    let need = route.map(|route| need(&method, route));
     if access == Access::Token {
-        let at = now();
-        let principal = authenticate(app, request.headers(), at)
-            .await?
-            .ok_or_else(|| unauthorized(request.uri().path()))?;
-        // A path that is none of ours is 404 to everyone who is known.
-        if let Some(route) = request.extensions().get::<MatchedPath>() {
-            let (method, route) = (request.method(), route.as_str());
-            check(need(method, route), &principal, method, route)?;
-        }
-        request.extensions_mut().insert(Caller {
-            principal,
-            request_id: request_id.clone(),
-            at,
-            address: client.address,
-        });
+        let caller = identify(app, request.headers(), request.uri().path(), arrival).await?;
+        request.extensions_mut().insert(caller);
+    } else {
+        arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
     }
-    // A timer is armed only by those who have to wait.
-    if let Ok(turn) = app.requests.try_acquire() {
-        return Ok(Some(turn));
+    let caller = request.extensions().get::<Caller>();
+    let principal = caller.map(|caller| &caller.principal);
+    if let (Some(principal), Some(need), Some(route)) = (principal, need, route) {
+        check(need, principal, &method, route)?;
     }
-    match tokio::time::timeout(TURN_WAIT, app.requests.acquire()).await {
-        Ok(Ok(turn)) => Ok(Some(turn)),
-        _ => Err(ApiError::new(
-            ErrorCode::TooManyRequests,
-            "Too Many Requests (concurrency limit)",
-        )
-        .retry_after(1)),
-    }
+    let turn = app.limits.turn(principal, &method, route).await?;
+    Ok(Admitted {
+        need,
+        _turn: Some(turn),
+    })
+}
+
+/// Who sent a request. Whoever it is, is counted: users by themselves, all others by their address.
+async fn identify(
+    app: &App,
+    headers: &HeaderMap,
+    path: &str,
+    arrival: &mut Arrival,
+) -> Result<Caller, ApiError> {
+    let at = now();
+    let Some(principal) = authenticate(app, headers, at).await? else {
+        arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
+        return Err(unauthorized(path));
+    };
+    arrival.count(app.limits.of_user(&principal, arrival.at))?;
+    Ok(Caller {
+        principal,
+        request_id: arrival.request_id.clone(),
+        at,
+        address: arrival.client.address,
+    })
 }
 
 /// The caller's request id when it is short and printable, else a new one.
@@ -280,22 +320,22 @@ fn request_id(headers: &HeaderMap) -> SmolStr {
 }
 
 /// Gives an error its body, and every answer the headers that all have.
-fn finish(mut response: Response, request_id: &str, path: &str) -> Response {
+fn finish(mut response: Response, arrival: &Arrival, path: &str) -> Response {
     if let Some(error) = response.extensions_mut().remove::<ApiError>() {
         let kept = std::mem::take(response.headers_mut());
-        response = error.render(request_id, path);
+        response = error.render(&arrival.request_id, path);
         if let Some(allow) = kept.get(header::ALLOW) {
             response.headers_mut().insert(header::ALLOW, allow.clone());
         }
     }
     let headers = response.headers_mut();
-    headers.insert(
-        header::X_CONTENT_TYPE_OPTIONS,
-        HeaderValue::from_static("nosniff"),
-    );
-    headers
-        .entry(header::CACHE_CONTROL)
-        .or_insert(HeaderValue::from_static("no-store"));
+    harden(headers, arrival.client.is_https);
+    if let Some(standing) = &arrival.standing {
+        standing.tell(headers);
+    }
+    if let Ok(value) = HeaderValue::from_str(&arrival.request_id) {
+        headers.insert(REQUEST_ID, value);
+    }
     response
 }
 

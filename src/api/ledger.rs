@@ -65,11 +65,11 @@ async fn read(
 )]
 async fn stream(
     State(app): State<App>,
-    _caller: Caller,
+    caller: Caller,
     query: Query,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    follow(app, &query, &headers, Topic::All)
+    follow(app, &caller, &query, &headers, Topic::All)
 }
 
 /// Follow the caller's plane.
@@ -88,16 +88,18 @@ async fn plane_stream(
     query: Query,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    follow(app, &query, &headers, Topic::Plane(caller.plane()))
+    let plane = Topic::Plane(caller.plane());
+    follow(app, &caller, &query, &headers, plane)
 }
 
 fn follow(
     app: App,
+    caller: &Caller,
     query: &Query,
     headers: &HeaderMap,
     topic: Topic,
 ) -> Result<Response, ApiError> {
     let resume = Resume::read(query, headers, "after_seq")?;
-    let place = sse::take_place(&app)?;
+    let place = app.limits.stream(&caller.principal)?;
     sse::stream(app, place, Source::Ledger(topic), resume)
 }

@@ -21,7 +21,6 @@ use super::error::ApiError;
 use super::examples;
 use super::guard::Caller;
 use super::query::Query;
-use super::sse::take_place;
 use super::state::App;
 use crate::ledger::TransferError;
 
@@ -47,8 +46,8 @@ pub fn router() -> OpenApiRouter<App> {
 #[utoipa::path(get, path = "/ledger/verify", tag = "ledger", responses((status = 200, body = Object, example = json!({
     "ok": true, "records": 1204, "purged": 0, "runs": 96, "commands": 12, "services": 2, "tail_seq": 1204, "tail_hash": "9b1f…"
 }))))]
-async fn verify(State(app): State<App>, _caller: Caller) -> Result<Json<Value>, ApiError> {
-    let _place = take_place(&app)?;
+async fn verify(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
+    let _place = app.limits.stream(&caller.principal)?;
     let verified = app.scan(|ledger| Ok(ledger.verify(&mut |_| {}))).await?;
     Ok(Json(match verified {
         Ok(verified) => {
@@ -67,8 +66,8 @@ async fn verify(State(app): State<App>, _caller: Caller) -> Result<Json<Value>, 
 #[utoipa::path(get, path = "/ledger/stats", tag = "ledger", responses((status = 200, body = Object, example = json!({
     "records": 1204, "events": {"job_queued": 96}, "runs": 96, "record_bytes": 310220, "tail_seq": 1204
 }))))]
-async fn stats(State(app): State<App>, _caller: Caller) -> Result<Json<Value>, ApiError> {
-    let _place = take_place(&app)?;
+async fn stats(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
+    let _place = app.limits.stream(&caller.principal)?;
     let stats = app.scan(|ledger| ledger.stats()).await?;
     Ok(Json(json!(stats)))
 }
@@ -81,13 +80,13 @@ async fn stats(State(app): State<App>, _caller: Caller) -> Result<Json<Value>, A
     responses((status = 200, description = "Newline-delimited JSON", content_type = "application/x-ndjson", body = String, example = json!(examples::EXPORT))))]
 async fn export(
     State(app): State<App>,
-    _caller: Caller,
+    caller: Caller,
     query: Query,
 ) -> Result<Response, ApiError> {
     let after = query.int("after_seq", 0..=u64::MAX, 0);
     query.finish()?;
     drop(query);
-    let place = take_place(&app)?;
+    let place = app.limits.stream(&caller.principal)?;
     let (sender, receiver) = mpsc::channel(PIECES);
     let ledger = app.ledger.clone();
     let mut pieces = Pieces {

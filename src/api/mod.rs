@@ -7,6 +7,8 @@
 //! | `client` | where a request came from: address, https |
 //! | `authenticate`, `access` | credentials to a principal; what each route needs |
 //! | `users`, `tokens`, `runtimes` | people, their tokens, and the planes they leave |
+//! | `limits`, `buckets`, `shares` | how much callers may ask: a minute, and at once |
+//! | `headers` | what every answer tells browsers |
 //! | `error` | every refusal and its status |
 //! | `linger` | reading on what was refused |
 //! | `body`, `json`, `fields`, `query`, `idempotency`, `cursor` | reading requests |
@@ -19,6 +21,7 @@
 mod access;
 mod authenticate;
 mod body;
+mod buckets;
 mod checkpoint;
 pub mod client;
 mod commands;
@@ -30,12 +33,14 @@ mod examples;
 mod fields;
 mod gpu;
 mod guard;
+mod headers;
 mod health;
 mod idempotency;
 mod job;
 mod json;
 mod ledger;
 mod ledger_tools;
+pub mod limits;
 mod linger;
 pub mod listen;
 mod metrics;
@@ -51,6 +56,7 @@ mod service_control;
 mod service_logs;
 mod service_spec;
 mod services;
+mod shares;
 mod sse;
 mod state;
 mod tokens;

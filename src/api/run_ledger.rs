@@ -203,7 +203,7 @@ async fn stream(
     let resume = Resume::read(&query, &headers, "after")?;
     drop(query);
     let run = app.run(&caller, &id)?.run;
-    let place = sse::take_place(&app)?;
+    let place = app.limits.stream(&caller.principal)?;
     let source = Source::Run {
         plane: caller.plane(),
         run,

@@ -8,7 +8,6 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::Serialize;
 use serde_json::json;
-use tokio::sync::OwnedSemaphorePermit;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -16,6 +15,7 @@ use utoipa_axum::routes;
 use super::body::PathOf;
 use super::error::ApiError;
 use super::guard::Caller;
+use super::limits::StreamPlace;
 use super::query::Query;
 use super::services::find;
 use super::sse;
@@ -57,7 +57,7 @@ pub struct LogLines {
         (status = 404, description = "Unknown service: x")))]
 async fn read(
     State(app): State<App>,
-    _caller: Caller,
+    caller: Caller,
     PathOf(name): PathOf<String>,
     query: Query,
 ) -> Result<Response, ApiError> {
@@ -70,7 +70,7 @@ async fn read(
     drop(query);
     let service = find(&app, &name)?.spec.name;
     if follow {
-        let place = sse::take_place(&app)?;
+        let place = app.limits.stream(&caller.principal)?;
         return Ok(stream(app, place, &service, tail));
     }
     let lines = app
@@ -90,7 +90,7 @@ fn unreadable(error: &LogError) -> ApiError {
     ApiError::internal()
 }
 
-fn stream(app: App, place: OwnedSemaphorePermit, service: &ServiceName, tail: usize) -> Response {
+fn stream(app: App, place: StreamPlace, service: &ServiceName, tail: usize) -> Response {
     let lines = app.logs.follow(service, tail);
     let stopping = app.stopping.clone();
     let retry = Bytes::from(format!("retry: {}\n\n", app.config.stream_retry_ms));

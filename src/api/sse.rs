@@ -13,10 +13,10 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use serde_json::json;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use super::error::{ApiError, ErrorCode};
+use super::error::ApiError;
+use super::limits::StreamPlace;
 use super::query::Query;
 use super::state::App;
 use crate::domain::ids::{PlaneId, RunId};
@@ -47,17 +47,6 @@ impl Resume {
             heartbeat: Duration::from_secs_f64(heartbeat),
         })
     }
-}
-
-/// A place among the open streams; 429 when there are too many.
-pub fn take_place(app: &App) -> Result<OwnedSemaphorePermit, ApiError> {
-    app.streams.clone().try_acquire_owned().map_err(|_| {
-        ApiError::new(
-            ErrorCode::TooManyStreams,
-            "Too Many Requests (concurrency limit)",
-        )
-        .retry_after(1)
-    })
 }
 
 /// An answer that is a stream.
@@ -135,7 +124,7 @@ const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
 /// The stream of a source from a position on.
 pub fn stream(
     app: App,
-    place: OwnedSemaphorePermit,
+    place: StreamPlace,
     source: Source,
     resume: Resume,
 ) -> Result<Response, ApiError> {

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 use super::config::ApiConfig;
 use super::error::ApiError;
 use super::guard::{Caller, HostRules};
+use super::limits::Limits;
 use crate::auth::Authenticator;
 use crate::coordinator::Handle;
 use crate::domain::command::{Command, Reply};
@@ -46,10 +47,7 @@ pub struct Inner {
     pub logs: Logs,
     pub stopping: CancellationToken,
     pub hosts: HostRules,
-    /// Requests that are worked on.
-    pub requests: Semaphore,
-    /// Open streams; held by each of them.
-    pub streams: Arc<Semaphore>,
+    pub limits: Limits,
     /// Imported tokens that are checked against their slow hashes.
     pub slow_checks: Semaphore,
     /// Signs list cursors; of this ledger, so that cursors outlive a restart.
@@ -72,8 +70,7 @@ impl App {
         );
         App(Arc::new(Inner {
             hosts: HostRules::new(&parts.config),
-            requests: Semaphore::new(parts.config.max_concurrent_requests),
-            streams: Arc::new(Semaphore::new(parts.config.max_streams)),
+            limits: Limits::new(&parts.config),
             slow_checks: Semaphore::new(SLOW_CHECKS),
             cursor_key,
             config: parts.config,

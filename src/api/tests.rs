@@ -437,7 +437,7 @@ async fn a_cursor_beyond_the_end_is_told() {
 
 #[tokio::test]
 async fn too_many_streams_are_told_to_come_back() {
-    let gateway = gateway_with(|config| config.max_streams = 1);
+    let gateway = gateway_with(|config| config.limits.streams = 1);
     let path = "/api/gateway/ledger/stream";
     let open = || {
         gateway

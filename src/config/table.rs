@@ -13,6 +13,8 @@ use crate::outbound::Network;
 
 /// Any number.
 const ANY: (u64, u64) = (0, u64::MAX);
+/// Requests a minute, or none that are counted.
+const RATE: (u64, u64) = (0, 1_000_000_000);
 /// A duration of at least a millisecond and at most a year.
 const SPAN: (u64, u64) = (1, 365 * 86_400_000);
 /// A duration that may be none at all.
@@ -75,10 +77,22 @@ settings! {
         "Event streams served at once; further ones are answered 429.";
     shutdown_limit_ms: u64, "RUNGATE_SHUTDOWN_LIMIT_MS", &[], SPAN_OR_NONE, "25000".to_owned(),
         "Milliseconds that a stop waits for calls in flight.";
+    rate_limit_user: u64, "RUNGATE_RATE_LIMIT_USER", &[], RATE, "60000".to_owned(),
+        "Requests a minute of each user, further ones are answered 429; 0 for any number.";
+    rate_limit_address: u64, "RUNGATE_RATE_LIMIT_ADDRESS", &[], RATE, "6000".to_owned(),
+        "Requests a minute from one address without valid credentials; 0 for any number.";
+    limit_admins: bool, "RUNGATE_LIMIT_ADMINS", &[], ANY, "false".to_owned(),
+        "Whether the limits of each user hold for administrators too.";
+    max_requests: u64, "RUNGATE_MAX_REQUESTS", &[], (1, 1 << 20), "1024".to_owned(),
+        "Requests worked on at once; further ones are answered 429 after 10 ms.";
+    max_requests_per_user: u64, "RUNGATE_MAX_REQUESTS_PER_USER", &[], (1, 1 << 20), "512".to_owned(),
+        "Requests of one user worked on at once; further ones are answered 429.";
     callback_allow_private: bool, "RUNGATE_CALLBACK_ALLOW_PRIVATE", &[], ANY, "false".to_owned(),
         "Whether callbacks may go to private and loopback addresses.";
     probe_interval_ms: u64, "RUNGATE_PROBE_INTERVAL_MS", &[], (100, 3_600_000), "5000".to_owned(),
         "Milliseconds between health probes of a running service.";
+    max_streams_per_user: u64, "RUNGATE_MAX_STREAMS_PER_USER", &[], (1, 1 << 20), "1024".to_owned(),
+        "Event streams of one user served at once; further ones are answered 429.";
     log: String, "RUNGATE_LOG", &[], ANY, "info".to_owned(),
         "Log filter, e.g. `info` or `rungate::executor=debug,warn`.";
     log_format: LogFormat, "RUNGATE_LOG_FORMAT", &[], ANY, "text".to_owned(),

@@ -1,0 +1,262 @@
+//! How much callers may ask of the gateway: requests a minute, requests at once, streams at once; each user by
+//! itself, all together, and whoever shows no valid credentials by its address. Administrators are held to the common
+//! bounds only, unless a setting says otherwise.
+//!
+//! Told as `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10) and `Retry-After`.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+
+use super::buckets::{Buckets, Level, WINDOW_S};
+use super::client::Client;
+use super::config::ApiConfig;
+use super::error::{ApiError, ErrorCode};
+use super::shares::{Share, Shares};
+use crate::auth::Principal;
+use crate::domain::identity::Role;
+
+const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
+const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
+
+/// How long a request waits for its turn before it is told 429 (`contracts/run-gateway.md` section 2).
+const TURN_WAIT: Duration = Duration::from_millis(10);
+
+/// Requests that wait for a service to start or stop, minutes perhaps. They are counted apart, so that they take no
+/// turn from the short ones; each looks at every commit.
+const MAX_WAITING: usize = 256;
+
+/// What the settings allow.
+#[derive(Clone, Debug)]
+pub struct LimitConfig {
+    /// Requests a minute of each user; 0 for any number.
+    pub user_per_minute: u64,
+    /// Requests a minute, from one address, that show no valid credentials; 0 for any number.
+    pub address_per_minute: u64,
+    /// Requests worked on at once; more wait up to 10 ms and are then told 429.
+    pub requests: usize,
+    /// Those of one user.
+    pub requests_per_user: u32,
+    /// Open streams; each costs a connection and under 16 KiB.
+    pub streams: usize,
+    /// Those of one user.
+    pub streams_per_user: u32,
+    /// Whether the limits of a user hold for administrators too.
+    pub are_admins_limited: bool,
+}
+
+impl Default for LimitConfig {
+    fn default() -> Self {
+        Self {
+            user_per_minute: 60_000,
+            address_per_minute: 6_000,
+            requests: 1_024,
+            requests_per_user: 512,
+            streams: 2_048,
+            streams_per_user: 1_024,
+            are_admins_limited: false,
+        }
+    }
+}
+
+/// Counts who asks what.
+pub struct Limits {
+    users: Option<Rate>,
+    addresses: Option<Rate>,
+    are_admins_limited: bool,
+    requests: Semaphore,
+    waiting: Semaphore,
+    streams: Arc<Semaphore>,
+    requests_of: Arc<Shares>,
+    streams_of: Arc<Shares>,
+}
+
+/// One rate limit.
+struct Rate {
+    name: &'static str,
+    policy: HeaderValue,
+    buckets: Buckets,
+}
+
+/// How a caller stands with its rate limit.
+pub struct Standing {
+    name: &'static str,
+    policy: HeaderValue,
+    level: Level,
+}
+
+/// A request's permit to be worked on.
+pub struct Turn<'a> {
+    _common: SemaphorePermit<'a>,
+    _own: Option<Share>,
+}
+
+/// A place among the open streams.
+pub struct StreamPlace {
+    _common: OwnedSemaphorePermit,
+    _own: Option<Share>,
+}
+
+impl Limits {
+    pub fn new(config: &ApiConfig) -> Limits {
+        let config = &config.limits;
+        Limits {
+            users: Rate::new("user", config.user_per_minute),
+            addresses: Rate::new("address", config.address_per_minute),
+            are_admins_limited: config.are_admins_limited,
+            requests: Semaphore::new(config.requests.min(Semaphore::MAX_PERMITS)),
+            waiting: Semaphore::new(MAX_WAITING),
+            streams: Arc::new(Semaphore::new(config.streams.min(Semaphore::MAX_PERMITS))),
+            requests_of: Shares::new(config.requests_per_user),
+            streams_of: Shares::new(config.streams_per_user),
+        }
+    }
+
+    /// Counts a request of a user; `None` when it is not limited.
+    pub fn of_user(&self, principal: &Principal, now: Instant) -> Option<Standing> {
+        let rate = self.users.as_ref().filter(|_| self.holds_for(principal))?;
+        Some(rate.take(rate.buckets.take(&principal.user, now)))
+    }
+
+    /// Counts a request without valid credentials; `None` when it is not limited.
+    pub fn of_address(&self, client: Client, now: Instant) -> Option<Standing> {
+        let rate = self.addresses.as_ref()?;
+        Some(rate.take(rate.buckets.take(&client.network(), now)))
+    }
+
+    /// A turn for a request, or 429.
+    ///
+    /// # Errors
+    /// The caller, or all callers together, have too many requests open.
+    pub async fn turn(
+        &self,
+        caller: Option<&Principal>,
+        method: &Method,
+        route: Option<&str>,
+    ) -> Result<Turn<'_>, ApiError> {
+        let own = self.share(&self.requests_of, caller).ok_or_else(|| {
+            too_many(ErrorCode::TooManyRequests, "concurrency limit of this user")
+        })?;
+        let places = match route.is_some_and(|route| waits(method, route)) {
+            true => &self.waiting,
+            false => &self.requests,
+        };
+        let common = match places.try_acquire() {
+            Ok(place) => place,
+            // A timer is armed only by those who have to wait.
+            Err(_) => match tokio::time::timeout(TURN_WAIT, places.acquire()).await {
+                Ok(Ok(place)) => place,
+                _ => return Err(too_many(ErrorCode::TooManyRequests, "concurrency limit")),
+            },
+        };
+        Ok(Turn {
+            _common: common,
+            _own: own,
+        })
+    }
+
+    /// A place for a stream, or 429.
+    ///
+    /// # Errors
+    /// The caller, or all callers together, have too many streams open.
+    pub fn stream(&self, caller: &Principal) -> Result<StreamPlace, ApiError> {
+        let own = self
+            .share(&self.streams_of, Some(caller))
+            .ok_or_else(|| too_many(ErrorCode::TooManyStreams, "concurrency limit of this user"))?;
+        let common = Arc::clone(&self.streams).try_acquire_owned();
+        Ok(StreamPlace {
+            _common: common
+                .map_err(|_| too_many(ErrorCode::TooManyStreams, "concurrency limit"))?,
+            _own: own,
+        })
+    }
+
+    /// The caller's own share, which those have who are limited; `None` when it is used up.
+    fn share(&self, of: &Arc<Shares>, caller: Option<&Principal>) -> Option<Option<Share>> {
+        match caller.filter(|caller| self.holds_for(caller)) {
+            Some(caller) => of.take(&caller.user).map(Some),
+            None => Some(None),
+        }
+    }
+
+    fn holds_for(&self, principal: &Principal) -> bool {
+        self.are_admins_limited || principal.power() < Role::Admin
+    }
+}
+
+impl Rate {
+    fn new(name: &'static str, per_minute: u64) -> Option<Rate> {
+        let policy = format!("\"{name}\";q={per_minute};w={WINDOW_S}");
+        (per_minute > 0).then(|| Rate {
+            name,
+            policy: HeaderValue::try_from(policy).expect("names and numbers are visible ASCII"),
+            buckets: Buckets::new(per_minute),
+        })
+    }
+
+    fn take(&self, level: Level) -> Standing {
+        Standing {
+            name: self.name,
+            policy: self.policy.clone(),
+            level,
+        }
+    }
+}
+
+impl Standing {
+    /// # Errors
+    /// 429 when the limit is used up.
+    pub fn check(&self) -> Result<(), ApiError> {
+        let Some(seconds) = self.level.retry_after_s else {
+            return Ok(());
+        };
+        let detail = "Too Many Requests (rate limit)";
+        // The member is the draft's, of its problem type `quota-exceeded`.
+        Err(ApiError::new(ErrorCode::RateLimited, detail)
+            .with("violated-policies", vec![self.name])
+            .retry_after(seconds))
+    }
+
+    /// Tells it in an answer's headers.
+    pub fn tell(&self, headers: &mut HeaderMap) {
+        let Standing { name, level, .. } = self;
+        let (left, full_in_s) = (level.remaining, level.full_in_s);
+        if let Ok(value) = HeaderValue::try_from(format!("\"{name}\";r={left};t={full_in_s}")) {
+            headers.insert(RATE_LIMIT, value);
+        }
+        headers.insert(RATE_LIMIT_POLICY, self.policy.clone());
+    }
+}
+
+/// Whether a route's answer waits for a service.
+fn waits(method: &Method, route: &str) -> bool {
+    match route.strip_prefix("/api/gateway").unwrap_or(route) {
+        "/services/{name}/start" | "/services/{name}/stop" | "/services/{name}/restart" => true,
+        "/services/{name}" => *method == Method::DELETE,
+        _ => false,
+    }
+}
+
+fn too_many(code: ErrorCode, why: &str) -> ApiError {
+    ApiError::new(code, format!("Too Many Requests ({why})")).retry_after(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_routes_that_wait_are_routes_of_ours() {
+        let api = serde_json::to_value(super::super::openapi()).unwrap();
+        let mut waiting = 0;
+        for (path, item) in api["paths"].as_object().unwrap() {
+            for method in item.as_object().unwrap().keys() {
+                let method = method.to_uppercase().parse().unwrap();
+                waiting += usize::from(waits(&method, path));
+            }
+        }
+        assert_eq!(waiting, 8, "four, at the root and under /api/gateway");
+    }
+}

@@ -1,0 +1,248 @@
+//! How much callers may ask: each user by itself, whoever shows no credentials by its address, and administrators not
+//! at all unless told otherwise.
+
+use reqwest::Method;
+use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpStream;
+
+use crate::support::scripted::Scripted;
+use crate::support::wait::until;
+use crate::support::{Answer, Gateway, Options, answer};
+
+const PING: &str = "/api/gateway/ping";
+
+async fn gateway(settings: &[(&str, &str)]) -> Gateway {
+    let with = |options: Options, (name, value): &(&str, &str)| options.set(name, value);
+    Gateway::start(settings.iter().fold(Options::default(), with)).await
+}
+
+async fn user(gateway: &Gateway, name: &str) -> String {
+    let made = gateway
+        .post("/api/gateway/admin/users", json!({"user_id": name}))
+        .await;
+    made.expect(200)["token"].as_str().unwrap().to_owned()
+}
+
+async fn ping(gateway: &Gateway, token: &str) -> Answer {
+    answer(gateway.bare(Method::GET, PING).bearer_auth(token)).await
+}
+
+#[tokio::test]
+async fn a_users_requests_a_minute_are_limited_and_told() {
+    let gateway = gateway(&[("RUNGATE_RATE_LIMIT_USER", "3")]).await;
+    let (ann, bob) = (user(&gateway, "ann").await, user(&gateway, "bob").await);
+    for left in [2, 1, 0] {
+        let answer = ping(&gateway, &ann).await;
+        assert_eq!(answer.status, 200);
+        assert_eq!(answer.headers["ratelimit-policy"], "\"user\";q=3;w=60");
+        let told = answer.headers["ratelimit"].to_str().unwrap().to_owned();
+        assert!(told.starts_with(&format!("\"user\";r={left};t=")), "{told}");
+        assert!(!answer.headers.contains_key("retry-after"));
+    }
+    let refused = ping(&gateway, &ann).await;
+    assert_eq!(refused.headers["ratelimit-policy"], "\"user\";q=3;w=60");
+    let told = refused.headers["ratelimit"].to_str().unwrap();
+    assert!(told.starts_with("\"user\";r=0;t="), "{told}");
+    let wait: u64 = refused.headers["retry-after"]
+        .to_str()
+        .unwrap()
+        .parse()
+        .unwrap();
+    assert!((1..=20).contains(&wait), "{wait}");
+    let problem = refused.expect(429);
+    assert_eq!(problem["code"], "rate_limited");
+    assert_eq!(problem["detail"], "Too Many Requests (rate limit)");
+    assert_eq!(problem["violated-policies"], json!(["user"]));
+
+    // Another token of the same user is no way around it; another user and the administrator are not held up.
+    let path = "/api/gateway/admin/users/ann";
+    let rotated = gateway
+        .request(Method::PATCH, path)
+        .json(&json!({"rotate_token": true}));
+    let rotated = answer(rotated).await.expect(200);
+    let again = rotated["token"].as_str().unwrap();
+    assert_eq!(ping(&gateway, again).await.status, 429);
+    assert_eq!(ping(&gateway, &bob).await.status, 200);
+    for _ in 0..10 {
+        let answer = gateway.get(PING).await;
+        assert_eq!(answer.status, 200);
+        assert!(!answer.headers.contains_key("ratelimit"));
+    }
+}
+
+#[tokio::test]
+async fn administrators_are_limited_when_a_setting_says_so() {
+    let settings = [
+        ("RUNGATE_RATE_LIMIT_USER", "2"),
+        ("RUNGATE_LIMIT_ADMINS", "true"),
+    ];
+    let gateway = gateway(&settings).await;
+    let mut statuses = Vec::new();
+    for _ in 0..3 {
+        statuses.push(gateway.get(PING).await.status.as_u16());
+    }
+    assert_eq!(statuses, [200, 200, 429]);
+}
+
+#[tokio::test]
+async fn whoever_shows_no_credentials_is_limited_by_its_address() {
+    let settings = [
+        ("RUNGATE_RATE_LIMIT_ADDRESS", "3"),
+        ("RUNGATE_TRUSTED_PROXIES", "1"),
+    ];
+    let gateway = gateway(&settings).await;
+    let from = async |forwarded: &str, token: &str| {
+        let request = gateway.bare(Method::GET, PING).bearer_auth(token);
+        answer(request.header("x-forwarded-for", forwarded)).await
+    };
+    // The first hop is what the client says itself: it changes nothing.
+    for (first, status) in [
+        ("7.7.7.1", 401),
+        ("7.7.7.2", 401),
+        ("7.7.7.3", 401),
+        ("7.7.7.4", 429),
+    ] {
+        let told = from(&format!("{first}, 5.5.5.5"), "wrong").await;
+        assert_eq!(told.status, status, "{first}");
+        assert_eq!(told.headers["ratelimit-policy"], "\"address\";q=3;w=60");
+    }
+    assert_eq!(from("5.5.5.5", "wrong").await.status, 429);
+    assert_eq!(from("5.5.5.6", "wrong").await.status, 401);
+    // Of IPv6, a /64 is one customer.
+    for (address, status) in [
+        ("2001:db8:1:2::1", 401),
+        ("2001:db8:1:2::2", 401),
+        ("[2001:db8:1:2:3::]:4", 401),
+    ] {
+        assert_eq!(from(address, "wrong").await.status, status, "{address}");
+    }
+    assert_eq!(from("2001:db8:1:2:ffff::", "wrong").await.status, 429);
+    assert_eq!(from("2001:db8:1:3::", "wrong").await.status, 401);
+    // Good credentials count, whatever others at the address do; probes are not counted.
+    assert_eq!(from("5.5.5.5", gateway.token()).await.status, 200);
+    let open = |path: &str| {
+        gateway
+            .bare(Method::GET, path)
+            .header("x-forwarded-for", "5.5.5.5")
+    };
+    assert_eq!(answer(open("/livez")).await.status, 200);
+    assert_eq!(answer(open("/health")).await.status, 429);
+}
+
+#[tokio::test]
+async fn without_trusted_proxies_forwarded_addresses_mean_nothing() {
+    let gateway = gateway(&[("RUNGATE_RATE_LIMIT_ADDRESS", "2")]).await;
+    let mut statuses = Vec::new();
+    for forwarded in ["5.5.5.1", "5.5.5.2", "5.5.5.3"] {
+        let request = gateway.bare(Method::GET, PING);
+        let told = answer(request.header("x-forwarded-for", forwarded)).await;
+        statuses.push(told.status.as_u16());
+    }
+    assert_eq!(statuses, [401, 401, 429]);
+}
+
+/// A request whose body never comes.
+async fn open_request(gateway: &Gateway, token: &str) -> TcpStream {
+    let mut stream = TcpStream::connect(gateway.addr()).await.unwrap();
+    let head = format!(
+        "POST /api/gateway/commands HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\n\
+         content-length: 100\r\n\r\n{{",
+        gateway.addr()
+    );
+    stream.write_all(head.as_bytes()).await.unwrap();
+    stream
+}
+
+#[tokio::test]
+async fn one_user_cannot_take_every_turn() {
+    let gateway = gateway(&[("RUNGATE_MAX_REQUESTS_PER_USER", "2")]).await;
+    let (ann, bob) = (user(&gateway, "ann").await, user(&gateway, "bob").await);
+    let open = [
+        open_request(&gateway, &ann).await,
+        open_request(&gateway, &ann).await,
+    ];
+    until("ann has no turn left", || async {
+        ping(&gateway, &ann).await.status == 429
+    })
+    .await;
+    let refused = ping(&gateway, &ann).await;
+    assert_eq!(refused.headers["retry-after"], "1");
+    let problem = refused.expect(429);
+    assert_eq!(problem["code"], "too_many_requests");
+    assert_eq!(
+        problem["detail"],
+        "Too Many Requests (concurrency limit of this user)"
+    );
+    assert_eq!(ping(&gateway, &bob).await.status, 200);
+    drop(open);
+    until("ann's turns are free again", || async {
+        ping(&gateway, &ann).await.status == 200
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn one_user_cannot_take_every_stream() {
+    let gateway = gateway(&[("RUNGATE_MAX_STREAMS_PER_USER", "1")]).await;
+    let (ann, bob) = (user(&gateway, "ann").await, user(&gateway, "bob").await);
+    let open = async |token: &str| {
+        let path = "/api/gateway/plane/ledger/stream?heartbeat_s=0.2";
+        let request = gateway.bare(Method::GET, path).bearer_auth(token);
+        request.send().await.unwrap()
+    };
+    let first = open(&ann).await;
+    assert_eq!(first.status(), 200);
+    let refused = open(&ann).await;
+    assert_eq!(refused.status(), 429);
+    let problem: Value = refused.json().await.unwrap();
+    assert_eq!(problem["code"], "too_many_streams");
+    assert_eq!(open(&bob).await.status(), 200);
+    for _ in 0..3 {
+        assert_eq!(open(gateway.token()).await.status(), 200);
+    }
+    drop(first);
+    until("ann's stream is free again", || async {
+        open(&ann).await.status() == 200
+    })
+    .await;
+}
+
+/// A service that takes minutes to start held one turn of all for as long.
+#[tokio::test]
+async fn waiting_for_a_service_takes_no_turn_from_others() {
+    let gateway = gateway(&[("RUNGATE_MAX_REQUESTS", "1")]).await;
+    let scripted = Scripted::start().await;
+    scripted.set_healthy(false);
+    gateway.register(scripted.service("slow", "t")).await;
+    let start = gateway.request(Method::POST, "/services/slow/start");
+    let start = tokio::spawn(answer(start));
+    gateway
+        .service_becomes("slow", "/instance/generation", json!(1))
+        .await;
+    for _ in 0..20 {
+        assert_eq!(gateway.get(PING).await.status, 200);
+    }
+    assert!(!start.is_finished());
+    scripted.set_healthy(true);
+    let started = start.await.unwrap().expect(200);
+    assert_eq!(started["healthy"], true);
+}
+
+#[tokio::test]
+async fn a_body_is_as_large_as_its_route_needs() {
+    let gateway = gateway(&[]).await;
+    let large = json!({"name": "x".repeat(100_000)});
+    for (path, expected) in [
+        ("/api/gateway/tokens", 413),
+        ("/api/gateway/admin/users", 413),
+        ("/preempt/execute", 413),
+        ("/api/gateway/commands", 422),
+        ("/api/gateway/runs/start", 400),
+    ] {
+        let answer = gateway.post(path, large.clone()).await;
+        assert_eq!(answer.status, expected, "{path}: {}", answer.text);
+    }
+    let payload = json!({"service_type": "t", "payload": {"x": "x".repeat(500_000)}});
+    gateway.start_job(payload).await;
+}
