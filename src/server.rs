@@ -2,6 +2,7 @@
 //! be wrong at the start.
 
 mod seams;
+mod transport;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use self::seams::{LedgerSource, ToCoordinator};
+use self::transport::TransportError;
 use crate::api::limits::LimitConfig;
 use crate::api::listen::ListenConfig;
 use crate::api::{ApiConfig, App, Parts};
@@ -38,6 +40,8 @@ use crate::telemetry::Metrics;
 pub struct Ready {
     /// The address it listens on, its port chosen when the setting's was 0.
     pub addr: SocketAddr,
+    /// Whether it speaks TLS.
+    pub is_tls: bool,
     /// Where the administrator's token lies.
     pub token_path: PathBuf,
 }
@@ -45,6 +49,8 @@ pub struct Ready {
 /// Why the gateway did not start, or had to end.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
+    #[error(transparent)]
+    Transport(#[from] TransportError),
     #[error(
         "cannot listen on {addr}: the port is taken; stop the other program or set --listen to another port"
     )]
@@ -135,6 +141,7 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) -> Result<(), ServeError> {
     let taken = |error: &ServeError| matches!(error, ServeError::PortTaken { .. });
+    let tls = transport::tls(&config)?;
     let listener = patiently(taken, || bind(config.listen)).await?;
     let addr = listener.local_addr().map_err(|source| ServeError::Listen {
         addr: config.listen,
@@ -152,6 +159,10 @@ pub async fn serve(
     let uses = Uses::load(&config.data_dir);
     core.tasks.spawn("token uses", keep_uses(uses.clone()));
     core.tasks.spawn("metrics", metrics.clone().keep_up());
+    if let Some(tls) = &tls {
+        let reload = transport::reload_on_hangup(tls.clone())?;
+        core.tasks.spawn("certificate", reload);
+    }
     core.begin(inventory.gpus).await;
 
     let app = App::new(Parts {
@@ -166,6 +177,7 @@ pub async fn serve(
     let listening = ListenConfig {
         max_connections: usize::try_from(config.max_connections).unwrap_or(usize::MAX),
         drain_timeout: REQUESTS_DRAIN,
+        tls,
         ..ListenConfig::default()
     };
     let http = Http::start(listener, app, listening);
@@ -173,6 +185,7 @@ pub async fn serve(
         // A caller that does not care has dropped it.
         let _ = ready.send(Ready {
             addr,
+            is_tls: config.tls_cert.is_some(),
             token_path: token.path,
         });
     }
@@ -189,6 +202,14 @@ pub async fn serve(
         .await;
     save_uses(&uses);
     stopped
+}
+
+/// Whether the gateway would listen as the settings say: its certificate and key, or plain http.
+///
+/// # Errors
+/// As `serve`, in one sentence.
+pub fn check_transport(config: &Config) -> Result<(), ServeError> {
+    Ok(transport::tls(config).map(drop)?)
 }
 
 /// Writes a new token for the first administrator, whose path it answers. For the machine's shell, with the
@@ -376,7 +397,7 @@ fn executor(
         tasks.clone(),
     )?;
     let options = ExecutorOptions {
-        gateway_url: gateway_url(addr),
+        gateway_url: transport::gateway_url(config, addr),
         ledger: ledger.instance_id(),
         callbacks: callback_rules(config),
         services: service_rules(config),
@@ -386,15 +407,6 @@ fn executor(
     let source = Arc::new(LedgerSource(ledger.clone()));
     let executor = Executor::new(driver.clone(), outcomes, source, tasks.clone(), options)?;
     Ok((executor, driver))
-}
-
-/// How a service on this machine reaches the gateway.
-fn gateway_url(addr: SocketAddr) -> String {
-    if addr.ip().is_unspecified() {
-        format!("http://127.0.0.1:{}", addr.port())
-    } else {
-        format!("http://{addr}")
-    }
 }
 
 fn callback_rules(config: &Config) -> Rules {
@@ -426,6 +438,13 @@ fn api_config(config: &Config, addr: SocketAddr, no_gpu: Option<String>) -> ApiC
     api.allowed_hosts
         .extend(config.allowed_hosts.iter().cloned());
     api.allowed_origins = config.allowed_origins.clone();
+    if config.tls_cert.is_some() {
+        // Pages of our own, which only come from names of ours.
+        for host in &api.allowed_hosts {
+            let own = [format!("https://{host}"), format!("https://{host}:*")];
+            api.allowed_origins.extend(own);
+        }
+    }
     api.trusted_proxies = usize::try_from(config.trusted_proxies).unwrap_or(usize::MAX);
     api.max_body_bytes = usize::try_from(config.max_body_bytes).unwrap_or(usize::MAX);
     api.limits = limits(config);

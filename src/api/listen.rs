@@ -1,8 +1,8 @@
-//! The HTTP server loop: connections bounded in number, in header size and in the time a header may take,
+//! The HTTP server loop: TLS where there is a certificate, connections bounded in number, in header size and in the time a header may take,
 //! and closed in good order when the gateway stops.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -19,13 +20,16 @@ use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use super::client::Connection;
+use super::tls::Tls;
 
 /// Bounds of the server loop.
 #[derive(Clone, Debug)]
 pub struct ListenConfig {
     /// Open connections; more wait in the kernel's queue. Streams are most of them.
     pub max_connections: usize,
-    /// How long the header of a request may take, and how long an idle connection is kept.
+    /// The certificate to show; `None` for plain http.
+    pub tls: Option<Tls>,
+    /// How long agreeing on TLS and the header of a request may take each, and how long an idle connection is kept.
     pub header_timeout: Duration,
     /// How long requests may go on after the stop.
     pub drain_timeout: Duration,
@@ -35,6 +39,7 @@ impl Default for ListenConfig {
     fn default() -> Self {
         Self {
             max_connections: 4_096,
+            tls: None,
             header_timeout: Duration::from_secs(15),
             drain_timeout: Duration::from_secs(10),
         }
@@ -73,12 +78,11 @@ pub async fn serve(
                 continue;
             }
         };
-        let (peer, is_tls) = (peer.ip(), false);
-        let connection = serve_connection(
+        let connection = secure_and_serve(
             stream,
-            Connection { peer, is_tls },
+            peer.ip(),
             router.clone(),
-            config.header_timeout,
+            config.clone(),
             stopping.clone(),
         );
         connections.spawn(async move {
@@ -115,11 +119,38 @@ async fn accept(
     Ok((stream, peer, place))
 }
 
-async fn serve_connection(
+/// Agrees on TLS first where the gateway has a certificate.
+async fn secure_and_serve(
     stream: TcpStream,
+    peer: IpAddr,
+    router: Router,
+    config: ListenConfig,
+    stopping: CancellationToken,
+) {
+    let is_tls = config.tls.is_some();
+    let connection = Connection { peer, is_tls };
+    let Some(tls) = &config.tls else {
+        return serve_connection(stream, connection, router, &config, stopping).await;
+    };
+    let agreed = tokio::select! {
+        () = stopping.cancelled() => return,
+        agreed = tokio::time::timeout(config.header_timeout, tls.accept(stream)) => agreed,
+    };
+    match agreed {
+        Ok(Ok(stream)) => serve_connection(stream, connection, router, &config, stopping).await,
+        // A scanner, a browser that does not trust the certificate, plain http: daily business.
+        Ok(Err(error)) => {
+            tracing::debug!(error = %error, client.address = %peer, "no TLS with a client")
+        }
+        Err(_) => tracing::debug!(client.address = %peer, "a client was too slow for TLS"),
+    }
+}
+
+async fn serve_connection(
+    stream: impl AsyncRead + AsyncWrite + Unpin,
     connection: Connection,
     router: Router,
-    header_timeout: Duration,
+    config: &ListenConfig,
     stopping: CancellationToken,
 ) {
     let service = service_fn(move |mut request: Request<Incoming>| {
@@ -128,7 +159,7 @@ async fn serve_connection(
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(header_timeout)
+        .header_read_timeout(config.header_timeout)
         .max_buf_size(MAX_HEADER_BYTES)
         .max_headers(MAX_HEADERS)
         .serve_connection(TokioIo::new(stream), service);

@@ -16,7 +16,7 @@
 //! | `queue`, `services`, `service_spec`, `service_control`, `service_logs`, `preempt`, `gpu` | the GPU dialect |
 //! | `sse` | streams |
 //! | `health`, `metrics` | probes and numbers |
-//! | `state`, `config`, `listen` | what handlers share; settings; the server loop |
+//! | `state`, `config`, `listen`, `tls` | what handlers share; settings; the server loop and its certificate |
 
 mod access;
 mod authenticate;
@@ -59,6 +59,7 @@ mod services;
 mod shares;
 mod sse;
 mod state;
+pub mod tls;
 mod tokens;
 mod users;
 

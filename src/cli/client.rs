@@ -39,7 +39,7 @@ impl Client {
     pub fn new(config: &Config) -> Result<Self, CliError> {
         let base = parse_base(&config.url)?;
         let token = find_token(config, &base)?;
-        Self::with_token(base, token)
+        Self::trusting(base, token, &trusted(config)?)
     }
 
     /// Talks to `base` with `token`.
@@ -47,12 +47,25 @@ impl Client {
     /// # Errors
     /// The HTTP client cannot be made.
     pub fn with_token(base: Url, token: Option<String>) -> Result<Self, CliError> {
+        Self::trusting(base, token, &[])
+    }
+
+    /// Trusts `roots` instead of the system's when there are any.
+    fn trusting(
+        base: Url,
+        token: Option<String>,
+        roots: &[reqwest::Certificate],
+    ) -> Result<Self, CliError> {
         let builder = || {
             let builder = reqwest::Client::builder()
                 .connect_timeout(CONNECT_TIMEOUT)
                 .user_agent(concat!("rungate/", env!("CARGO_PKG_VERSION")))
                 // A redirect would carry the token to where nobody asked for.
                 .redirect(reqwest::redirect::Policy::none());
+            let builder = match roots {
+                [] => builder,
+                roots => builder.tls_certs_only(roots.iter().cloned()),
+            };
             match is_loopback(&base) {
                 true => builder.no_proxy(),
                 false => builder,
@@ -226,6 +239,23 @@ fn find_token(config: &Config, base: &Url) -> Result<Option<String>, CliError> {
         return Ok(None);
     }
     Ok(read_token(&config.bootstrap_token_path()).ok())
+}
+
+/// The certificates of `ca_cert`; none when it is not set.
+///
+/// # Errors
+/// The file cannot be read or holds none.
+pub(super) fn trusted(config: &Config) -> Result<Vec<reqwest::Certificate>, CliError> {
+    let Some(path) = &config.ca_cert else {
+        return Ok(Vec::new());
+    };
+    let what = || format!("use the certificates of {}", path.display());
+    let text = std::fs::read(path).map_err(CliError::io(what()))?;
+    let roots = reqwest::Certificate::from_pem_bundle(&text)
+        .ok()
+        .filter(|roots| !roots.is_empty());
+    let none = || std::io::Error::other("it holds none in PEM form");
+    roots.ok_or_else(none).map_err(CliError::io(what()))
 }
 
 /// The token in the file at `path`, without the white space around it.

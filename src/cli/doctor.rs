@@ -15,6 +15,7 @@ use super::Context;
 use super::client::Client;
 use super::error::{CliError, Exit};
 use super::output::{Out, text};
+use super::serve::whole_story;
 use crate::config::Config;
 
 /// Free disk below which a ledger has little future, in bytes.
@@ -25,6 +26,8 @@ const NO_DISK_BYTES: u64 = 16 << 20;
 const OTHER_FILES: u64 = 256;
 /// No clock was right before this: 2025-01-01T00:00:00Z, in seconds.
 const EARLIEST_S: u64 = 1_735_689_600;
+/// How long a gateway may take to answer.
+const LOOK: Duration = Duration::from_secs(3);
 /// How far two clocks of one machine may be apart.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(5);
 
@@ -288,11 +291,14 @@ async fn address(config: &Config) -> Vec<Finding> {
     let check = "address";
     let listen = config.listen;
     let mut findings = Vec::new();
-    if !listen.ip().is_loopback() {
+    if let Err(error) = crate::server::check_transport(config) {
+        let remedy = "`rungate serve` would not start";
+        findings.push(Finding::wrong("transport", whole_story(&error), remedy));
+    } else if !listen.ip().is_loopback() && config.tls_cert.is_none() {
         findings.push(Finding::warning(
-            check,
+            "transport",
             format!("{listen} is reachable from other machines, unencrypted"),
-            "put a reverse proxy with TLS in front and listen on 127.0.0.1, or keep the network closed",
+            "give it a certificate (--tls-cert and --tls-key), or keep the network closed",
         ));
     }
     let alive = alive(config).await;
@@ -318,6 +324,11 @@ async fn alive(config: &Config) -> bool {
     if address.ip().is_unspecified() {
         address.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
     }
+    if config.tls_cert.is_some() {
+        // Its certificate is for a name, not for this address: that it answers must do.
+        let answer = tokio::net::TcpStream::connect(address);
+        return matches!(tokio::time::timeout(LOOK, answer).await, Ok(Ok(_)));
+    }
     let Ok(base) = format!("http://{address}/").parse() else {
         return false;
     };
@@ -326,7 +337,7 @@ async fn alive(config: &Config) -> bool {
     };
     let health = client.get("health", &[]);
     // A listener that never answers is no gateway.
-    match tokio::time::timeout(Duration::from_secs(3), health).await {
+    match tokio::time::timeout(LOOK, health).await {
         Ok(Ok(answer)) => text(&answer, "status") == "ok",
         _ => false,
     }

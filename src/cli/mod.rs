@@ -95,6 +95,9 @@ struct Global {
     /// File that holds the bearer token
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "FILE")]
     token_file: Option<PathBuf>,
+    /// Certificates to trust instead of the system's, in PEM form
+    #[arg(long, global = true, help_heading = GLOBAL, value_name = "FILE")]
+    ca_cert: Option<PathBuf>,
     /// Directory of the ledger and of all else that is kept
     #[arg(long, global = true, help_heading = GLOBAL, value_name = "DIR")]
     data_dir: Option<PathBuf>,
@@ -160,6 +163,7 @@ impl Context {
         };
         flag("url", "--url", global.url);
         flag("token_file", "--token-file", global.token_file.map(path));
+        flag("ca_cert", "--ca-cert", global.ca_cert.map(path));
         flag("data_dir", "--data-dir", global.data_dir.map(path));
         if let Noun::Serve(serve) = noun {
             serve.flags(&mut flag);

@@ -1,5 +1,7 @@
 //! `rungate serve`: runs the gateway until TERM or INT; a second signal ends it at once.
 
+use std::path::PathBuf;
+
 use clap::Args;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
@@ -15,6 +17,7 @@ Examples:
   rungate serve
   rungate serve --listen 127.0.0.1:9000 --data-dir /var/lib/rungate
   rungate serve --gpus sim:24GiB,24GiB
+  rungate serve --listen 0.0.0.0:8443 --tls-cert gate.pem --tls-key gate.key --allowed-host gate.example
 
 The first start writes the administrator's token to <data-dir>/auth/bootstrap-admin-token.
 TERM or Ctrl-C stops in good order, a second one at once. `rungate config show` lists every setting.")]
@@ -31,6 +34,15 @@ pub struct Serve {
     /// Origin of browser pages that may call, as often as wanted
     #[arg(long = "allowed-origin", value_name = "ORIGIN")]
     allowed_origins: Vec<String>,
+    /// Certificate chain to show, in PEM form; HUP reads it again
+    #[arg(long, value_name = "FILE")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's key
+    #[arg(long, value_name = "FILE")]
+    tls_key: Option<PathBuf>,
+    /// Speak plain http to other machines too: tokens and payloads can be read on the way
+    #[arg(long)]
+    insecure_http: bool,
     /// Log filter, e.g. debug
     #[arg(long, value_name = "FILTER")]
     log: Option<String>,
@@ -51,6 +63,11 @@ impl Serve {
             "--allowed-origin",
             list(&self.allowed_origins),
         );
+        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
+        flag("tls_cert", "--tls-cert", path(&self.tls_cert));
+        flag("tls_key", "--tls-key", path(&self.tls_key));
+        let insecure = self.insecure_http.then(|| "true".to_owned());
+        flag("insecure_http", "--insecure-http", insecure);
         flag("log", "--log", self.log.clone());
         flag("log_format", "--log-format", self.log_format.clone());
     }
@@ -81,13 +98,20 @@ pub(super) async fn perform(context: Context) -> Result<Exit, CliError> {
 }
 
 fn greet(out: super::Out, ready: &crate::server::Ready) {
-    let crate::server::Ready { addr, token_path } = ready;
+    let crate::server::Ready {
+        addr,
+        is_tls,
+        token_path,
+    } = ready;
+    let scheme = if *is_tls { "https" } else { "http" };
     out.note(&format!(
-        "Rungate listens on http://{addr}\nthe administrator's token is in {}",
+        "Rungate listens on {scheme}://{addr}\nthe administrator's token is in {}",
         token_path.display()
     ));
-    if !addr.ip().is_loopback() {
-        out.note("warning: other machines can reach it, unencrypted; put TLS in front of it");
+    if !addr.ip().is_loopback() && !is_tls {
+        out.note(
+            "warning: other machines can reach it, unencrypted; give it a certificate (--tls-cert)",
+        );
     }
 }
 

@@ -6,7 +6,7 @@ use clap::Args;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use super::client::read_token;
+use super::client::{read_token, trusted};
 use super::error::{CliError, Exit};
 use super::{Context, logs, serve};
 use crate::worker::Gateway;
@@ -44,7 +44,7 @@ impl Worker {
             }
             (None, None) => None,
         };
-        let gateway = Gateway::new(self.gateway, token)
+        let gateway = Gateway::new(self.gateway, token, trusted(config)?)
             .map_err(|error| CliError::Failed(error.to_string()))?;
         let shutdown = CancellationToken::new();
         let _signals = serve::cancel_on_signals(&shutdown)?;

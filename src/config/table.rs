@@ -67,16 +67,16 @@ settings! {
         "Host names that a request may be addressed to, besides the loopback names and the listening address.";
     allowed_origins: Vec<String>, "RUNGATE_ALLOWED_ORIGINS", &[], ANY, "http://localhost:*,http://127.0.0.1:*".to_owned(),
         "Patterns (`*`, `?`) of the origins of browser pages that may call.";
+    tls_cert: Option<PathBuf>, "RUNGATE_TLS_CERT", &[], ANY, String::new(),
+        "File of the certificate chain to show, in PEM form; empty for plain http.";
+    tls_key: Option<PathBuf>, "RUNGATE_TLS_KEY", &[], ANY, String::new(),
+        "File of the certificate's key, in PEM form, for the gateway's user only.";
+    insecure_http: bool, "RUNGATE_INSECURE_HTTP", &[], ANY, "false".to_owned(),
+        "Whether plain http may be spoken to other machines, which shows tokens and payloads to the network.";
     trusted_proxies: u64, "RUNGATE_TRUSTED_PROXIES", &[], (0, 16), "0".to_owned(),
         "Proxies in front of the gateway; a client's address is that many entries from the right of X-Forwarded-For.";
     max_body_bytes: u64, "RUNGATE_MAX_BODY_BYTES", &[], (1_024, 1 << 30), "1048576".to_owned(),
         "Largest request body, in bytes.";
-    max_connections: u64, "RUNGATE_MAX_CONNECTIONS", &[], (1, 1 << 20), "4096".to_owned(),
-        "Connections served at once; further ones wait to be accepted.";
-    max_streams: u64, "RUNGATE_MAX_STREAMS", &[], (1, 1 << 20), "2048".to_owned(),
-        "Event streams served at once; further ones are answered 429.";
-    shutdown_limit_ms: u64, "RUNGATE_SHUTDOWN_LIMIT_MS", &[], SPAN_OR_NONE, "25000".to_owned(),
-        "Milliseconds that a stop waits for calls in flight.";
     rate_limit_user: u64, "RUNGATE_RATE_LIMIT_USER", &[], RATE, "60000".to_owned(),
         "Requests a minute of each user, further ones are answered 429; 0 for any number.";
     rate_limit_address: u64, "RUNGATE_RATE_LIMIT_ADDRESS", &[], RATE, "6000".to_owned(),
@@ -87,12 +87,22 @@ settings! {
         "Requests worked on at once; further ones are answered 429 after 10 ms.";
     max_requests_per_user: u64, "RUNGATE_MAX_REQUESTS_PER_USER", &[], (1, 1 << 20), "512".to_owned(),
         "Requests of one user worked on at once; further ones are answered 429.";
-    callback_allow_private: bool, "RUNGATE_CALLBACK_ALLOW_PRIVATE", &[], ANY, "false".to_owned(),
-        "Whether callbacks may go to private and loopback addresses.";
-    probe_interval_ms: u64, "RUNGATE_PROBE_INTERVAL_MS", &[], (100, 3_600_000), "5000".to_owned(),
-        "Milliseconds between health probes of a running service.";
+    max_connections: u64, "RUNGATE_MAX_CONNECTIONS", &[], (1, 1 << 20), "4096".to_owned(),
+        "Connections served at once; further ones wait to be accepted.";
+    max_streams: u64, "RUNGATE_MAX_STREAMS", &[], (1, 1 << 20), "2048".to_owned(),
+        "Event streams served at once; further ones are answered 429.";
     max_streams_per_user: u64, "RUNGATE_MAX_STREAMS_PER_USER", &[], (1, 1 << 20), "1024".to_owned(),
         "Event streams of one user served at once; further ones are answered 429.";
+    shutdown_limit_ms: u64, "RUNGATE_SHUTDOWN_LIMIT_MS", &[], SPAN_OR_NONE, "25000".to_owned(),
+        "Milliseconds that a stop waits for calls in flight.";
+    callback_allow_private: bool, "RUNGATE_CALLBACK_ALLOW_PRIVATE", &[], ANY, "false".to_owned(),
+        "Whether callbacks may go to private and loopback addresses.";
+    callback_allow_networks: Vec<Network>, "RUNGATE_CALLBACK_ALLOW_NETWORKS", &[], ANY, String::new(),
+        "Networks that callbacks may go to whatever they are, e.g. `10.1.0.0/16`.";
+    service_allow_networks: Vec<Network>, "RUNGATE_SERVICE_ALLOW_NETWORKS", &[], ANY, String::new(),
+        "Networks that services registered by URL may be in whatever they are, e.g. `100.64.0.0/10` for Tailscale.";
+    probe_interval_ms: u64, "RUNGATE_PROBE_INTERVAL_MS", &[], (100, 3_600_000), "5000".to_owned(),
+        "Milliseconds between health probes of a running service.";
     log: String, "RUNGATE_LOG", &[], ANY, "info".to_owned(),
         "Log filter, e.g. `info` or `rungate::executor=debug,warn`.";
     log_format: LogFormat, "RUNGATE_LOG_FORMAT", &[], ANY, "text".to_owned(),
@@ -111,10 +121,6 @@ settings! {
         "Milliseconds that a job waits at most for its service to be loaded while others keep the memory busy.";
     idle_timeout_ms: u64, "RUNGATE_IDLE_TIMEOUT_MS", &[("IDLE_TIMEOUT_SECONDS", 1_000)], SPAN, defaults().idle_timeout_ms.to_string(),
         "Milliseconds without work after which a service that the scheduler started is stopped.";
-    callback_allow_networks: Vec<Network>, "RUNGATE_CALLBACK_ALLOW_NETWORKS", &[], ANY, String::new(),
-        "Networks that callbacks may go to whatever they are, e.g. `10.1.0.0/16`.";
-    service_allow_networks: Vec<Network>, "RUNGATE_SERVICE_ALLOW_NETWORKS", &[], ANY, String::new(),
-        "Networks that services registered by URL may be in whatever they are, e.g. `100.64.0.0/10` for Tailscale.";
     drain_ms: u64, "RUNGATE_DRAIN_MS", &[], SPAN_OR_NONE, defaults().drain_ms.to_string(),
         "Milliseconds that a stop waits for running jobs when asked to drain.";
     retry_base_ms: u64, "RUNGATE_RETRY_BASE_MS", &[], SPAN, defaults().retry_base_ms.to_string(),
@@ -137,6 +143,8 @@ settings! {
         "Milliseconds after which a callback is given up.";
     url: String, "RUNGATE_URL", &[("GATEWAY_URL", 1)], ANY, "http://127.0.0.1:8080".to_owned(),
         "Gateway that the client commands talk to.";
+    ca_cert: Option<PathBuf>, "RUNGATE_CA_CERT", &[], ANY, String::new(),
+        "File of the certificates, in PEM form, that the client commands trust instead of the system's.";
     token: Secret, "RUNGATE_TOKEN", &[("GATEWAY_API_TOKEN", 1)], ANY, String::new(),
         "Bearer token of the client commands; from the environment only.";
     token_file: Option<PathBuf>, "RUNGATE_TOKEN_FILE", &[], ANY, String::new(),

@@ -42,17 +42,29 @@ pub enum CallError {
 }
 
 impl Gateway {
-    /// `base` as `http://host:port`; without it only links to this machine are followed.
+    /// `base` as `http://host:port`; without it only links to this machine are followed. `roots` are trusted instead of
+    /// the system's certificates when there are any.
     ///
     /// # Errors
     /// The HTTP client cannot be made.
-    pub fn new(base: Option<Url>, token: Option<String>) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
+    pub fn new(
+        base: Option<Url>,
+        token: Option<String>,
+        roots: Vec<reqwest::Certificate>,
+    ) -> Result<Self, reqwest::Error> {
+        let builder = reqwest::Client::builder()
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
-            .timeout(CALL_TIMEOUT)
-            .build()?;
-        Ok(Self { http, base, token })
+            .timeout(CALL_TIMEOUT);
+        let builder = match roots.is_empty() {
+            true => builder,
+            false => builder.tls_certs_only(roots),
+        };
+        Ok(Self {
+            http: builder.build()?,
+            base,
+            token,
+        })
     }
 
     /// The conversation about one attempt. The links come from the request's headers; whatever host
@@ -178,7 +190,7 @@ mod tests {
     #[test]
     fn a_link_to_another_host_is_followed_on_our_gateway_only() {
         let base = Url::parse("http://127.0.0.1:9000").unwrap();
-        let gateway = Gateway::new(Some(base), None).unwrap();
+        let gateway = Gateway::new(Some(base), None, Vec::new()).unwrap();
         let progress = "http://evil.example/queue/7/progress";
         let link = gateway.link("7".to_owned(), None, Some(progress), None);
         let url = link.progress.unwrap();
@@ -190,7 +202,7 @@ mod tests {
 
     #[test]
     fn without_a_gateway_only_this_machine_is_talked_to() {
-        let gateway = Gateway::new(None, None).unwrap();
+        let gateway = Gateway::new(None, None, Vec::new()).unwrap();
         assert_eq!(gateway.follow("http://evil.example/x"), None);
         assert!(gateway.follow("http://127.0.0.1:1/x").is_some());
     }

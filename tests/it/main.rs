@@ -53,5 +53,6 @@ mod startup;
 mod streams;
 mod support;
 mod tidy;
+mod tls;
 mod users;
 mod world;

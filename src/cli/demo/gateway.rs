@@ -36,7 +36,9 @@ impl Gateway {
         let shutdown = CancellationToken::new();
         let (ready, is_ready) = oneshot::channel();
         let mut task = tokio::spawn(server::serve(config, Some(ready), shutdown.clone()));
-        let Ready { addr, token_path } = tokio::select! {
+        let Ready {
+            addr, token_path, ..
+        } = tokio::select! {
             Ok(ready) = is_ready => ready,
             ended = &mut task => return Err(why(ended)),
             () = tokio::time::sleep(PATIENCE) => {

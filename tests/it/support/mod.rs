@@ -27,6 +27,8 @@ pub struct Options {
     pub env: Vec<(String, String)>,
     /// Where the data lies, when not beside the log.
     pub data_dir: Option<PathBuf>,
+    /// The certificate, in PEM form, of whoever has signed the gateway's: then it is talked to by TLS.
+    pub authority: Option<String>,
 }
 
 impl Options {
@@ -86,18 +88,27 @@ fn free_port() -> u16 {
     }
 }
 
+/// A client that trusts this authority alone, or none and speaks plain http.
+pub fn client(authority: Option<&str>) -> reqwest::Client {
+    let builder = reqwest::Client::builder().timeout(Duration::from_secs(60));
+    let authority = authority.map(|pem| reqwest::Certificate::from_pem(pem.as_bytes()).unwrap());
+    match authority {
+        Some(authority) => builder.tls_certs_only([authority]),
+        None => builder,
+    }
+    .build()
+    .unwrap()
+}
+
 impl Gateway {
     /// Starts one and waits until it answers.
     pub async fn start(options: Options) -> Gateway {
         let mut gateway = Gateway {
             dir: TempDir::new().unwrap(),
             addr: SocketAddr::from(([127, 0, 0, 1], free_port())),
+            http: client(options.authority.as_deref()),
             options,
             child: None,
-            http: reqwest::Client::builder()
-                .timeout(Duration::from_secs(60))
-                .build()
-                .unwrap(),
             token: String::new(),
         };
         gateway.launch().await;
@@ -167,7 +178,8 @@ impl Gateway {
     }
 
     pub fn url(&self, path: &str) -> String {
-        format!("http://{}{path}", self.addr)
+        let scheme = self.options.authority.as_ref().map_or("http", |_| "https");
+        format!("{scheme}://{}{path}", self.addr)
     }
 
     pub fn pid(&self) -> u32 {
