@@ -31,6 +31,9 @@ pub struct ListenConfig {
     pub tls: Option<Tls>,
     /// How long agreeing on TLS and the header of a request may take each, and how long an idle connection is kept.
     pub header_timeout: Duration,
+    /// How long a client may take nothing of what is sent to it, before its connection is cut: a reader that stands still,
+    /// or is gone without a word, holds its place no longer.
+    pub stall_timeout: Duration,
     /// How long requests may go on after the stop.
     pub drain_timeout: Duration,
 }
@@ -41,6 +44,7 @@ impl Default for ListenConfig {
             max_connections: 4_096,
             tls: None,
             header_timeout: Duration::from_secs(15),
+            stall_timeout: Duration::from_secs(120),
             drain_timeout: Duration::from_secs(10),
         }
     }
@@ -68,7 +72,7 @@ pub async fn serve(
         let accepted = tokio::select! {
             biased;
             () = stopping.cancelled() => break,
-            accepted = accept(&listener, &places) => accepted,
+            accepted = accept(&listener, &places, config.stall_timeout) => accepted,
         };
         let (stream, peer, place) = match accepted {
             Ok(accepted) => accepted,
@@ -108,6 +112,7 @@ pub async fn serve(
 async fn accept(
     listener: &TcpListener,
     places: &Arc<Semaphore>,
+    stall_timeout: Duration,
 ) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
     let place = Arc::clone(places)
         .acquire_owned()
@@ -116,6 +121,9 @@ async fn accept(
     let (stream, peer) = listener.accept().await?;
     // Frames are small and wanted at once.
     stream.set_nodelay(true)?;
+    // Data that is not taken counts as data that is not acknowledged (tcp(7), TCP_USER_TIMEOUT).
+    let stall_ms = u32::try_from(stall_timeout.as_millis()).unwrap_or(u32::MAX);
+    rustix::net::sockopt::set_tcp_user_timeout(&stream, stall_ms)?;
     Ok((stream, peer, place))
 }
 

@@ -629,3 +629,48 @@ async fn the_server_serves_and_stops_in_good_order() {
     serving.await.unwrap();
     assert!(TcpStream::connect(address).await.is_err());
 }
+
+/// A reader that took nothing held its connection, and its place among the streams, for as long as it liked.
+#[tokio::test]
+async fn a_reader_that_stands_still_is_cut_off() {
+    let (begun, mut open) = tokio::sync::watch::channel(0_i32);
+    let endless = move || {
+        let begun = begun.clone();
+        begun.send_modify(|open| *open += 1);
+        async move {
+            let held = Held(begun);
+            Body::from_stream(async_stream::stream! {
+                let _held = held;
+                loop {
+                    yield Ok::<_, std::convert::Infallible>(bytes::Bytes::from_static(&[0; 1 << 16]));
+                }
+            })
+        }
+    };
+    let router = Router::new().route("/", axum::routing::get(endless));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let config = ListenConfig {
+        stall_timeout: Duration::from_millis(500),
+        ..ListenConfig::default()
+    };
+    let stopping = CancellationToken::new();
+    let serving = tokio::spawn(serve(listener, router, config, stopping.clone()));
+    let mut connection = TcpStream::connect(address).await.unwrap();
+    let request = b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    connection.write_all(request).await.unwrap();
+    open.wait_for(|open| *open == 1).await.unwrap();
+    let cut = tokio::time::timeout(Duration::from_secs(60), open.wait_for(|open| *open == 0));
+    cut.await.expect("it is cut off").unwrap();
+    stopping.cancel();
+    serving.await.unwrap();
+}
+
+/// Tells when an answer has ended.
+struct Held(tokio::sync::watch::Sender<i32>);
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.0.send_modify(|open| *open -= 1);
+    }
+}
