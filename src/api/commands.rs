@@ -99,7 +99,7 @@ async fn submit(
     }
 }
 
-fn read_command(fields: &Fields) -> Result<InboxCommand, ApiError> {
+pub(super) fn read_command(fields: &Fields) -> Result<InboxCommand, ApiError> {
     let any_id = TextRule {
         min: 0,
         max: MAX_ID_CHARS,

@@ -31,6 +31,8 @@ mod docs;
 pub mod error;
 mod examples;
 mod fields;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 mod gpu;
 mod guard;
 mod headers;

@@ -77,7 +77,7 @@ async fn submit(
     Ok(replayed(Json(answer), started.duplicate))
 }
 
-fn read_submission(fields: &Fields) -> Result<Command, ApiError> {
+pub(super) fn read_submission(fields: &Fields) -> Result<Command, ApiError> {
     let empty = |name: &str| fields.raw(name).is_none_or(|raw| raw.get() == "\"\"");
     if empty("service_type") && empty("service_name") {
         return Err(ApiError::missing_field(

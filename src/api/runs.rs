@@ -96,7 +96,7 @@ pub fn unexpected(reply: &Reply) -> ApiError {
     ApiError::internal()
 }
 
-fn read_start(fields: &Fields) -> Result<Command, ApiError> {
+pub(super) fn read_start(fields: &Fields) -> Result<Command, ApiError> {
     let id = TextRule::name(MAX_ID_CHARS);
     let session = fields.text("session_id", id).map(SmolStr::from);
     if !fields.has("job") {
@@ -164,7 +164,7 @@ pub struct RunList {
 }
 
 /// What a listing asks for.
-struct Listing {
+pub(super) struct Listing {
     limit: usize,
     filter: RunFilter,
     include_ledger_len: bool,
@@ -221,7 +221,7 @@ async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Re
     Ok(response)
 }
 
-fn read_listing(query: &Query) -> Result<Listing, ApiError> {
+pub(super) fn read_listing(query: &Query) -> Result<Listing, ApiError> {
     let limit = query.int("limit", 1..=500, 50) as usize;
     let session = query.text("session_id").map(SmolStr::new);
     let workflow = query.text("workflow_id").map(str::to_owned);
