@@ -10,6 +10,7 @@ use http_body_util::BodyExt;
 use super::access::{Need, grants};
 use super::error::{ApiError, ErrorCode};
 use super::state::App;
+use super::work;
 use crate::auth::secret::fits_imported;
 use crate::auth::{Principal, Shown};
 use crate::clock::now;
@@ -31,7 +32,7 @@ pub async fn authenticate(
     headers: &HeaderMap,
     at: Timestamp,
 ) -> Result<Option<Principal>, ApiError> {
-    let Some(shown) = app.auth.read(headers.get(header::AUTHORIZATION)) else {
+    let Some(shown) = app.auth.read(headers.get(header::AUTHORIZATION), at) else {
         return Ok(None);
     };
     let (digest, imported) = match shown {
@@ -42,6 +43,7 @@ pub async fn authenticate(
             fingerprint,
             token,
         } => (digest, Some((fingerprint, token))),
+        Shown::Work { digest, work } => return work::principal(app, work, &digest),
     };
     let mut owner = app.ledger.token_owner(&digest)?;
     if let (None, Some((fingerprint, token))) = (&owner, imported) {

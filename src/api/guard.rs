@@ -20,6 +20,7 @@ use super::config::ApiConfig;
 use super::error::{ApiError, ErrorCode};
 use super::linger::linger;
 use super::state::App;
+use super::work;
 use crate::auth::Principal;
 use crate::clock::now;
 use crate::domain::command::Origin;
@@ -162,7 +163,9 @@ enum Access {
 fn access(path: &str) -> Access {
     match path {
         "/livez" | "/readyz" => Access::Probe,
-        "/health" | "/api/health" | "/openapi.json" | "/docs" => Access::Open,
+        "/health" | "/api/health" | "/openapi.json" | "/docs" | "/.well-known/jwks.json" => {
+            Access::Open
+        }
         _ if path.starts_with("/docs/") => Access::Open,
         _ => Access::Token,
     }
@@ -220,12 +223,14 @@ async fn admit<'a>(
     app.hosts.check(request.headers())?;
     if access == Access::Token {
         let at = now();
-        let principal = authenticate(app, request.headers(), at)
+        let mut principal = authenticate(app, request.headers(), at)
             .await?
             .ok_or_else(|| unauthorized(request.uri().path()))?;
         // A path that is none of ours is 404 to everyone who is known.
         if let Some(route) = request.extensions().get::<MatchedPath>() {
             let (method, route) = (request.method(), route.as_str());
+            let (path, headers) = (request.uri().path(), request.headers());
+            principal = work::admit(app, principal, (method, route), path, headers)?;
             check(need(method, route), &principal, method, route)?;
         }
         request.extensions_mut().insert(Caller {

@@ -49,10 +49,12 @@ mod service_control;
 mod service_logs;
 mod service_spec;
 mod services;
+mod signing_keys;
 mod sse;
 mod state;
 mod tokens;
 mod users;
+mod work;
 
 pub use config::ApiConfig;
 pub use router::{openapi, router};

@@ -114,6 +114,8 @@ settings! {
         "Longest such delay, in milliseconds.";
     callback_give_up_ms: u64, "RUNGATE_CALLBACK_GIVE_UP_MS", &[], SPAN, defaults().callback_give_up_ms.to_string(),
         "Milliseconds after which a callback is given up.";
+    signing_key_max_age_ms: u64, "RUNGATE_SIGNING_KEY_MAX_AGE_MS", &[], SPAN, "2592000000".to_owned(),
+        "Milliseconds after which job tokens are signed with a new key.";
     url: String, "RUNGATE_URL", &[("GATEWAY_URL", 1)], ANY, "http://127.0.0.1:8080".to_owned(),
         "Gateway that the client commands talk to.";
     token: Secret, "RUNGATE_TOKEN", &[("GATEWAY_API_TOKEN", 1)], ANY, String::new(),

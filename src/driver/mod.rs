@@ -1,9 +1,10 @@
 //! Brings services to life and ends them: local processes, and services that run elsewhere. Takes plain
 //! requests, reports outcomes as commands, decides nothing about when.
 //!
-//! `instance` one life from start to release, `process` signals and exits, `procfs` who is who, `health` probes,
+//! `instance` one life from start to release, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
 //! `orphans` what nobody knows any more, `logs` their output, `outcome` the seam to the coordinator, `tasks` spawning.
 
+mod credentials;
 mod health;
 mod http;
 mod instance;
@@ -22,6 +23,7 @@ use std::{fs, io};
 use smol_str::SmolStr;
 use uuid::Uuid;
 
+pub use credentials::Credentials;
 pub use health::ProbeTimings;
 pub use http::{call_client, error_text, join};
 pub use logs::{LogError, LogLine, Logs};
@@ -44,6 +46,7 @@ pub struct DriverOptions {
     /// The ledger's own id: marks our processes.
     pub ledger: Uuid,
     pub probes: ProbeTimings,
+    pub credentials: Arc<dyn Credentials>,
 }
 
 /// Why no driver could be made.
@@ -71,6 +74,7 @@ struct Shared {
     probe_client: reqwest::Client,
     logs: Logs,
     outcomes: Outcomes,
+    credentials: Arc<dyn Credentials>,
     tasks: Tasks,
     table: Table,
 }
@@ -106,6 +110,7 @@ impl Driver {
             probe_client: http::probe_client().map_err(DriverError::Client)?,
             logs,
             outcomes,
+            credentials: options.credentials,
             tasks,
             table: Table::default(),
         };

@@ -71,6 +71,7 @@ impl Callbacks {
             ledger: world.ledger,
             callback_reach,
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
+            job_token: Arc::new(|_, _| None),
             progress_every: PROGRESS_EVERY,
         };
         let (driver, outcomes, tasks) =

@@ -29,6 +29,7 @@ mod executor_calls;
 mod gpu;
 mod health;
 mod isolation;
+mod job_tokens;
 mod ledger_disk;
 mod ledger_follow;
 mod ledger_golden;
