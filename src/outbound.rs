@@ -171,6 +171,11 @@ impl GuardedClient {
     pub fn post(&self, url: &str) -> Result<reqwest::RequestBuilder, Refused> {
         Ok(self.client.post(check_url(url, self.reach)?))
     }
+
+    /// A GET of `url`, checked alike.
+    pub fn get(&self, url: &str) -> Result<reqwest::RequestBuilder, Refused> {
+        Ok(self.client.get(check_url(url, self.reach)?))
+    }
 }
 
 /// Resolves names to those of their addresses that are within reach. The connector uses these very addresses, so

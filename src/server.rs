@@ -21,6 +21,7 @@ use crate::auth::bootstrap::{self, BootstrapError};
 use crate::auth::jwt::signing::{SigningKeys, SigningKeysError};
 use crate::auth::jwt::work::WorkTokens;
 use crate::auth::secret::{TokenKey, TokenKeyError};
+use crate::auth::sso::{self, Sso, SsoError};
 use crate::auth::uses::Uses;
 use crate::config::Config;
 use crate::coordinator::{self, Handle, Running};
@@ -72,6 +73,8 @@ pub enum ServeError {
     Secret(#[from] SecretError),
     #[error(transparent)]
     SigningKeys(#[from] SigningKeysError),
+    #[error(transparent)]
+    Sso(#[from] SsoError),
     #[error(transparent)]
     Gpus(#[from] InventoryError),
     #[error(transparent)]
@@ -146,6 +149,7 @@ pub async fn serve(
     let inventory = gpu::inventory(Some(&config.gpus))?;
     bootstrap::check(&config.data_dir)?;
     Secret::check(&config.data_dir)?;
+    let sso = Sso::new(&sso_settings(&config))?;
     let metrics = Metrics::install();
     let locked = |error: &ServeError| matches!(error, ServeError::Ledger(OpenError::Locked { .. }));
     let opened = patiently(locked, || open_ledger(&config)).await?;
@@ -165,7 +169,7 @@ pub async fn serve(
         config: api_config(&config, addr, inventory.reason),
         handle: core.handle.clone(),
         ledger: core.ledger.clone(),
-        auth: Authenticator::new(&token.token, token_key, uses.clone()).with_signed(work),
+        auth: Authenticator::new(&token.token, token_key, uses.clone()).with_signed(work, sso),
         metrics,
         logs: core.driver.logs().clone(),
         stopping: shutdown.child_token(),
@@ -230,6 +234,24 @@ async fn keep_keys_young(work: WorkTokens, max_age_ms: u64) {
             }
         }
         tokio::time::sleep(every).await;
+    }
+}
+
+fn sso_settings(config: &Config) -> sso::Settings {
+    sso::Settings {
+        issuer: config.sso_issuer.clone(),
+        audience: config.sso_audience.clone(),
+        jwks_url: config.sso_jwks_url.clone(),
+        algorithms: config.sso_algorithms.clone(),
+        token_types: config.sso_token_types.clone(),
+        user_claim: config.sso_user_claim.clone(),
+        tenant: config.sso_tenant.clone(),
+        tenant_claim: config.sso_tenant_claim.clone(),
+        roles_claim: config.sso_roles_claim.clone(),
+        roles: config.sso_roles.clone(),
+        default_role: config.sso_default_role.clone(),
+        provision: config.sso_provision,
+        allow_private: config.sso_allow_private,
     }
 }
 

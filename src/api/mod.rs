@@ -51,6 +51,7 @@ mod service_spec;
 mod services;
 mod signing_keys;
 mod sse;
+mod sso;
 mod state;
 mod tokens;
 mod users;

@@ -7,21 +7,25 @@
 //! | `secret` | hashes of tokens, imported ones included |
 //! | `uses` | when a token was last used |
 //! | `jwt` | signed tokens: their form, the gateway's own keys, tokens for one attempt of a run |
+//! | `sso` | tokens of an OpenID Connect issuer |
 //! | `bootstrap`, `private_file` | the first administrator's token; files that only their owner reads |
 
 pub mod bootstrap;
 pub mod jwt;
 pub mod private_file;
 pub mod secret;
+pub mod sso;
 pub mod token;
 pub mod uses;
 
 use http::HeaderValue;
+use jsonwebtoken::Header;
 use smol_str::SmolStr;
 use subtle::ConstantTimeEq;
 
 use self::jwt::work::{Work, WorkTokens};
 use self::secret::TokenKey as HashKey;
+use self::sso::{Person, Sso};
 use self::uses::Uses;
 use crate::domain::identity::{Role, Scope, Token, TokenHash, TokenKey, User, UserKey, power};
 use crate::domain::ids::PlaneId;
@@ -62,6 +66,8 @@ pub struct Principal {
 pub enum Signed {
     /// One attempt of a run, or what an instance works on: four routes of a run (`api::work`), and nothing else.
     Work(Work),
+    /// Single sign-on, until then.
+    Sso { expires_at: Timestamp },
 }
 
 impl Principal {
@@ -92,6 +98,30 @@ impl Principal {
             runtime: user.profile.runtime.clone(),
             token: Some(token.key.clone()),
             signed: None,
+            fingerprint: short(digest),
+        })
+    }
+
+    /// Of a user whom a token of the issuer names; `None` when the user is disabled. Nobody has more than either its
+    /// record or the token gives.
+    pub fn of_person(user: &User, person: &Person, digest: &[u8; 32]) -> Option<Principal> {
+        let own = &user.profile.roles;
+        let roles = match &person.roles {
+            Some(roles) if power(roles) < power(own) => roles,
+            _ => own,
+        };
+        user.profile.enabled.then(|| Principal {
+            plane: user.plane,
+            actor: user.key.actor(),
+            user: user.key.clone(),
+            roles: roles.clone(),
+            user_scopes: user.profile.scopes.clone(),
+            token_scopes: vec![Scope::All],
+            runtime: user.profile.runtime.clone(),
+            token: None,
+            signed: Some(Signed::Sso {
+                expires_at: person.expires_at,
+            }),
             fingerprint: short(digest),
         })
     }
@@ -132,6 +162,12 @@ pub enum Shown {
     },
     /// One of ours for work: genuine and in time. Whether the work still goes on is to be looked up.
     Work { digest: [u8; 32], work: Work },
+    /// To be verified with the issuer's keys.
+    Sso {
+        digest: [u8; 32],
+        header: Box<Header>,
+        token: Vec<u8>,
+    },
 }
 
 /// A new token's secret, shown once.
@@ -147,6 +183,7 @@ pub struct Authenticator {
     admin_digest: [u8; 32],
     uses: Uses,
     work: Option<WorkTokens>,
+    sso: Option<Sso>,
 }
 
 impl Authenticator {
@@ -157,13 +194,15 @@ impl Authenticator {
             key,
             uses,
             work: None,
+            sso: None,
         }
     }
 
-    /// Accepts signed tokens for work too.
-    pub fn with_signed(self, work: WorkTokens) -> Self {
+    /// Accepts signed tokens too: those for work, and those of an issuer.
+    pub fn with_signed(self, work: WorkTokens, sso: Option<Sso>) -> Self {
         Self {
             work: Some(work),
+            sso,
             ..self
         }
     }
@@ -171,6 +210,11 @@ impl Authenticator {
     /// Tokens for work; `None` where they are not in use.
     pub fn work(&self) -> Option<&WorkTokens> {
         self.work.as_ref()
+    }
+
+    /// The single sign-on issuer, if there is one.
+    pub fn sso(&self) -> Option<&Sso> {
+        self.sso.as_ref()
     }
 
     /// What an `Authorization` header shows; `None` when that can be no token of ours. A token of our form
@@ -204,8 +248,15 @@ impl Authenticator {
     fn read_signed(&self, token: &[u8], now: Timestamp) -> Option<Shown> {
         let header = jwt::header(token)?;
         let digest = self.key.digest(token);
-        let work = self.work.as_ref()?.read(token, &header, now)?;
-        Some(Shown::Work { digest, work })
+        if WorkTokens::is_ours(&header) {
+            let work = self.work.as_ref()?.read(token, &header, now)?;
+            return Some(Shown::Work { digest, work });
+        }
+        self.sso.as_ref()?.takes(&header).then(|| Shown::Sso {
+            digest,
+            header: Box::new(header),
+            token: token.to_vec(),
+        })
     }
 
     /// A fresh token for a user.

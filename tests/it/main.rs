@@ -46,6 +46,7 @@ mod runs;
 mod scheduling;
 mod schema;
 mod services;
+mod sso;
 mod startup;
 mod streams;
 mod support;

@@ -168,6 +168,11 @@ impl WorkTokens {
         encode(&header, &claims, &key.signing)
     }
 
+    /// Whether a header is that of a token for work. Its `typ` decides, and nothing else may take such a token.
+    pub fn is_ours(header: &Header) -> bool {
+        matches!(header.typ.as_deref(), Some(JOB_TYPE | INSTANCE_TYPE))
+    }
+
     /// What a token is for, if it is genuine and in time.
     pub fn read(&self, token: &[u8], header: &Header, now: Timestamp) -> Option<Work> {
         let kid = header.kid.as_deref()?;

@@ -56,6 +56,10 @@ impl Key {
     }
 
     /// A token of these claims, whatever they are.
+    pub fn sign(&self, claims: &Value) -> String {
+        self.sign_as("at+jwt", claims)
+    }
+
     pub fn sign_as(&self, kind: &str, claims: &Value) -> String {
         let mut header = Header::new(self.algorithm);
         header.typ = Some(kind.to_owned());
