@@ -37,14 +37,28 @@ pub enum Purpose {
     Callbacks,
     /// To services, whose addresses operators choose: health, jobs, progress.
     Services,
+    /// To the issuer of signed tokens, for its keys.
+    Issuer,
 }
 
 impl Purpose {
-    /// The setting that names further networks.
-    fn setting(self) -> &'static str {
+    /// What lets special addresses be called, as the end of a sentence about one.
+    fn special_remedy(self) -> &'static str {
         match self {
-            Purpose::Callbacks => "callback_allow_networks",
-            Purpose::Services => "service_allow_networks",
+            Purpose::Callbacks => ", and not in the setting callback_allow_networks",
+            Purpose::Services => ", and not in the setting service_allow_networks",
+            Purpose::Issuer => "; an issuer cannot be there",
+        }
+    }
+
+    /// What lets private addresses be called.
+    fn private_remedy(self) -> &'static str {
+        match self {
+            Purpose::Callbacks => {
+                "if the setting callback_allow_private is true, or callback_allow_networks holds them"
+            }
+            Purpose::Services => "if the setting service_allow_networks holds them",
+            Purpose::Issuer => "if the setting sso_allow_private is true",
         }
     }
 }
@@ -142,11 +156,16 @@ impl Rules {
             IpAddr::V4(address) => kind_v4(address),
             IpAddr::V6(address) => kind_v6(address),
         };
-        let setting = self.purpose.setting();
         match (kind, self.reach) {
             (Kind::Public, _) | (Kind::Private, Reach::PublicAndPrivate) => Ok(()),
-            (Kind::Private, Reach::Public) => Err(Refused::Private { address, setting }),
-            (Kind::Special, _) => Err(Refused::Special { address, setting }),
+            (Kind::Private, Reach::Public) => Err(Refused::Private {
+                address,
+                remedy: self.purpose.private_remedy(),
+            }),
+            (Kind::Special, _) => Err(Refused::Special {
+                address,
+                remedy: self.purpose.special_remedy(),
+            }),
         }
     }
 
@@ -190,20 +209,15 @@ pub enum Refused {
     NoHost,
     #[error("it holds a user name or a password, which would be kept in the ledger")]
     Credentials,
-    #[error(
-        "{address} is a link-local, metadata, multicast or otherwise special address, and not in the setting {setting}"
-    )]
+    #[error("{address} is a link-local, metadata, multicast or otherwise special address{remedy}")]
     Special {
         address: IpAddr,
-        setting: &'static str,
+        remedy: &'static str,
     },
-    #[error(
-        "{address} is private; private addresses are called only if the setting callback_allow_private is true, or {setting} \
-         holds them"
-    )]
+    #[error("{address} is private; private addresses are called only {remedy}")]
     Private {
         address: IpAddr,
-        setting: &'static str,
+        remedy: &'static str,
     },
 }
 
@@ -299,6 +313,14 @@ impl GuardedClient {
             .timeout(CALLBACK_TIMEOUT)
             .pool_max_idle_per_host(CALLBACKS_IDLE_PER_HOST);
         GuardedClient::build(rules, builder)
+    }
+
+    /// For an issuer's keys: they are fetched now and then.
+    ///
+    /// # Errors
+    /// As `for_callbacks`.
+    pub fn for_issuer(rules: Rules) -> Result<GuardedClient, reqwest::Error> {
+        GuardedClient::for_callbacks(rules)
     }
 
     /// For jobs: keeps connections, since latency matters. How long an answer may take is the caller's to say.

@@ -14,14 +14,17 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
-use self::seams::{LedgerSource, ToCoordinator};
+use self::seams::{InstanceTokens, LedgerSource, ToCoordinator};
 use self::transport::TransportError;
 use crate::api::limits::LimitConfig;
 use crate::api::listen::ListenConfig;
 use crate::api::{ApiConfig, App, Parts};
 use crate::auth::Authenticator;
 use crate::auth::bootstrap::{self, BootstrapError};
+use crate::auth::jwt::signing::{SigningKeys, SigningKeysError};
+use crate::auth::jwt::work::WorkTokens;
 use crate::auth::secret::{TokenKey, TokenKeyError};
+use crate::auth::sso::{self, Sso, SsoError};
 use crate::auth::uses::Uses;
 use crate::config::Config;
 use crate::coordinator::{self, Handle, Running};
@@ -75,6 +78,10 @@ pub enum ServeError {
     TokenKey(#[from] TokenKeyError),
     #[error(transparent)]
     Secret(#[from] SecretError),
+    #[error(transparent)]
+    SigningKeys(#[from] SigningKeysError),
+    #[error(transparent)]
+    Sso(#[from] SsoError),
     #[error(transparent)]
     Gpus(#[from] InventoryError),
     #[error(transparent)]
@@ -150,10 +157,13 @@ pub async fn serve(
     let inventory = gpu::inventory(Some(&config.gpus))?;
     bootstrap::check(&config.data_dir)?;
     Secret::check(&config.data_dir)?;
+    let sso = Sso::new(&sso_settings(&config))?;
     let metrics = Metrics::install();
     let locked = |error: &ServeError| matches!(error, ServeError::Ledger(OpenError::Locked { .. }));
     let opened = patiently(locked, || open_ledger(&config)).await?;
-    let mut core = Core::start(&config, addr, opened)?;
+    let keys = SigningKeys::load_or_create(&config.data_dir, crate::clock::now())?;
+    let work = WorkTokens::new(keys, opened.0.instance_id());
+    let mut core = Core::start(&config, addr, opened, &work)?;
     let token = bootstrap::load_or_create(&config.data_dir)?;
     let token_key = TokenKey::load_or_create(&config.data_dir)?;
     let uses = Uses::load(&config.data_dir);
@@ -163,13 +173,15 @@ pub async fn serve(
         let reload = transport::reload_on_hangup(tls.clone())?;
         core.tasks.spawn("certificate", reload);
     }
+    let renewing = keep_keys_young(work.clone(), config.signing_key_max_age_ms);
+    core.tasks.spawn("signing keys", renewing);
     core.begin(inventory.gpus).await;
 
     let app = App::new(Parts {
         config: api_config(&config, addr, inventory.reason),
         handle: core.handle.clone(),
         ledger: core.ledger.clone(),
-        auth: Authenticator::new(&token.token, token_key, uses.clone()),
+        auth: Authenticator::new(&token.token, token_key, uses.clone()).with_signed(work, sso),
         metrics,
         logs: core.driver.logs().clone(),
         stopping: shutdown.child_token(),
@@ -225,6 +237,46 @@ pub fn recover_admin(data_dir: &Path) -> Result<PathBuf, ServeError> {
     }
 }
 
+/// Bounds of how often it is looked whether the signing key is too old.
+const KEY_AGE_EVERY: std::ops::RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_secs(3_600);
+
+async fn keep_keys_young(work: WorkTokens, max_age_ms: u64) {
+    let every = Duration::from_millis(max_age_ms / 8);
+    let every = every.clamp(*KEY_AGE_EVERY.start(), *KEY_AGE_EVERY.end());
+    loop {
+        let keys = work.keys().clone();
+        let now = crate::clock::now();
+        if keys.is_older_than(max_age_ms, now) {
+            match tokio::task::spawn_blocking(move || keys.rotate(now)).await {
+                Ok(Ok(kid)) => tracing::info!(kid, "job tokens are signed with a new key"),
+                Ok(Err(error)) => tracing::error!(%error, "the signing key could not be renewed"),
+                // Only a runtime that shuts down cancels it; so is this task.
+                Err(_) => return,
+            }
+        }
+        tokio::time::sleep(every).await;
+    }
+}
+
+fn sso_settings(config: &Config) -> sso::Settings {
+    sso::Settings {
+        issuer: config.sso_issuer.clone(),
+        audience: config.sso_audience.clone(),
+        jwks_url: config.sso_jwks_url.clone(),
+        algorithms: config.sso_algorithms.clone(),
+        token_types: config.sso_token_types.clone(),
+        user_claim: config.sso_user_claim.clone(),
+        tenant: config.sso_tenant.clone(),
+        tenant_claim: config.sso_tenant_claim.clone(),
+        roles_claim: config.sso_roles_claim.clone(),
+        roles: config.sso_roles.clone(),
+        default_role: config.sso_default_role.clone(),
+        provision: config.sso_provision,
+        allow_private: config.sso_allow_private,
+    }
+}
+
 /// How often the last uses of tokens are written down.
 const USES_EVERY: Duration = Duration::from_secs(60);
 
@@ -249,6 +301,7 @@ impl Core {
         config: &Config,
         addr: SocketAddr,
         (ledger, writer): (Ledger, Writer),
+        work: &WorkTokens,
     ) -> Result<Core, ServeError> {
         let settings = config.scheduling();
         let state = coordinator::recover(&ledger, settings.ageing_ms_per_level)?;
@@ -263,7 +316,7 @@ impl Core {
         })
         .map_err(ServeError::Thread)?;
         let tasks = Tasks::new();
-        let (executor, driver) = executor(config, addr, &ledger, &handle, &tasks)?;
+        let (executor, driver) = executor(config, addr, &ledger, (&handle, &tasks), work)?;
         let performing = executor.clone();
         tasks.spawn("executor", async move { performing.run(effects).await });
         Ok(Core {
@@ -379,8 +432,8 @@ fn executor(
     config: &Config,
     addr: SocketAddr,
     ledger: &Ledger,
-    handle: &Handle,
-    tasks: &Tasks,
+    (handle, tasks): (&Handle, &Tasks),
+    work: &WorkTokens,
 ) -> Result<(Executor, Driver), ServeError> {
     let outcomes = Outcomes::new(Arc::new(ToCoordinator(handle.clone())));
     let driver = Driver::new(
@@ -392,6 +445,7 @@ fn executor(
                 ..ProbeTimings::default()
             },
             services: service_rules(config),
+            credentials: Arc::new(InstanceTokens::new(work.clone(), &config.data_dir)),
         },
         outcomes.clone(),
         tasks.clone(),
@@ -402,6 +456,7 @@ fn executor(
         callbacks: callback_rules(config),
         services: service_rules(config),
         secret: Secret::load_or_create(&config.data_dir)?,
+        job_token: seams::job_token(work.clone()),
         progress_every: PROGRESS_EVERY,
     };
     let source = Arc::new(LedgerSource(ledger.clone()));

@@ -145,6 +145,10 @@ fn describe() {
         "Requests by route, method and status"
     );
     describe_gauge!("rungate_http_connections", "Open connections");
+    describe_counter!(
+        "rungate_sso_key_fetches_total",
+        "Fetches of the single sign-on issuer's keys by result"
+    );
 }
 
 #[cfg(test)]

@@ -36,6 +36,7 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/api/health", Need::Open),
     ("GET", "/livez", Need::Open),
     ("GET", "/readyz", Need::Open),
+    ("GET", "/.well-known/jwks.json", Need::Open),
     ("GET", "/ping", Need::Anyone),
     ("GET", "/me", Need::Anyone),
     ("GET", "/metrics", INSPECT),
@@ -84,6 +85,7 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/ledger/verify", READ_LEDGER),
     ("GET", "/ledger/stats", READ_LEDGER),
     ("GET", "/ledger/export", READ_LEDGER),
+    ("POST", "/admin/signing-keys/rotate", MANAGE_GATEWAY),
     // People.
     ("GET", "/tokens", OWN_TOKENS),
     ("POST", "/tokens", OWN_TOKENS),

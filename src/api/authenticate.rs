@@ -10,8 +10,9 @@ use http_body_util::BodyExt;
 use super::access::{Need, grants};
 use super::error::{ApiError, ErrorCode};
 use super::state::App;
+use super::{sso, work};
 use crate::auth::secret::fits_imported;
-use crate::auth::{Principal, Shown};
+use crate::auth::{Principal, Shown, Signed};
 use crate::clock::now;
 use crate::domain::command::{Command, Origin};
 use crate::domain::identity::IdentityCommand;
@@ -31,7 +32,7 @@ pub async fn authenticate(
     headers: &HeaderMap,
     at: Timestamp,
 ) -> Result<Option<Principal>, ApiError> {
-    let Some(shown) = app.auth.read(headers.get(header::AUTHORIZATION)) else {
+    let Some(shown) = app.auth.read(headers.get(header::AUTHORIZATION), at) else {
         return Ok(None);
     };
     let (digest, imported) = match shown {
@@ -42,6 +43,12 @@ pub async fn authenticate(
             fingerprint,
             token,
         } => (digest, Some((fingerprint, token))),
+        Shown::Work { digest, work } => return work::principal(app, work, &digest),
+        Shown::Sso {
+            digest,
+            header,
+            token,
+        } => return sso::principal(app, (&header, &token), &digest, at).await,
     };
     let mut owner = app.ledger.token_owner(&digest)?;
     if let (None, Some((fingerprint, token))) = (&owner, imported) {
@@ -106,7 +113,7 @@ pub fn watched(app: &App, principal: Principal, need: Need, response: Response) 
     let kind = response.headers().get(header::CONTENT_TYPE);
     let is_stream = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
     // The first administrator's token counts for as long as the gateway runs.
-    let may_end = principal.token.is_some();
+    let may_end = principal.token.is_some() || principal.signed.is_some();
     if !is_stream || !may_end || response.body().is_end_stream() {
         return response;
     }
@@ -144,12 +151,34 @@ pub fn watched(app: &App, principal: Principal, need: Need, response: Response) 
 /// Whether a principal's token is still good for what it was let in to. A ledger that cannot be read ends nobody's
 /// stream; it ends the gateway.
 fn still_admitted(app: &App, principal: &Principal, need: Need) -> bool {
+    if let Some(Signed::Sso { expires_at }) = principal.signed {
+        return expires_at > now() && is_still_user(app, principal, need);
+    }
     let Some(key) = &principal.token else {
         return true;
     };
     match app.ledger.token(key) {
         Ok(Some(TokenOwner { user, token })) => Principal::of(&user, &token, &[0; 32], now())
             .is_some_and(|now| now.plane == principal.plane && grants(need, &now)),
+        Ok(None) => false,
+        Err(error) => {
+            tracing::error!(%error, "whether a stream's reader is still known could not be read");
+            true
+        }
+    }
+}
+
+/// Whether somebody who came by single sign-on is still let in, with what its record gives it by now.
+fn is_still_user(app: &App, principal: &Principal, need: Need) -> bool {
+    match app.ledger.user(&principal.user) {
+        Ok(Some(user)) => {
+            let mut now = principal.clone();
+            if user.power() < now.power() {
+                now.roles.clone_from(&user.profile.roles);
+            }
+            now.user_scopes.clone_from(&user.profile.scopes);
+            user.profile.enabled && user.plane == principal.plane && grants(need, &now)
+        }
         Ok(None) => false,
         Err(error) => {
             tracing::error!(%error, "whether a stream's reader is still known could not be read");

@@ -16,6 +16,7 @@ use super::error::{ApiError, ErrorCode, FieldError};
 use super::examples;
 use super::guard::Caller;
 use super::state::App;
+use super::work;
 use crate::domain::command::Command;
 use crate::domain::event::Event;
 use crate::domain::ids::Attempt;
@@ -39,8 +40,13 @@ pub struct Saved {
     pub size_bytes: u64,
 }
 
+/// The attempt that a pusher works on: as it says, else as its token does.
+pub fn attempt_of(caller: &Caller, headers: &HeaderMap) -> Result<Option<Attempt>, ApiError> {
+    Ok(given_attempt(headers)?.or(work::attempt_of(&caller.principal)))
+}
+
 /// The attempt that a pusher says it works on.
-pub fn attempt_of(headers: &HeaderMap) -> Result<Option<Attempt>, ApiError> {
+pub fn given_attempt(headers: &HeaderMap) -> Result<Option<Attempt>, ApiError> {
     let Some(value) = headers.get(&ATTEMPT) else {
         return Ok(None);
     };
@@ -73,7 +79,7 @@ async fn save(
     headers: HeaderMap,
     request: Request,
 ) -> Result<Json<Saved>, ApiError> {
-    let attempt = attempt_of(&headers)?;
+    let attempt = attempt_of(&caller, &headers)?;
     let run = app.run(&caller, &id)?.run;
     let content_type = headers
         .get(header::CONTENT_TYPE)

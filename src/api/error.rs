@@ -61,6 +61,7 @@ error_codes! {
     InvalidJson = "invalid_json", BAD_REQUEST, "The body is not JSON";
     InvalidStatus = "invalid_status", BAD_REQUEST, "No such status";
     InvalidUtf8 = "invalid_utf8", BAD_REQUEST, "The body is not UTF-8";
+    IssuerUnavailable = "issuer_unavailable", SERVICE_UNAVAILABLE, "The single sign-on issuer does not answer";
     JsonTooDeep = "json_too_deep", BAD_REQUEST, "The JSON is nested too deep";
     MethodNotAllowed = "method_not_allowed", METHOD_NOT_ALLOWED, "The path has no such method";
     MissingField = "missing_field", BAD_REQUEST, "A required field is missing";

@@ -24,6 +24,7 @@ use super::headers::harden;
 use super::limits::{Standing, Turn};
 use super::linger::linger;
 use super::state::App;
+use super::work;
 use crate::auth::Principal;
 use crate::clock::now;
 use crate::domain::command::Origin;
@@ -170,7 +171,9 @@ enum Access {
 fn access(path: &str) -> Access {
     match path {
         "/livez" | "/readyz" => Access::Probe,
-        "/health" | "/api/health" | "/openapi.json" | "/docs" => Access::Open,
+        "/health" | "/api/health" | "/openapi.json" | "/docs" | "/.well-known/jwks.json" => {
+            Access::Open
+        }
         _ if path.starts_with("/docs/") => Access::Open,
         _ => Access::Token,
     }
@@ -263,7 +266,11 @@ async fn admit<'a>(
     let need = route.map(|route| need(&method, route));
     if access == Access::Token {
         let caller = identify(app, request.headers(), request.uri().path(), arrival).await?;
+        let signed = caller.principal.signed.is_some();
         request.extensions_mut().insert(caller);
+        if let (true, Some(route)) = (signed, route) {
+            admit_work(app, request, &method, route)?;
+        }
     } else {
         arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
     }
@@ -277,6 +284,28 @@ async fn admit<'a>(
         need,
         _turn: Some(turn),
     })
+}
+
+/// Lets the work of a run in to what it may do, as the plane that the run is in.
+fn admit_work(
+    app: &App,
+    request: &mut Request,
+    method: &Method,
+    route: &str,
+) -> Result<(), ApiError> {
+    let Some(principal) = request
+        .extensions()
+        .get::<Caller>()
+        .map(|c| c.principal.clone())
+    else {
+        return Ok(());
+    };
+    let (path, headers) = (request.uri().path(), request.headers());
+    let admitted = work::admit(app, principal, (method, route), path, headers)?;
+    if let Some(caller) = request.extensions_mut().get_mut::<Caller>() {
+        caller.principal = admitted;
+    }
+    Ok(())
 }
 
 /// Who sent a request. Whoever it is, is counted: users by themselves, all others by their address.

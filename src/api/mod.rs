@@ -59,11 +59,14 @@ mod service_logs;
 mod service_spec;
 mod services;
 mod shares;
+mod signing_keys;
 mod sse;
+mod sso;
 mod state;
 pub mod tls;
 mod tokens;
 mod users;
+mod work;
 
 pub use config::ApiConfig;
 pub use router::{openapi, router};

@@ -11,7 +11,8 @@ use super::guard::guard;
 use super::state::App;
 use super::{
     checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, preempt, queue,
-    run_ledger, runs, runtimes, service_control, service_logs, services, tokens, users,
+    run_ledger, runs, runtimes, service_control, service_logs, services, signing_keys, tokens,
+    users,
 };
 
 /// The GPU dialect: the same handlers in both places.
@@ -37,12 +38,14 @@ fn gateway() -> OpenApiRouter<App> {
         .merge(tokens::router())
         .merge(users::router())
         .merge(runtimes::router())
+        .merge(signing_keys::router())
         .merge(dialect())
 }
 
 fn parts() -> (Router<App>, OpenApi) {
     let (router, api) = OpenApiRouter::with_openapi(docs::outline())
         .merge(health::open_router())
+        .merge(signing_keys::open_router())
         .merge(metrics::router())
         .merge(dialect())
         .nest("/api/gateway", gateway())

@@ -1,24 +1,31 @@
 //! Who is calling: tokens and what is kept of them, the administrator's first one, and what a token's user
-//! may do. Sessions of browsers and job tokens come with them later.
+//! may do.
 //!
 //! | file | holds |
 //! |---|---|
 //! | `token` | the form of a token |
 //! | `secret` | hashes of tokens, imported ones included |
 //! | `uses` | when a token was last used |
+//! | `jwt` | signed tokens: their form, the gateway's own keys, tokens for one attempt of a run |
+//! | `sso` | tokens of an OpenID Connect issuer |
 //! | `bootstrap`, `private_file` | the first administrator's token; files that only their owner reads |
 
 pub mod bootstrap;
-mod private_file;
+pub mod jwt;
+pub mod private_file;
 pub mod secret;
+pub mod sso;
 pub mod token;
 pub mod uses;
 
 use http::HeaderValue;
+use jsonwebtoken::Header;
 use smol_str::SmolStr;
 use subtle::ConstantTimeEq;
 
+use self::jwt::work::{Work, WorkTokens};
 use self::secret::TokenKey as HashKey;
+use self::sso::{Person, Sso};
 use self::uses::Uses;
 use crate::domain::identity::{Role, Scope, Token, TokenHash, TokenKey, User, UserKey, power};
 use crate::domain::ids::PlaneId;
@@ -46,10 +53,21 @@ pub struct Principal {
     /// The token's.
     pub token_scopes: Vec<Scope>,
     pub runtime: SmolStr,
-    /// The token that it showed; `None` for the first administrator's.
+    /// The token that it showed; `None` for the first administrator's, and for signed ones.
     pub token: Option<TokenKey>,
+    /// The signed token that it showed instead.
+    pub signed: Option<Signed>,
     /// The first 12 hex digits of the token's keyed hash: tells tokens apart in logs, and nothing else.
     pub fingerprint: String,
+}
+
+/// What a signed token binds its bearer to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Signed {
+    /// One attempt of a run, or what an instance works on: four routes of a run (`api::work`), and nothing else.
+    Work(Work),
+    /// Single sign-on, until then.
+    Sso { expires_at: Timestamp },
 }
 
 impl Principal {
@@ -79,8 +97,53 @@ impl Principal {
             token_scopes: token.scopes.clone(),
             runtime: user.profile.runtime.clone(),
             token: Some(token.key.clone()),
+            signed: None,
             fingerprint: short(digest),
         })
+    }
+
+    /// Of a user whom a token of the issuer names; `None` when the user is disabled. Nobody has more than either its
+    /// record or the token gives.
+    pub fn of_person(user: &User, person: &Person, digest: &[u8; 32]) -> Option<Principal> {
+        let own = &user.profile.roles;
+        let roles = match &person.roles {
+            Some(roles) if power(roles) < power(own) => roles,
+            _ => own,
+        };
+        user.profile.enabled.then(|| Principal {
+            plane: user.plane,
+            actor: user.key.actor(),
+            user: user.key.clone(),
+            roles: roles.clone(),
+            user_scopes: user.profile.scopes.clone(),
+            token_scopes: vec![Scope::All],
+            runtime: user.profile.runtime.clone(),
+            token: None,
+            signed: Some(Signed::Sso {
+                expires_at: person.expires_at,
+            }),
+            fingerprint: short(digest),
+        })
+    }
+
+    /// Of a service that works in a plane. Its name is no user's, since `:` is in no user id.
+    pub fn of_work(work: Work, plane: PlaneId, digest: &[u8; 32]) -> Principal {
+        let user = UserKey {
+            tenant: SmolStr::new_static("default"),
+            user: SmolStr::new(format!("service:{}", work.service())),
+        };
+        Principal {
+            plane,
+            actor: user.actor(),
+            user,
+            roles: vec![Role::User],
+            user_scopes: Vec::new(),
+            token_scopes: vec![Scope::RunsRead, Scope::RunsWrite],
+            runtime: SmolStr::default(),
+            token: None,
+            signed: Some(Signed::Work(work)),
+            fingerprint: short(digest),
+        }
     }
 }
 
@@ -97,6 +160,14 @@ pub enum Shown {
         fingerprint: [u8; 6],
         token: Vec<u8>,
     },
+    /// One of ours for work: genuine and in time. Whether the work still goes on is to be looked up.
+    Work { digest: [u8; 32], work: Work },
+    /// To be verified with the issuer's keys.
+    Sso {
+        digest: [u8; 32],
+        header: Box<Header>,
+        token: Vec<u8>,
+    },
 }
 
 /// A new token's secret, shown once.
@@ -111,6 +182,8 @@ pub struct Authenticator {
     key: HashKey,
     admin_digest: [u8; 32],
     uses: Uses,
+    work: Option<WorkTokens>,
+    sso: Option<Sso>,
 }
 
 impl Authenticator {
@@ -120,15 +193,39 @@ impl Authenticator {
             admin_digest: key.digest(admin_token.as_bytes()),
             key,
             uses,
+            work: None,
+            sso: None,
         }
+    }
+
+    /// Accepts signed tokens too: those for work, and those of an issuer.
+    pub fn with_signed(self, work: WorkTokens, sso: Option<Sso>) -> Self {
+        Self {
+            work: Some(work),
+            sso,
+            ..self
+        }
+    }
+
+    /// Tokens for work; `None` where they are not in use.
+    pub fn work(&self) -> Option<&WorkTokens> {
+        self.work.as_ref()
+    }
+
+    /// The single sign-on issuer, if there is one.
+    pub fn sso(&self) -> Option<&Sso> {
+        self.sso.as_ref()
     }
 
     /// What an `Authorization` header shows; `None` when that can be no token of ours. A token of our form
     /// with a wrong checksum ends here, before anything is looked up.
     ///
     /// Digests are compared, in constant time, so that timing tells nothing of the token.
-    pub fn read(&self, authorization: Option<&HeaderValue>) -> Option<Shown> {
+    pub fn read(&self, authorization: Option<&HeaderValue>, now: Timestamp) -> Option<Shown> {
         let token = bearer(authorization?.as_bytes())?;
+        if jwt::has_form(token) {
+            return self.read_signed(token, now);
+        }
         if token.is_empty() || token.len() > MAX_TOKEN_BYTES {
             return None;
         }
@@ -147,6 +244,21 @@ impl Authenticator {
         })
     }
 
+    /// At most one signature is checked here.
+    fn read_signed(&self, token: &[u8], now: Timestamp) -> Option<Shown> {
+        let header = jwt::header(token)?;
+        let digest = self.key.digest(token);
+        if WorkTokens::is_ours(&header) {
+            let work = self.work.as_ref()?.read(token, &header, now)?;
+            return Some(Shown::Work { digest, work });
+        }
+        self.sso.as_ref()?.takes(&header).then(|| Shown::Sso {
+            digest,
+            header: Box::new(header),
+            token: token.to_vec(),
+        })
+    }
+
     /// A fresh token for a user.
     pub fn mint(&self) -> Minted {
         let secret = token::generate(USER_KIND);
@@ -158,6 +270,7 @@ impl Authenticator {
     pub fn adopt(&self, secret: &str) -> Option<Minted> {
         let sound = (MIN_CHOSEN_BYTES..=MAX_TOKEN_BYTES).contains(&secret.len())
             && secret.bytes().all(|byte| byte.is_ascii_graphic())
+            && !jwt::has_form(secret.as_bytes())
             && (!secret.starts_with("rgt_") || token::is_well_formed(secret, USER_KIND));
         sound.then(|| Minted {
             secret: secret.to_owned(),
@@ -187,6 +300,7 @@ fn first_admin(digest: &[u8; 32]) -> Principal {
         token_scopes: vec![Scope::All],
         runtime: SmolStr::new_static("default"),
         token: None,
+        signed: None,
         fingerprint: short(digest),
     }
 }
@@ -212,7 +326,7 @@ mod tests {
     }
 
     fn read(auth: &Authenticator, text: &str) -> Option<Shown> {
-        auth.read(Some(&HeaderValue::from_str(text).unwrap()))
+        auth.read(Some(&HeaderValue::from_str(text).unwrap()), Timestamp(0))
     }
 
     #[test]
@@ -234,7 +348,7 @@ mod tests {
         ] {
             assert!(read(&auth, bad).is_none(), "{bad}");
         }
-        assert!(auth.read(None).is_none());
+        assert!(auth.read(None, Timestamp(0)).is_none());
     }
 
     #[test]

@@ -24,6 +24,8 @@ pub enum Token {
         /// As `rungate token list` shows it
         token_id: String,
     },
+    /// Sign job tokens with a new key; earlier ones verify until their last token has expired
+    RotateSigningKey,
 }
 
 #[derive(Args, Debug)]
@@ -39,6 +41,7 @@ pub struct Create {
 }
 
 const PATH: &str = "api/gateway/tokens";
+const ROTATE: &str = "api/gateway/admin/signing-keys/rotate";
 
 impl Token {
     pub(super) async fn perform(self, context: &Context) -> Result<Exit, CliError> {
@@ -66,6 +69,12 @@ impl Token {
                 context
                     .out
                     .show(&answer, |_| format!("{token_id} revoked"))?;
+            }
+            Token::RotateSigningKey => {
+                let answer = client.post(ROTATE, &json!({})).await?;
+                context.out.show(&answer, |answer| {
+                    format!("job tokens are signed with key {}", text(answer, "kid"))
+                })?;
             }
         }
         Ok(Exit::Success)

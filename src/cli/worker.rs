@@ -17,12 +17,12 @@ Serves GET /health, POST /process and POST /cancel on 127.0.0.1. A payload is
   {\"files\": [PATH…], \"chunk_bytes\": N, \"delay_ms\": N}     text statistics, in chunks
   {\"operation\": \"sleep\", \"ms\": N}    {\"operation\": \"fail\"}    {\"operation\": \"exit\", \"code\": N}
 
-Progress and checkpoints go to RUNGATE_GATEWAY_URL with the token of RUNGATE_TOKEN_FILE.
+Progress and checkpoints go to RUNGATE_GATEWAY_URL with the token that each job brings along, else with
+that of RUNGATE_TOKEN_FILE.
 
 Example:
   rungate service register text-stats --type text-stats --vram-gb 16 --concurrency 2 \\
-    --cancel-path /cancel --env RUNGATE_GATEWAY_URL=http://127.0.0.1:8080 \\
-    --env RUNGATE_TOKEN_FILE=/path/to/token -- /path/to/rungate worker")]
+    --cancel-path /cancel --env RUNGATE_GATEWAY_URL=http://127.0.0.1:8080 -- /path/to/rungate worker")]
 pub struct Worker {
     /// Port to listen on
     #[arg(long, env = "PORT")]

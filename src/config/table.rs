@@ -141,6 +141,34 @@ settings! {
         "Longest such delay, in milliseconds.";
     callback_give_up_ms: u64, "RUNGATE_CALLBACK_GIVE_UP_MS", &[], SPAN, defaults().callback_give_up_ms.to_string(),
         "Milliseconds after which a callback is given up.";
+    signing_key_max_age_ms: u64, "RUNGATE_SIGNING_KEY_MAX_AGE_MS", &[], SPAN, "2592000000".to_owned(),
+        "Milliseconds after which job tokens are signed with a new key.";
+    sso_issuer: String, "RUNGATE_SSO_ISSUER", &[], ANY, String::new(),
+        "OpenID Connect issuer whose tokens are accepted, as its tokens name it; empty for no single sign-on.";
+    sso_audience: String, "RUNGATE_SSO_AUDIENCE", &[], ANY, String::new(),
+        "Audience that the issuer's tokens must be for.";
+    sso_jwks_url: String, "RUNGATE_SSO_JWKS_URL", &[], ANY, String::new(),
+        "Where the issuer's keys are; empty asks its discovery document.";
+    sso_algorithms: Vec<String>, "RUNGATE_SSO_ALGORITHMS", &[], ANY, "RS256".to_owned(),
+        "Algorithms that the issuer signs with: RS256 to RS512, PS256 to PS512, ES256, ES384, EdDSA.";
+    sso_token_types: Vec<String>, "RUNGATE_SSO_TOKEN_TYPES", &[], ANY, "at+jwt,JWT".to_owned(),
+        "Types (`typ`) that the issuer's tokens may have.";
+    sso_user_claim: String, "RUNGATE_SSO_USER_CLAIM", &[], ANY, "sub".to_owned(),
+        "Claim that becomes the user's id; a path of names with points between them is followed.";
+    sso_tenant: String, "RUNGATE_SSO_TENANT", &[], ANY, "sso".to_owned(),
+        "Tenant of the issuer's users.";
+    sso_tenant_claim: String, "RUNGATE_SSO_TENANT_CLAIM", &[], ANY, String::new(),
+        "Claim that becomes the tenant instead; empty for `sso_tenant`.";
+    sso_roles_claim: String, "RUNGATE_SSO_ROLES_CLAIM", &[], ANY, String::new(),
+        "Claim that `sso_roles` is about: a list, or words.";
+    sso_roles: Vec<String>, "RUNGATE_SSO_ROLES", &[], ANY, String::new(),
+        "Rules `VALUE=ROLE`: who has this value in its claim has this role; empty leaves roles to the administrator.";
+    sso_default_role: String, "RUNGATE_SSO_DEFAULT_ROLE", &[], ANY, "user".to_owned(),
+        "Role of those to whom no rule gives one; `none` refuses them.";
+    sso_provision: bool, "RUNGATE_SSO_PROVISION", &[], ANY, "true".to_owned(),
+        "Whether a user is created when it first comes; otherwise it must exist.";
+    sso_allow_private: bool, "RUNGATE_SSO_ALLOW_PRIVATE", &[], ANY, "false".to_owned(),
+        "Whether the issuer may be at private and loopback addresses, and speak plain http there.";
     url: String, "RUNGATE_URL", &[("GATEWAY_URL", 1)], ANY, "http://127.0.0.1:8080".to_owned(),
         "Gateway that the client commands talk to.";
     ca_cert: Option<PathBuf>, "RUNGATE_CA_CERT", &[], ANY, String::new(),

@@ -302,6 +302,11 @@ pub enum IdentityCommand {
         profile: Profile,
         token: NewToken,
     },
+    /// Of somebody whom the single sign-on issuer knows: without a token of ours.
+    ProvisionUser {
+        key: UserKey,
+        profile: Profile,
+    },
     /// With `rotate`, every token ends and this one begins.
     UpdateUser {
         key: UserKey,

@@ -125,6 +125,7 @@ impl Instance {
     /// Reports the release once no process bears the mark, killing what still does.
     pub async fn release(self) {
         process::killed_and_gone(&self.mark()).await;
+        self.shared.revoke(&self.service, self.generation).await;
         self.report_released();
     }
 
@@ -159,6 +160,10 @@ impl Instance {
                 .open(&spec.name)
                 .map_err(|error| chain(&error))?;
             let working_dir = working_dir.as_deref().map(Path::new);
+            let token_file = shared
+                .credentials
+                .write(&spec.name, mark.generation)
+                .map_err(|error| format!("cannot write its token: {error}"))?;
             let spawn = Spawn {
                 mark,
                 command,
@@ -166,6 +171,7 @@ impl Instance {
                 working_dir,
                 port,
                 grants: &grants,
+                token_file: &token_file,
                 log,
             };
             Process::spawn(spawn).map_err(|error| chain(&error))
@@ -178,11 +184,13 @@ impl Instance {
         let process = Arc::new(process);
         let base_url = format!("http://127.0.0.1:{}", process.port);
         let mut prober = self.prober(base_url, spec);
+        let mut renewals = self.shared.renewals(first == First::Healthy);
         let ended = loop {
             tokio::select! {
                 biased;
                 () = process.exited() => break true,
                 () = asked(&mut self.stop) => break false,
+                _ = renewals.tick() => self.shared.renew(&self.service, self.generation).await,
                 verdict = prober.next() => {
                     if self.judge(verdict, &mut first).is_break() {
                         self.shared.table.stop(&self.service, self.generation, now() + spec.grace_ms);

@@ -1,9 +1,10 @@
 //! Brings services to life and ends them: local processes, and services that run elsewhere. Takes plain
 //! requests, reports outcomes as commands, decides nothing about when.
 //!
-//! `instance` one life from start to release, `process` signals and exits, `procfs` who is who, `health` probes,
+//! `instance` one life from start to release, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
 //! `orphans` what nobody knows any more, `logs` their output, `outcome` the seam to the coordinator, `tasks` spawning.
 
+mod credentials;
 mod health;
 mod http;
 mod instance;
@@ -22,6 +23,7 @@ use std::{fs, io};
 use smol_str::SmolStr;
 use uuid::Uuid;
 
+pub use credentials::Credentials;
 pub use health::ProbeTimings;
 pub use http::{error_text, join};
 pub use logs::{LogError, LogLine, Logs};
@@ -47,6 +49,7 @@ pub struct DriverOptions {
     pub probes: ProbeTimings,
     /// Which addresses services may have.
     pub services: Rules,
+    pub credentials: Arc<dyn Credentials>,
 }
 
 /// Why no driver could be made.
@@ -74,6 +77,7 @@ struct Shared {
     probe_client: GuardedClient,
     logs: Logs,
     outcomes: Outcomes,
+    credentials: Arc<dyn Credentials>,
     tasks: Tasks,
     table: Table,
 }
@@ -110,6 +114,7 @@ impl Driver {
                 .map_err(DriverError::Client)?,
             logs,
             outcomes,
+            credentials: options.credentials,
             tasks,
             table: Table::default(),
         };

@@ -15,6 +15,7 @@ use rustix::process::{
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
+use super::credentials::VARIABLE as TOKEN_FILE_VARIABLE;
 use super::procfs::{self, MARK_VARIABLE, Mark};
 use crate::domain::event::Exit;
 use crate::domain::spec::Grant;
@@ -34,6 +35,8 @@ pub(super) struct Spawn<'a> {
     pub working_dir: Option<&'a Path>,
     pub port: u16,
     pub grants: &'a [Grant],
+    /// Where its token lies.
+    pub token_file: &'a Path,
     /// Open for appending: the service writes to it itself, so that it outlives the gateway.
     pub log: std::fs::File,
 }
@@ -89,6 +92,7 @@ impl Process {
             spawn.env,
             spawn.port,
             spawn.grants,
+            spawn.token_file,
         ));
         let mut child = command.spawn().map_err(exec)?;
         // Until it is reaped, which only `reap` does, its pid cannot be anyone else's.
@@ -264,6 +268,7 @@ fn environment(
     env: &[(String, String)],
     port: u16,
     grants: &[Grant],
+    token_file: &Path,
 ) -> Vec<(String, String)> {
     let gpus: Vec<&str> = grants.iter().map(|grant| grant.gpu.as_str()).collect();
     let mut all: Vec<(String, String)> = INHERITED
@@ -277,6 +282,7 @@ fn environment(
         ("CUDA_VISIBLE_DEVICES", gpus.join(",")),
         ("RUNGATE_SERVICE", mark.service.to_string()),
         ("RUNGATE_GENERATION", mark.generation.to_string()),
+        (TOKEN_FILE_VARIABLE, token_file.display().to_string()),
         (MARK_VARIABLE, mark.text()),
         // Keeps Python's setproctitle from writing its title over the environment, and so over the mark.
         ("SPT_NOENV", "1".to_owned()),
@@ -305,7 +311,8 @@ mod tests {
             gpu: gpu.into(),
             mib: 1,
         });
-        let seen: std::collections::HashMap<_, _> = environment(&mark, &own, 8123, &grants)
+        let file = Path::new("/t");
+        let seen: std::collections::HashMap<_, _> = environment(&mark, &own, 8123, &grants, file)
             .into_iter()
             .collect();
         assert_eq!(seen["CUDA_VISIBLE_DEVICES"], "SIM-0,SIM-1");
@@ -314,7 +321,7 @@ mod tests {
         assert_eq!(seen[MARK_VARIABLE], mark.text());
         assert!(!seen.contains_key("RUNGATE_TOKEN"));
         assert_eq!(
-            environment(&mark, &[], 1, &[])
+            environment(&mark, &[], 1, &[], file)
                 .iter()
                 .find(|(n, _)| n == "CUDA_VISIBLE_DEVICES")
                 .unwrap()

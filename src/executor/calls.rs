@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use http::HeaderValue;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 
@@ -18,6 +19,9 @@ use crate::domain::effect::Dispatch;
 use crate::domain::ids::{Attempt, Generation, RunId, ServiceName};
 use crate::domain::time::Timestamp;
 use crate::driver::{Endpoint, join, until};
+
+/// What a token outlasts its attempt by: reports that are under way when it ends.
+const TOKEN_SLACK: Duration = Duration::from_secs(10);
 
 /// One attempt.
 type CallId = (RunId, Attempt);
@@ -269,12 +273,26 @@ async fn exchange(
             join(gateway, &format!("queue/{run}/progress")),
         )
         .body(payload);
+    if let Some(token) = job_token(inner, endpoint, dispatch) {
+        request = request.header("x-rungate-token", token);
+    }
     if dispatch.checkpoint.is_some() {
         let url = join(gateway, &format!("api/gateway/runs/{run}/checkpoint"));
         request = request.header("x-rungate-checkpoint", url);
     }
     metrics::histogram!("rungate_dispatch_seconds").record(arrived.elapsed());
     result_of(request.send().await.map_err(broken)?).await
+}
+
+/// Good for as long as the attempt can last: its call, and a stop at the end of it. Kept out of debug output.
+fn job_token(inner: &Inner, endpoint: &Endpoint, dispatch: &Dispatch) -> Option<HeaderValue> {
+    let lasting = Duration::from_millis(dispatch.timeout_ms)
+        .saturating_add(Duration::from_millis(endpoint.spec.grace_ms))
+        .saturating_add(TOKEN_SLACK);
+    let token = (inner.options.job_token)(dispatch, lasting)?;
+    let mut value = HeaderValue::from_str(&token).ok()?;
+    value.set_sensitive(true);
+    Some(value)
 }
 
 fn answered(dispatch: &Dispatch, outcome: Result<Bytes, JobFailure>) -> Command {

@@ -19,7 +19,7 @@ pub use answer::ANSWER_MAX_BYTES;
 pub use callback::{CallbackBody, CallbackStatus};
 pub use webhook::{Secret, SecretError};
 
-use crate::domain::effect::Effect;
+use crate::domain::effect::{Dispatch, Effect};
 use crate::domain::ids::{PlaneId, RunId, Seq};
 use crate::driver::{Driver, Outcomes, Tasks};
 use crate::outbound::{GuardedClient, Rules};
@@ -43,6 +43,9 @@ pub trait Source: Send + Sync + 'static {
 /// Why the ledger could not be read.
 pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
 
+/// Makes the token that a dispatch carries, to last that long; `None` when it cannot be signed.
+pub type JobToken = Arc<dyn Fn(&Dispatch, Duration) -> Option<String> + Send + Sync>;
+
 /// What an executor is made of.
 pub struct ExecutorOptions {
     /// How services reach this gateway, as `http://127.0.0.1:8080`: for progress and checkpoints.
@@ -54,6 +57,7 @@ pub struct ExecutorOptions {
     /// Which addresses services may have.
     pub services: Rules,
     pub secret: Secret,
+    pub job_token: JobToken,
     /// Between questions for progress where a service wants to be asked.
     pub progress_every: Duration,
 }

@@ -1,15 +1,22 @@
-//! What the executor needs of coordinator and ledger, behind the executor's own traits.
+//! What executor and driver need of coordinator, ledger and credentials, behind their own traits.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
 use smol_str::SmolStr;
 
+use crate::auth::jwt::work::{Work, WorkTokens};
+use crate::auth::private_file;
 use crate::clock::now;
 use crate::coordinator::{Handle, SubmitError};
 use crate::domain::command::{Command, Origin};
-use crate::domain::ids::{PlaneId, RunId, Seq};
-use crate::driver::{NotTaken, Sink};
-use crate::executor::{CallbackBody, CallbackStatus, Source, SourceError};
+use crate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
+use crate::driver::{Credentials, NotTaken, Sink};
+use crate::executor::{CallbackBody, CallbackStatus, JobToken, Source, SourceError};
 use crate::ledger::{Ledger, RunStatus};
 
 /// Outcomes go to the coordinator in the executor's name.
@@ -69,5 +76,78 @@ impl Source for LedgerSource {
             error,
             ended_at,
         )))
+    }
+}
+
+/// The tokens of dispatches.
+pub fn job_token(tokens: WorkTokens) -> JobToken {
+    Arc::new(move |dispatch, lasting| {
+        let work = Work::Attempt {
+            plane: dispatch.plane,
+            run: dispatch.run,
+            attempt: dispatch.attempt,
+            service: dispatch.service.clone(),
+            generation: dispatch.generation,
+        };
+        match tokens.issue(&work, lasting, now()) {
+            Ok(token) => Some(token),
+            Err(error) => {
+                tracing::error!(run.id = %dispatch.run, %error, "a job token could not be signed");
+                None
+            }
+        }
+    })
+}
+
+/// How long an instance's token lasts, and how often it is renewed: a gateway that is down for a while leaves one
+/// that is still good, or has been renewed when it is back.
+const INSTANCE_LASTING: Duration = Duration::from_secs(3_600);
+const INSTANCE_RENEWAL: Duration = Duration::from_secs(1_200);
+
+/// The tokens of instances, in `<data>/auth/instances/`.
+pub struct InstanceTokens {
+    tokens: WorkTokens,
+    folder: PathBuf,
+}
+
+impl InstanceTokens {
+    pub fn new(tokens: WorkTokens, data_dir: &Path) -> Self {
+        // A service may have another working directory.
+        let data_dir = std::path::absolute(data_dir).unwrap_or_else(|_| data_dir.to_owned());
+        let folder = data_dir.join("auth").join("instances");
+        Self { tokens, folder }
+    }
+
+    /// Service names are file names: they have no slash, and begin with a letter or a digit.
+    fn path(&self, service: &ServiceName, generation: Generation) -> PathBuf {
+        self.folder.join(format!("{service}.{generation}"))
+    }
+}
+
+impl Credentials for InstanceTokens {
+    fn renew_every(&self) -> Duration {
+        INSTANCE_RENEWAL
+    }
+
+    fn write(&self, service: &ServiceName, generation: Generation) -> io::Result<PathBuf> {
+        let work = Work::Instance {
+            service: service.clone(),
+            generation,
+        };
+        let token = self.tokens.issue(&work, INSTANCE_LASTING, now());
+        let token = token.map_err(io::Error::other)?;
+        let path = self.path(service, generation);
+        private_file::write(&path, format!("{token}\n").as_bytes())?;
+        Ok(path)
+    }
+
+    fn remove(&self, service: &ServiceName, generation: Generation) {
+        let path = self.path(service, generation);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(file.path = %path.display(), %error, "a token file could not be removed");
+            }
+            _ => {}
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What the worker tells and asks its gateway: progress, checkpoints. Its token goes to that gateway only.
+//! What the worker tells and asks its gateway: progress, checkpoints. Tokens go to that gateway only.
 
 use std::time::Duration;
 
@@ -25,9 +25,20 @@ pub struct Link {
     gateway: Gateway,
     run: String,
     attempt: Option<String>,
+    /// The dispatch's own, else the worker's.
+    token: Option<String>,
     progress: Option<Url>,
     save: Option<Url>,
     checkpoint: Option<Url>,
+}
+
+/// What a dispatch says in its headers.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Headers<'a> {
+    pub progress: Option<&'a str>,
+    pub checkpoint: Option<&'a str>,
+    /// Good for this attempt only.
+    pub token: Option<&'a str>,
 }
 
 /// Why a call to the gateway came to nothing.
@@ -67,22 +78,19 @@ impl Gateway {
         })
     }
 
-    /// The conversation about one attempt. The links come from the request's headers; whatever host
-    /// they name, they are followed on the configured gateway only.
-    pub fn link(
-        &self,
-        run: String,
-        attempt: Option<String>,
-        progress: Option<&str>,
-        checkpoint: Option<&str>,
-    ) -> Link {
-        let progress = progress.and_then(|text| self.follow(text));
+    /// The conversation about one attempt. Whatever host the links of a dispatch name, they are followed on the
+    /// configured gateway only. Its token is preferred to the worker's own, which can do more than is needed.
+    pub fn link(&self, run: String, attempt: Option<String>, headers: Headers<'_>) -> Link {
+        let progress = headers.progress.and_then(|text| self.follow(text));
         let base = self.base.clone().or_else(|| progress.clone());
         let own = |path: String| base.as_ref().and_then(|base| base.join(&path).ok());
         Link {
             save: own(format!("/api/gateway/runs/{run}/checkpoint")),
             progress: progress.or_else(|| own(format!("/queue/{run}/progress"))),
-            checkpoint: checkpoint.and_then(|text| self.follow(text)),
+            checkpoint: headers.checkpoint.and_then(|text| self.follow(text)),
+            token: headers
+                .token
+                .map_or_else(|| self.token.clone(), |token| Some(token.to_owned())),
             gateway: self.clone(),
             run,
             attempt,
@@ -159,7 +167,7 @@ impl Link {
 
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, CallError> {
         let mut request = request;
-        if let Some(token) = &self.gateway.token {
+        if let Some(token) = &self.token {
             request = request.bearer_auth(token);
         }
         if let Some(attempt) = &self.attempt {
@@ -192,12 +200,30 @@ mod tests {
         let base = Url::parse("http://127.0.0.1:9000").unwrap();
         let gateway = Gateway::new(Some(base), None, Vec::new()).unwrap();
         let progress = "http://evil.example/queue/7/progress";
-        let link = gateway.link("7".to_owned(), None, Some(progress), None);
+        let headers = Headers {
+            progress: Some(progress),
+            ..Headers::default()
+        };
+        let link = gateway.link("7".to_owned(), None, headers);
         let url = link.progress.unwrap();
         assert_eq!(url.as_str(), "http://127.0.0.1:9000/queue/7/progress");
         let url = link.save.unwrap();
         assert_eq!(url.path(), "/api/gateway/runs/7/checkpoint");
         assert_eq!(gateway.follow("//evil.example/x"), None);
+    }
+
+    #[test]
+    fn the_token_of_a_dispatch_is_preferred_to_the_workers_own() {
+        let gateway = Gateway::new(None, Some("own".to_owned()), Vec::new()).unwrap();
+        let token = |token| {
+            let headers = Headers {
+                token,
+                ..Headers::default()
+            };
+            gateway.link("7".to_owned(), None, headers).token
+        };
+        assert_eq!(token(Some("of the job")).as_deref(), Some("of the job"));
+        assert_eq!(token(None).as_deref(), Some("own"));
     }
 
     #[test]

@@ -24,6 +24,7 @@ use tokio_util::sync::CancellationToken;
 pub use gateway::{Gateway, is_loopback};
 pub use scan::{Report, scan_all};
 
+use gateway::Headers;
 use job::{Operation, Outcome};
 
 /// Jobs at once; the gateway keeps to the service's own `concurrency`, this is the wall behind it.
@@ -104,12 +105,12 @@ async fn process(
         return refuse(StatusCode::BAD_REQUEST, "X-Rungate-Run-Id is no run id");
     }
     let attempt = header("x-rungate-attempt").map(str::to_owned);
-    let link = shared.gateway.link(
-        run.clone(),
-        attempt.clone(),
-        header("x-rungate-progress"),
-        header("x-rungate-checkpoint"),
-    );
+    let told = Headers {
+        progress: header("x-rungate-progress"),
+        checkpoint: header("x-rungate-checkpoint"),
+        token: header("x-rungate-token"),
+    };
+    let link = shared.gateway.link(run.clone(), attempt.clone(), told);
     let active = Active {
         attempt,
         stop: shared.shutdown.child_token(),

@@ -13,6 +13,10 @@ pub fn rows() -> Vec<Case> {
         let case = Case::new("GET", path, path);
         rows.push(case.without_token().fails(401, "unauthorized"));
     }
+    let rotate = "/api/gateway/admin/signing-keys/rotate";
+    let case = Case::new("POST", rotate, rotate);
+    rows.push(case.clone().without_token().fails(401, "unauthorized"));
+    rows.push(case.by("GET").fails(405, "method_not_allowed"));
     rows.extend(users());
     rows.extend(one_user());
     rows.extend(tokens());

@@ -72,6 +72,7 @@ impl Callbacks {
             callbacks: Rules::new(Purpose::Callbacks, reach, Vec::new()),
             services: service_rules(),
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
+            job_token: Arc::new(|_, _| None),
             progress_every: PROGRESS_EVERY,
         };
         let (driver, outcomes, tasks) =

@@ -145,6 +145,9 @@ impl Calls {
             callbacks: Rules::new(Purpose::Callbacks, Reach::Public, Vec::new()),
             services,
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
+            job_token: Arc::new(|dispatch, lasting| {
+                Some(format!("{}.{}", dispatch.attempt, lasting.as_millis()))
+            }),
             progress_every: Duration::from_millis(30),
         };
         let (driver, outcomes, tasks) =
@@ -257,6 +260,8 @@ async fn a_payload_is_posted_with_what_the_service_must_know() {
         ("content-length", "7".to_owned()),
         ("x-rungate-run-id", run.to_string()),
         ("x-rungate-attempt", "3".to_owned()),
+        // The call's limit, the service's grace, and ten seconds.
+        ("x-rungate-token", "3.40500".to_owned()),
         (
             "x-rungate-progress",
             format!("http://127.0.0.1:8080/queue/{run}/progress"),

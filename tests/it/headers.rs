@@ -21,6 +21,9 @@ const EVERYWHERE: &[(&str, &str)] = &[
     ("x-content-type-options", "nosniff"),
 ];
 
+/// The one answer that may be kept.
+const JWKS: &str = "/.well-known/jwks.json";
+
 /// Headers of an answer that say nothing to browsers about what it may do there.
 const PLAIN: &[&str] = &[
     "allow",
@@ -79,7 +82,12 @@ async fn every_route_tells_browsers_the_same() {
                     response.headers().contains_key("x-request-id"),
                     "{method} {path}"
                 );
-                let found = told(response.headers());
+                let mut found = told(response.headers());
+                if path == JWKS {
+                    // Keys are for everyone, and asked for often.
+                    let kept = found.insert("cache-control".to_owned(), "no-store".to_owned());
+                    assert_eq!(kept.as_deref(), Some("public, max-age=300"));
+                }
                 if found != expected() {
                     wrong.push(format!("{method} {path} {}: {found:?}", response.status()));
                 }

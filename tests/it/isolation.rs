@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use crate::support::scripted::Scripted;
 use crate::support::wait::until;
 use crate::support::{Answer, Gateway, Options, answer, worker_service};
 
@@ -52,6 +53,7 @@ const ROWS: &[Row] = &[
     ("GET", "/api/health", ALL),
     ("GET", "/livez", ALL),
     ("GET", "/readyz", ALL),
+    ("GET", "/.well-known/jwks.json", ALL),
     ("GET", "/ping", ALL),
     ("GET", "/me", ALL),
     ("GET", "/metrics", operators(200)),
@@ -109,6 +111,7 @@ const ROWS: &[Row] = &[
     ("GET", "/ledger/verify", admin(200)),
     ("GET", "/ledger/stats", admin(200)),
     ("GET", "/ledger/export", admin(200)),
+    ("POST", "/admin/signing-keys/rotate", admin(200)),
     ("GET", "/tokens", ALL),
     ("POST", "/tokens", [422; 7]),
     ("DELETE", "/tokens/{token_id}", OWN),
@@ -131,9 +134,22 @@ const ROWS: &[Row] = &[
     ),
 ];
 
+/// What the token of somebody else's job is good for: nothing. The routes that such a token has know its own run.
+fn by_job_token(method: &str, path: &str) -> u16 {
+    match (method, path) {
+        ("GET", "/runs/{run_id}/input_data")
+        | ("GET" | "PUT", "/runs/{run_id}/checkpoint")
+        | ("POST", "/queue/{job_id}/progress") => 404,
+        _ => 403,
+    }
+}
+
 /// A gateway with one caller of each kind.
 struct World {
     gateway: Gateway,
+    /// A service that holds a job of the administrator's, and that job's token.
+    _holding: Scripted,
+    job_token: String,
     /// By `KNOWN`, each with a token.
     known: BTreeMap<&'static str, String>,
     /// Whom the gateway does not let in; `None` shows no token.
@@ -232,8 +248,18 @@ impl World {
             ("revoked token", Some(revoked)),
             ("expired token", Some(expired)),
         ];
+        let holding = Scripted::start().await;
+        gateway
+            .register(holding.service("holding", "holding"))
+            .await;
+        let job = json!({"service_type": "holding", "payload": {"hold": true}});
+        gateway.start_job(job).await;
+        until("it is held", || async { !holding.jobs().is_empty() }).await;
+        let job_token = holding.jobs()[0].header("x-rungate-token").to_owned();
         World {
             gateway,
+            _holding: holding,
+            job_token,
             known,
             refused,
         }
@@ -360,7 +386,10 @@ async fn check(
     expected: &[u16; 7],
     wrong: &mut Vec<String>,
 ) {
-    let open = matches!(short, "/health" | "/api/health" | "/livez" | "/readyz");
+    let open = matches!(
+        short,
+        "/health" | "/api/health" | "/livez" | "/readyz" | "/.well-known/jwks.json"
+    );
     let place = place(path);
     let id = world.owned(place.unwrap_or("run_id")).await;
     let unknown = uuid::Uuid::now_v7().to_string();
@@ -379,6 +408,18 @@ async fn check(
                 "{method} {path} by {who}: {status}, not {expected}"
             ));
         }
+    }
+    let token = Some(world.job_token.as_str());
+    let (status, answer) = world.status(token, method, &named(&id), &body).await;
+    let expected_of_job = if open {
+        200
+    } else {
+        by_job_token(method, short)
+    };
+    if status != expected_of_job {
+        wrong.push(format!(
+            "{method} {path} by another run's job token: {status}, not {expected_of_job}: {answer}"
+        ));
     }
     // The owner comes last: what it does may be the end of the thing.
     for (who, expected) in KNOWN.iter().zip(expected).rev() {

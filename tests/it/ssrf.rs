@@ -139,6 +139,7 @@ impl Callbacks {
             callbacks: rules,
             services: service_rules(),
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
+            job_token: Arc::new(|_, _| None),
             progress_every: PROGRESS_EVERY,
         };
         let parts = (world.driver.clone(), world.outcomes(), world.tasks.clone());

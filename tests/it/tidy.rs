@@ -21,7 +21,7 @@ const ARROWS: &[(&str, &[&str])] = &[
         "executor",
         &["clock", "domain", "driver", "gpu", "outbound"],
     ),
-    ("auth", &["domain"]),
+    ("auth", &["domain", "outbound"]),
     ("telemetry", &[]),
     (
         "api",

@@ -16,7 +16,8 @@ use rungate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
 use rungate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 use rungate::domain::time::Timestamp;
 use rungate::driver::{
-    Driver, DriverOptions, Mark, NotTaken, Outcomes, ProbeTimings, Sink, Tasks, marked_by,
+    Credentials, Driver, DriverOptions, Mark, NotTaken, Outcomes, ProbeTimings, Sink, Tasks,
+    marked_by,
 };
 use rungate::executor::{CallbackBody, Source, SourceError};
 use rungate::outbound::{Purpose, Reach, Rules};
@@ -294,16 +295,37 @@ impl Drop for World {
     }
 }
 
+/// Files in the place of tokens.
+struct Files(PathBuf);
+
+impl Credentials for Files {
+    fn renew_every(&self) -> Duration {
+        Duration::from_secs(3_600)
+    }
+
+    fn write(&self, service: &ServiceName, generation: Generation) -> std::io::Result<PathBuf> {
+        std::fs::create_dir_all(&self.0)?;
+        let path = self.0.join(format!("{service}.{generation}"));
+        std::fs::write(&path, "token")?;
+        Ok(path)
+    }
+
+    fn remove(&self, service: &ServiceName, generation: Generation) {
+        let _ = std::fs::remove_file(self.0.join(format!("{service}.{generation}")));
+    }
+}
+
 fn driver(data_dir: PathBuf, ledger: Uuid, probes: ProbeTimings) -> (Driver, Arc<Recorder>, Tasks) {
     let recorder = Arc::new(Recorder {
         outcomes: watch::Sender::new(Vec::new()),
     });
     let tasks = Tasks::new();
     let options = DriverOptions {
-        data_dir,
+        data_dir: data_dir.clone(),
         ledger,
         probes,
         services: service_rules(),
+        credentials: Arc::new(Files(data_dir.join("tokens"))),
     };
     let driver = Driver::new(options, Outcomes::new(recorder.clone()), tasks.clone()).unwrap();
     (driver, recorder, tasks)

@@ -61,10 +61,6 @@ impl Gateway {
         &self.client
     }
 
-    pub fn token_path(&self) -> &Path {
-        &self.token_path
-    }
-
     /// Stops the services, then the gateway.
     ///
     /// # Errors

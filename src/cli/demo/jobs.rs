@@ -162,7 +162,7 @@ impl Job {
 }
 
 /// Registers both services: this very program as `rungate worker`.
-pub async fn register(client: &Client, token_path: &Path) -> Result<(), CliError> {
+pub async fn register(client: &Client) -> Result<(), CliError> {
     let program = std::env::current_exe().map_err(CliError::io("find this program"))?;
     for service in SERVICES {
         let body = json!({
@@ -175,7 +175,6 @@ pub async fn register(client: &Client, token_path: &Path) -> Result<(), CliError
             "command": [program, "worker"],
             "env": {
                 "RUNGATE_GATEWAY_URL": client.base().as_str(),
-                "RUNGATE_TOKEN_FILE": token_path,
                 "RUNGATE_CONFIG": "/dev/null",
             },
             "concurrency": 2,

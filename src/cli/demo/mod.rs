@@ -99,7 +99,7 @@ async fn show(out: Out, gateway: &Gateway, plan: &Plan) -> Result<Exit, CliError
 /// Submits the jobs and follows the ledger until all have ended.
 async fn play(out: Out, gateway: &Gateway, plan: &Plan) -> Result<Board, CliError> {
     let client = gateway.client();
-    jobs::register(client, gateway.token_path()).await?;
+    jobs::register(client).await?;
     let (urgent, steady): (Vec<&Job>, Vec<&Job>) = plan.jobs.iter().partition(|job| job.urgent);
     for job in steady {
         job.submit(client).await?;

@@ -30,6 +30,7 @@ impl Context<'_> {
                 profile,
                 token,
             } => self.create_user(key, profile, token),
+            IdentityCommand::ProvisionUser { key, profile } => self.provision_user(key, profile),
             IdentityCommand::UpdateUser {
                 key,
                 change,
@@ -95,6 +96,13 @@ impl Context<'_> {
     }
 
     fn create_user(&self, key: UserKey, profile: Profile, token: NewToken) -> Decided {
+        let mut events = self.provision_user(key.clone(), profile)?;
+        self.check_hash(&token)?;
+        events.push(Event::TokenIssued { owner: key, token });
+        Ok(events)
+    }
+
+    fn provision_user(&self, key: UserKey, profile: Profile) -> Decided {
         let people = &self.state.people;
         if people.users.contains_key(&key) {
             return Err(IdentityRejection::UserExists(key));
@@ -102,15 +110,13 @@ impl Context<'_> {
         if people.users.len() >= MAX_USERS {
             return Err(IdentityRejection::TooManyUsers(MAX_USERS));
         }
-        self.check_hash(&token)?;
         let (plane, opened) = self.open_runtime(&key.tenant, &profile.runtime)?;
         let created = Event::UserCreated {
-            key: key.clone(),
+            key,
             profile,
             plane,
         };
-        let issued = Event::TokenIssued { owner: key, token };
-        Ok(vec![opened, created, issued])
+        Ok(vec![opened, created])
     }
 
     /// Two tokens with one secret would make whose it is a matter of luck.

@@ -1,6 +1,8 @@
 //! A real gateway for tests: the built binary on a free port over a data directory of its own, killed when
 //! dropped together with every process that it started.
 
+pub mod issuer;
+pub mod keys;
 pub mod raw;
 pub mod rng;
 pub mod scripted;
@@ -453,7 +455,6 @@ pub fn worker_service(gateway: &Gateway, name: &str, service_type: &str, more: V
         "cancel_path": "/cancel",
         "grace_seconds": 2,
         "env": {
-            "RUNGATE_TOKEN_FILE": gateway.token_path(),
             "RUNGATE_GATEWAY_URL": gateway.url(""),
         },
     });
