@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 use url::Url;
 
@@ -16,7 +17,7 @@ const MAX_CHECKPOINT_BYTES: u64 = 1 << 20;
 pub struct Gateway {
     http: reqwest::Client,
     base: Option<Url>,
-    token: Option<String>,
+    token: Option<SecretString>,
 }
 
 /// One job's side of the conversation: which run, which attempt, and the links it was given.
@@ -49,7 +50,7 @@ impl Gateway {
     /// The HTTP client cannot be made.
     pub fn new(
         base: Option<Url>,
-        token: Option<String>,
+        token: Option<SecretString>,
         roots: Vec<reqwest::Certificate>,
     ) -> Result<Self, reqwest::Error> {
         let builder = reqwest::Client::builder()
@@ -160,7 +161,7 @@ impl Link {
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, CallError> {
         let mut request = request;
         if let Some(token) = &self.gateway.token {
-            request = request.bearer_auth(token);
+            request = request.bearer_auth(token.expose_secret());
         }
         if let Some(attempt) = &self.attempt {
             request = request.header("x-rungate-attempt", attempt);
