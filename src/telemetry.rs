@@ -145,6 +145,10 @@ fn describe() {
         "Requests by route, method and status"
     );
     describe_gauge!("rungate_http_connections", "Open connections");
+    describe_counter!(
+        "rungate_audit_lost_total",
+        "Refused writes that could not be recorded"
+    );
 }
 
 #[cfg(test)]

@@ -6,15 +6,18 @@
 //! | `token` | the form of a token |
 //! | `secret` | hashes of tokens, imported ones included |
 //! | `uses` | when a token was last used |
+//! | `checkpoint_key` | what signs the ledger's checkpoints |
 //! | `bootstrap`, `private_file` | the first administrator's token; files that only their owner reads |
 
 pub mod bootstrap;
+pub mod checkpoint_key;
 mod private_file;
 pub mod secret;
 pub mod token;
 pub mod uses;
 
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue, header};
+use secrecy::{ExposeSecret, SecretString};
 use smol_str::SmolStr;
 use subtle::ConstantTimeEq;
 
@@ -101,7 +104,7 @@ pub enum Shown {
 
 /// A new token's secret, shown once.
 pub struct Minted {
-    pub secret: String,
+    pub secret: SecretString,
     pub hash: TokenHash,
 }
 
@@ -115,9 +118,9 @@ pub struct Authenticator {
 
 impl Authenticator {
     /// Accepts the first administrator's token, and hashes the others with `key`.
-    pub fn new(admin_token: &str, key: HashKey, uses: Uses) -> Self {
+    pub fn new(admin_token: &SecretString, key: HashKey, uses: Uses) -> Self {
         Self {
-            admin_digest: key.digest(admin_token.as_bytes()),
+            admin_digest: key.digest(admin_token.expose_secret().as_bytes()),
             key,
             uses,
         }
@@ -147,11 +150,16 @@ impl Authenticator {
         })
     }
 
+    /// Tells the token of an `Authorization` header from others, whether it is accepted or not.
+    pub fn fingerprint(&self, headers: &HeaderMap) -> Option<String> {
+        let token = bearer(headers.get(header::AUTHORIZATION)?.as_bytes())?;
+        let fits = !token.is_empty() && token.len() <= MAX_TOKEN_BYTES;
+        fits.then(|| short(&self.key.digest(token)))
+    }
+
     /// A fresh token for a user.
     pub fn mint(&self) -> Minted {
-        let secret = token::generate(USER_KIND);
-        let hash = TokenHash::Keyed(self.key.digest(secret.as_bytes()));
-        Minted { secret, hash }
+        self.minted(SecretString::from(token::generate(USER_KIND)))
     }
 
     /// A token that an administrator chose; `None` when it is no sound one.
@@ -159,10 +167,12 @@ impl Authenticator {
         let sound = (MIN_CHOSEN_BYTES..=MAX_TOKEN_BYTES).contains(&secret.len())
             && secret.bytes().all(|byte| byte.is_ascii_graphic())
             && (!secret.starts_with("rgt_") || token::is_well_formed(secret, USER_KIND));
-        sound.then(|| Minted {
-            secret: secret.to_owned(),
-            hash: TokenHash::Keyed(self.key.digest(secret.as_bytes())),
-        })
+        sound.then(|| self.minted(SecretString::from(secret)))
+    }
+
+    fn minted(&self, secret: SecretString) -> Minted {
+        let hash = TokenHash::Keyed(self.key.digest(secret.expose_secret().as_bytes()));
+        Minted { secret, hash }
     }
 
     /// Notes that a token was used.
@@ -208,7 +218,7 @@ mod tests {
     use super::*;
 
     fn auth() -> Authenticator {
-        Authenticator::new("rgt_admin_x", HashKey::random(), Uses::forgotten())
+        Authenticator::new(&"rgt_admin_x".into(), HashKey::random(), Uses::forgotten())
     }
 
     fn read(auth: &Authenticator, text: &str) -> Option<Shown> {
@@ -240,7 +250,8 @@ mod tests {
     #[test]
     fn a_wrong_checksum_ends_before_any_look_up() {
         let auth = auth();
-        let secret = auth.mint().secret;
+        let minted = auth.mint();
+        let secret = minted.secret.expose_secret();
         assert!(matches!(
             read(&auth, &format!("Bearer {secret}")),
             Some(Shown::Token { .. })
