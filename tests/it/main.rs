@@ -15,6 +15,7 @@ mod checkpoints;
 mod cli_basics;
 mod cli_client;
 mod cli_demo;
+mod cli_safety;
 mod cli_worker;
 mod commands;
 mod crash;
