@@ -1,8 +1,11 @@
 //! Wiring: what is started in which order, what a stop waits for, and one sentence for each thing that can
 //! be wrong at the start.
 
+mod checkpoint;
 mod seams;
 mod transport;
+
+pub use checkpoint::{public_key_path, sign_checkpoint};
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -18,9 +21,11 @@ use self::seams::{InstanceTokens, LedgerSource, ToCoordinator};
 use self::transport::TransportError;
 use crate::api::limits::LimitConfig;
 use crate::api::listen::ListenConfig;
+use crate::api::tls::Tls;
 use crate::api::{ApiConfig, App, Parts};
 use crate::auth::Authenticator;
 use crate::auth::bootstrap::{self, BootstrapError};
+use crate::auth::checkpoint_key::{CheckpointKey, CheckpointKeyError};
 use crate::auth::jwt::signing::{SigningKeys, SigningKeysError};
 use crate::auth::jwt::work::WorkTokens;
 use crate::auth::secret::{TokenKey, TokenKeyError};
@@ -76,6 +81,8 @@ pub enum ServeError {
     Token(#[from] BootstrapError),
     #[error(transparent)]
     TokenKey(#[from] TokenKeyError),
+    #[error(transparent)]
+    CheckpointKey(#[from] CheckpointKeyError),
     #[error(transparent)]
     Secret(#[from] SecretError),
     #[error(transparent)]
@@ -182,17 +189,15 @@ pub async fn serve(
         handle: core.handle.clone(),
         ledger: core.ledger.clone(),
         auth: Authenticator::new(&token.token, token_key, uses.clone()).with_signed(work, sso),
+        checkpoint_key: CheckpointKey::load_or_create(&config.data_dir)?,
         metrics,
         logs: core.driver.logs().clone(),
         stopping: shutdown.child_token(),
     });
-    let listening = ListenConfig {
-        max_connections: usize::try_from(config.max_connections).unwrap_or(usize::MAX),
-        drain_timeout: REQUESTS_DRAIN,
-        tls,
-        ..ListenConfig::default()
-    };
-    let http = Http::start(listener, app, listening);
+    let audit = app.clone();
+    core.tasks
+        .spawn("audit", async move { audit.audit.keep_telling().await });
+    let http = Http::start(listener, app.clone(), listen_config(&config, tls));
     if let Some(ready) = ready {
         // A caller that does not care has dropped it.
         let _ = ready.send(Ready {
@@ -210,10 +215,19 @@ pub async fn serve(
         }
     }
     let stopped = core
-        .stop(http, Duration::from_millis(config.shutdown_limit_ms))
+        .stop(http, &app, Duration::from_millis(config.shutdown_limit_ms))
         .await;
     save_uses(&uses);
     stopped
+}
+
+fn listen_config(config: &Config, tls: Option<Tls>) -> ListenConfig {
+    ListenConfig {
+        max_connections: usize::try_from(config.max_connections).unwrap_or(usize::MAX),
+        drain_timeout: REQUESTS_DRAIN,
+        tls,
+        ..ListenConfig::default()
+    }
 }
 
 /// Whether the gateway would listen as the settings say: its certificate and key, or plain http.
@@ -346,7 +360,7 @@ impl Core {
     /// Begins nothing new, lets open calls end for at most `limit`, puts what still runs back into the queue, and
     /// ends with a snapshot. Requests are answered until the calls have ended: services report progress and save
     /// checkpoints to the last, and `/readyz` tells that it is over.
-    async fn stop(self, http: Http, limit: Duration) -> Result<(), ServeError> {
+    async fn stop(self, http: Http, app: &App, limit: Duration) -> Result<(), ServeError> {
         self.handle.quiet();
         let open = self.executor.finish_calls(limit).await;
         if open > 0 {
@@ -358,6 +372,7 @@ impl Core {
         http.closing.cancel();
         // It logs what it had to cut off.
         let _ = http.task.await;
+        app.audit.tell(true);
         self.tasks.stop().await;
         // A coordinator that has ended meanwhile says why below.
         let _ = self
@@ -501,6 +516,7 @@ fn api_config(config: &Config, addr: SocketAddr, no_gpu: Option<String>) -> ApiC
         }
     }
     api.trusted_proxies = usize::try_from(config.trusted_proxies).unwrap_or(usize::MAX);
+    api.audit = config.audit;
     api.max_body_bytes = usize::try_from(config.max_body_bytes).unwrap_or(usize::MAX);
     api.limits = limits(config);
     api.no_gpu_reason = no_gpu;

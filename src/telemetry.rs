@@ -149,6 +149,10 @@ fn describe() {
         "rungate_sso_key_fetches_total",
         "Fetches of the single sign-on issuer's keys by result"
     );
+    describe_counter!(
+        "rungate_audit_lost_total",
+        "Refused writes that could not be recorded"
+    );
 }
 
 #[cfg(test)]

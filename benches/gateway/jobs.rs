@@ -237,6 +237,7 @@ pub fn record(at: Timestamp, event: Event, payload: Bytes) -> NewRecord {
         at,
         actor: SmolStr::new_static(if client { "admin" } else { "executor" }),
         request_id: client.then(|| SmolStr::new_static("01JH8Z3V6W3P9Q4N5T7X2K1M0B")),
+        asked: None,
         event,
         payload,
     }

@@ -25,6 +25,8 @@ const OPERATE: Need = Need::Role(Role::Operator, Scope::ServicesWrite);
 /// What services wrote, and numbers of all planes: not for everyone, yet nothing is changed.
 const INSPECT: Need = Need::Role(Role::Operator, Scope::ServicesRead);
 const READ_LEDGER: Need = Need::Role(Role::Admin, Scope::LedgerRead);
+/// Of their own tenant; administrators, of all.
+const READ_AUDIT: Need = Need::Role(Role::TenantAdmin, Scope::LedgerRead);
 const OWN_TOKENS: Need = Need::Role(Role::Viewer, Scope::All);
 const MANAGE_USERS: Need = Need::Role(Role::TenantAdmin, Scope::All);
 const MANAGE_GATEWAY: Need = Need::Role(Role::Admin, Scope::All);
@@ -86,6 +88,9 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/ledger/stats", READ_LEDGER),
     ("GET", "/ledger/export", READ_LEDGER),
     ("POST", "/admin/signing-keys/rotate", MANAGE_GATEWAY),
+    ("GET", "/ledger/checkpoint", READ_LEDGER),
+    ("GET", "/audit", READ_AUDIT),
+    ("GET", "/audit/tail", READ_LEDGER),
     // People.
     ("GET", "/tokens", OWN_TOKENS),
     ("POST", "/tokens", OWN_TOKENS),

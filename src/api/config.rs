@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use super::limits::LimitConfig;
+use crate::domain::audit::AuditMode;
 
 /// Settings of the HTTP side.
 #[derive(Clone, Debug)]
@@ -15,6 +16,8 @@ pub struct ApiConfig {
     pub allowed_origins: Vec<String>,
     /// Proxies in front of the gateway whose `X-Forwarded-For` and `X-Forwarded-Proto` count.
     pub trusted_proxies: usize,
+    /// What is recorded of writes.
+    pub audit: AuditMode,
     /// Largest JSON body. Payloads go into the ledger, so it is not larger than a record should be.
     pub max_body_bytes: usize,
     /// Largest checkpoint; the same reason.
@@ -52,6 +55,7 @@ impl ApiConfig {
                 .map(str::to_owned)
                 .into(),
             trusted_proxies: 0,
+            audit: AuditMode::default(),
             max_body_bytes: 1 << 20,
             max_checkpoint_bytes: 1 << 20,
             body_timeout: Duration::from_secs(30),

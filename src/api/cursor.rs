@@ -7,7 +7,7 @@ use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
 use super::error::{ApiError, ErrorCode};
-use crate::domain::ids::RunId;
+use crate::domain::ids::{RunId, Seq};
 
 /// Bytes of the signature that a cursor carries: a forged one only finds another place in the caller's own
 /// listing, so 128 bits are plenty.
@@ -28,6 +28,18 @@ pub fn decode(key: &[u8; 32], filters: &str, cursor: &str) -> Result<RunId, ApiE
             "after is not a cursor of this listing; start again without it, or with the same filters",
         )
     })
+}
+
+/// The place after record `last`.
+pub fn encode_seq(key: &[u8; 32], filters: &str, last: Seq) -> String {
+    encode(key, filters, RunId(Uuid::from_u128(last.into())))
+}
+
+/// The record that a cursor of `encode_seq` names.
+pub fn decode_seq(key: &[u8; 32], filters: &str, cursor: &str) -> Result<Seq, ApiError> {
+    let RunId(place) = decode(key, filters, cursor)?;
+    // Larger ones are none of ours, and would show nothing.
+    Ok(Seq::try_from(place.as_u128()).unwrap_or_default())
 }
 
 fn parse(key: &[u8; 32], filters: &str, cursor: &str) -> Option<RunId> {

@@ -5,6 +5,7 @@ use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde_json::{Map, Value, json};
 
+use super::redact::without_secrets;
 use crate::coordinator::SubmitError;
 use crate::domain::command::Rejection;
 use crate::domain::identity::IdentityRejection;
@@ -42,6 +43,7 @@ macro_rules! error_codes {
 error_codes! {
     AlreadyPaused = "already_paused", CONFLICT, "The run is already paused";
     AlreadyStopping = "already_stopping", CONFLICT, "The run is already being stopped";
+    AuditUnavailable = "audit_unavailable", SERVICE_UNAVAILABLE, "The write cannot be recorded";
     BodyTimeout = "body_timeout", REQUEST_TIMEOUT, "The body did not arrive in time";
     BodyTooLarge = "body_too_large", PAYLOAD_TOO_LARGE, "The body is too large";
     BundleNotFound = "bundle_not_found", NOT_FOUND, "No such bundle";
@@ -139,8 +141,14 @@ impl FieldError {
         }
     }
 
-    /// With the offending value.
+    /// With the offending value, its secrets left out.
     pub fn input(mut self, value: Value) -> Self {
+        let name = self.loc.last().map_or("", String::as_str);
+        let value = match self.kind {
+            // The value is what the member is missing in.
+            "missing" => without_secrets("", value),
+            _ => without_secrets(name, value),
+        };
         self.input = (value.to_string().len() <= MAX_ECHO_BYTES).then_some(value);
         self
     }

@@ -28,6 +28,7 @@ pub fn query(text: &str) {
     let _ = query.int("limit", 1..=500, 50);
     let _ = query.seconds("heartbeat_s", 0.1, 60.0, 5.0);
     let _ = query.boolean("follow");
+    let _ = query.instant("since");
     let _ = query.finish();
     drop(runs::read_listing(&query));
 }

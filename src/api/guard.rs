@@ -16,6 +16,7 @@ use smol_str::SmolStr;
 use uuid::Uuid;
 
 use super::access::{Need, check, need};
+use super::audit::Trail;
 use super::authenticate::{authenticate, watched};
 use super::client::Client;
 use super::config::ApiConfig;
@@ -44,6 +45,8 @@ pub struct Caller {
     pub at: Timestamp,
     /// Whence it calls (see `client`).
     pub address: IpAddr,
+    /// What the audit keeps of the request, when it asks for a write.
+    pub trail: Option<Trail>,
 }
 
 impl Caller {
@@ -195,6 +198,8 @@ struct Arrival {
     client: Client,
     /// How its caller stands with its rate limit, once that is known.
     standing: Option<Standing>,
+    /// What the audit keeps of it.
+    trail: Option<Trail>,
 }
 
 impl Arrival {
@@ -224,8 +229,13 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
             app.config.trusted_proxies,
         ),
         standing: None,
+        trail: None,
     };
     request.extensions_mut().insert(arrival.client);
+    arrival.trail = match app.audit.is_on() {
+        true => Trail::begin(&request),
+        false => None,
+    };
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().cloned();
@@ -238,7 +248,19 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
                 _ => response,
             }
         }
-        Err(error) => axum::response::IntoResponse::into_response(error),
+        Err(error) => {
+            if let Some(trail) = &mut arrival.trail {
+                trail.shown(app.auth.fingerprint(request.headers()));
+            }
+            axum::response::IntoResponse::into_response(error)
+        }
+    };
+    let response = match &arrival.trail {
+        Some(trail) => {
+            let (request_id, began) = (&arrival.request_id, arrival.at);
+            app.audit.settle(trail, request_id, began, response).await
+        }
+        None => response,
     };
     let response = finish(response, &arrival, &path);
     count(&method, route.as_ref(), &response, arrival.at);
@@ -320,12 +342,16 @@ async fn identify(
         arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
         return Err(unauthorized(path));
     };
+    if let Some(trail) = &mut arrival.trail {
+        trail.known(&principal);
+    }
     arrival.count(app.limits.of_user(&principal, arrival.at))?;
     Ok(Caller {
         principal,
         request_id: arrival.request_id.clone(),
         at,
         address: arrival.client.address,
+        trail: arrival.trail.clone(),
     })
 }
 

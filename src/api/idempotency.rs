@@ -71,8 +71,7 @@ impl IdempotencyKey {
                     key,
                     body_hash: body.canonical_hash(),
                 };
-                let origin = caller.origin();
-                app.handle.submit_once(origin, command, once).await?
+                app.put(caller, command, Some(once)).await?
             }
         };
         match reply {

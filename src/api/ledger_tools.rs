@@ -22,7 +22,9 @@ use super::examples;
 use super::guard::Caller;
 use super::query::Query;
 use super::state::App;
+use crate::clock::now;
 use crate::ledger::TransferError;
+use crate::ledger::checkpoint::{Checkpoint, PublicKey};
 
 /// Bytes of one piece of an export.
 const PIECE_BYTES: usize = 64 << 10;
@@ -39,6 +41,7 @@ pub fn router() -> OpenApiRouter<App> {
     OpenApiRouter::new()
         .routes(routes!(verify))
         .routes(routes!(stats))
+        .routes(routes!(checkpoint))
         .routes(routes!(export))
 }
 
@@ -70,6 +73,22 @@ async fn stats(State(app): State<App>, caller: Caller) -> Result<Json<Value>, Ap
     let _place = app.limits.stream(&caller.principal)?;
     let stats = app.scan(|ledger| ledger.stats()).await?;
     Ok(Json(json!(stats)))
+}
+
+/// Sign the ledger's head.
+///
+/// Keep it off this machine: `rungate ledger verify --checkpoint` shows with it that nothing before was changed.
+#[utoipa::path(get, path = "/ledger/checkpoint", tag = "ledger", responses((status = 200, body = Object, example = json!({
+    "checkpoint": 1, "ledger": "5a2f0f0e-6d2c-4d7e-9a53-0c7f1c0e9d11", "seq": 1204, "hash": "9b1f…",
+    "at": "2026-11-21T02:00:00.000120+00:00", "key_id": "c0ffee0011223344", "signature": "ZmFrZQ…"
+}))))]
+async fn checkpoint(State(app): State<App>, _caller: Caller) -> Result<Json<Checkpoint>, ApiError> {
+    let key = app.checkpoint_key.clone();
+    let made = app.scan(move |ledger| {
+        let public = PublicKey::new(key.public());
+        Checkpoint::make(ledger, now(), &public, |message| key.sign(message))
+    });
+    Ok(Json(made.await?))
 }
 
 /// Export the ledger, one record a line.

@@ -4,12 +4,13 @@
 //! |---|---|
 //! | `router`, `docs`, `examples` | all routes; the OpenAPI document, its examples and its reader |
 //! | `guard` | request id, Host and Origin, bounds; finishes every answer |
+//! | `audit` | who did what |
 //! | `client` | where a request came from: address, https |
 //! | `authenticate`, `access` | credentials to a principal; what each route needs |
 //! | `users`, `tokens`, `runtimes` | people, their tokens, and the planes they leave |
 //! | `limits`, `buckets`, `shares` | how much callers may ask: a minute, and at once |
 //! | `headers` | what every answer tells browsers |
-//! | `error` | every refusal and its status |
+//! | `error`, `redact` | every refusal and its status; what it tells back |
 //! | `linger` | reading on what was refused |
 //! | `body`, `json`, `fields`, `query`, `idempotency`, `cursor` | reading requests |
 //! | `runs`, `job`, `run_view`, `run_ledger`, `checkpoint`, `commands`, `ledger`, `ledger_tools` | runs, commands, ledger |
@@ -19,6 +20,7 @@
 //! | `state`, `config`, `listen`, `tls` | what handlers share; settings; the server loop and its certificate |
 
 mod access;
+mod audit;
 mod authenticate;
 mod body;
 mod buckets;
@@ -49,6 +51,7 @@ mod metrics;
 mod preempt;
 mod query;
 mod queue;
+mod redact;
 mod router;
 mod run_ledger;
 mod run_view;

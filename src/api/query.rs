@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::error::{ApiError, FieldError};
 use super::state::App;
+use crate::domain::time::Timestamp;
 
 /// Longest text of a parameter: names, ids and cursors are all shorter.
 const MAX_TEXT_CHARS: usize = 512;
@@ -126,6 +127,24 @@ impl Query {
                 None
             }
         }
+    }
+
+    /// An instant in RFC 3339. A `+` that was not escaped has become a space.
+    pub fn instant(&self, name: &str) -> Option<Timestamp> {
+        let text = self.text(name)?;
+        match text.replace(' ', "+").parse::<jiff::Timestamp>() {
+            Ok(instant) => Some(Timestamp(instant.as_microsecond())),
+            Err(_) => {
+                let message = "Input should be a valid datetime, such as 2026-11-21T02:00:00Z";
+                self.fault(name, "datetime_parsing", message.to_owned(), text);
+                None
+            }
+        }
+    }
+
+    /// A fault that the caller found.
+    pub fn add_fault(&self, fault: FieldError) {
+        self.faults.borrow_mut().push(fault);
     }
 
     fn below(&self, name: &str, text: &str, bound: u64) {

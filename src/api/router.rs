@@ -10,7 +10,7 @@ use super::error::{ApiError, ErrorCode};
 use super::guard::guard;
 use super::state::App;
 use super::{
-    checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, preempt, queue,
+    audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, preempt, queue,
     run_ledger, runs, runtimes, service_control, service_logs, services, signing_keys, tokens,
     users,
 };
@@ -35,6 +35,7 @@ fn gateway() -> OpenApiRouter<App> {
         .merge(commands::router())
         .merge(ledger::router())
         .merge(ledger_tools::router())
+        .merge(audit::router())
         .merge(tokens::router())
         .merge(users::router())
         .merge(runtimes::router())

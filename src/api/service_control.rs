@@ -224,7 +224,7 @@ async fn submit(
     caller: &Caller,
     command: Command,
 ) -> Result<(Option<Generation>, bool), ApiError> {
-    match app.handle.submit(caller.origin(), command).await {
+    match app.put(caller, command, None).await {
         Ok(Reply::Service {
             generation,
             already,

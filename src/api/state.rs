@@ -5,12 +5,14 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
+use super::audit::{Recorder, Trail};
 use super::config::ApiConfig;
 use super::error::ApiError;
 use super::guard::{Caller, HostRules};
 use super::limits::Limits;
 use crate::auth::Authenticator;
-use crate::coordinator::Handle;
+use crate::auth::checkpoint_key::CheckpointKey;
+use crate::coordinator::{Answered, Handle, Once, SubmitError};
 use crate::domain::command::{Command, Reply};
 use crate::domain::ids::RunId;
 use crate::driver::Logs;
@@ -26,6 +28,7 @@ pub struct Parts {
     pub handle: Handle,
     pub ledger: Ledger,
     pub auth: Authenticator,
+    pub checkpoint_key: CheckpointKey,
     pub metrics: Metrics,
     /// The services' output.
     pub logs: Logs,
@@ -43,6 +46,8 @@ pub struct Inner {
     pub handle: Handle,
     pub ledger: Ledger,
     pub auth: Authenticator,
+    pub checkpoint_key: CheckpointKey,
+    pub audit: Recorder,
     pub metrics: Metrics,
     pub logs: Logs,
     pub stopping: CancellationToken,
@@ -73,10 +78,12 @@ impl App {
             limits: Limits::new(&parts.config),
             slow_checks: Semaphore::new(SLOW_CHECKS),
             cursor_key,
+            audit: Recorder::new(parts.config.audit, parts.handle.clone()),
             config: parts.config,
             handle: parts.handle,
             ledger: parts.ledger,
             auth: parts.auth,
+            checkpoint_key: parts.checkpoint_key,
             metrics: parts.metrics,
             logs: parts.logs,
             stopping: parts.stopping,
@@ -85,7 +92,24 @@ impl App {
 
     /// Asks the coordinator on behalf of a caller; answered when it is on disk.
     pub async fn submit(&self, caller: &Caller, command: Command) -> Result<Reply, ApiError> {
-        Ok(self.handle.submit(caller.origin(), command).await?)
+        Ok(self.put(caller, command, None).await?)
+    }
+
+    /// The same, under an Idempotency-Key if there is one. The first record that comes of a request carries it for
+    /// the audit.
+    pub async fn put(
+        &self,
+        caller: &Caller,
+        command: Command,
+        once: Option<Once>,
+    ) -> Result<Reply, SubmitError> {
+        let source = caller.trail.as_ref().and_then(Trail::to_carry);
+        let answered = self.handle.put(caller.origin(), command, once, source);
+        let Answered { reply, recorded } = answered.await?;
+        if let (true, Some(trail)) = (recorded, &caller.trail) {
+            trail.note_recorded();
+        }
+        Ok(reply)
     }
 
     /// A read that may visit many entries, away from the threads that serve connections.

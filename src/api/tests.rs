@@ -16,9 +16,11 @@ use tower::ServiceExt;
 use super::listen::{ListenConfig, serve};
 use super::{ApiConfig, App, Parts, router};
 use crate::auth::Authenticator;
+use crate::auth::checkpoint_key::CheckpointKey;
 use crate::auth::secret::TokenKey;
 use crate::auth::uses::Uses;
 use crate::coordinator;
+use crate::domain::audit::AuditMode;
 use crate::domain::settings::Settings;
 use crate::driver::Logs;
 use crate::ledger::{Ledger, OpenOptions};
@@ -31,6 +33,7 @@ struct Gateway {
     router: Router,
     ledger: Ledger,
     stopping: CancellationToken,
+    coordinator: coordinator::Running,
     _data: tempfile::TempDir,
 }
 
@@ -53,9 +56,10 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
     let stopping = CancellationToken::new();
     let app = App::new(Parts {
         config,
-        handle: running.handle,
+        handle: running.handle.clone(),
         ledger: ledger.clone(),
-        auth: Authenticator::new(TOKEN, TokenKey::random(), Uses::forgotten()),
+        auth: Authenticator::new(&TOKEN.into(), TokenKey::random(), Uses::forgotten()),
+        checkpoint_key: CheckpointKey::random().unwrap(),
         metrics: Metrics::install(),
         logs: Logs::new(data.path().to_owned()),
         stopping: stopping.clone(),
@@ -64,6 +68,7 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         router: router(app),
         ledger,
         stopping,
+        coordinator: running,
         _data: data,
     }
 }
@@ -508,7 +513,10 @@ async fn a_service_is_registered_changed_and_removed() {
 
 #[tokio::test]
 async fn refused_bodies_change_nothing() {
-    let gateway = gateway_with(|config| config.max_body_bytes = 1_000);
+    let gateway = gateway_with(|config| {
+        config.max_body_bytes = 1_000;
+        config.audit = AuditMode::Off;
+    });
     let deep = format!("{}{}", "[".repeat(70), "]".repeat(70));
     let large = format!("\"{}\"", "x".repeat(2_000));
     let cases = [
@@ -672,5 +680,27 @@ struct Held(tokio::sync::watch::Sender<i32>);
 impl Drop for Held {
     fn drop(&mut self) {
         self.0.send_modify(|open| *open -= 1);
+    }
+}
+
+#[tokio::test]
+async fn a_write_that_cannot_be_recorded_is_refused_when_that_is_required() {
+    for (audit, status) in [(AuditMode::On, 401), (AuditMode::Required, 503)] {
+        let mut gateway = gateway_with(|config| config.audit = audit);
+        gateway.coordinator.handle.stop();
+        let ended = std::mem::replace(
+            &mut gateway.coordinator.thread,
+            std::thread::spawn(|| Ok(())),
+        );
+        ended.join().unwrap().unwrap();
+        let bare = Request::post("/api/gateway/commands").header("host", "localhost");
+        let answer = gateway.send(bare.body(Body::empty()).unwrap()).await;
+        assert_eq!(answer.status, status);
+        if status == 503 {
+            assert_eq!(answer.json["code"], "audit_unavailable");
+        }
+        let body = json!({"job": {"service_type": "t", "payload": {}}});
+        let started = gateway.post("/api/gateway/runs/start", body).await;
+        assert_eq!(started.status, 503, "{}", started.json);
     }
 }

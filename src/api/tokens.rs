@@ -2,6 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
+use secrecy::ExposeSecret;
 use serde::Serialize;
 use serde_json::{Value, json};
 use smol_str::SmolStr;
@@ -175,7 +176,7 @@ async fn create(
     // It can be gone again only when somebody revoked it in this very moment.
     let made = made.ok_or_else(ApiError::internal)?;
     Ok(Json(TokenAnswer {
-        token: minted.secret,
+        token: minted.secret.expose_secret().to_owned(),
         described: TokenView::of(&app, made),
     }))
 }

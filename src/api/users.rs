@@ -2,6 +2,7 @@
 
 use axum::Json;
 use axum::extract::State;
+use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
 use serde_json::{Value, json};
 use smol_str::SmolStr;
@@ -297,8 +298,13 @@ async fn create(
     let user = find(&app, &caller, &key)?.into();
     Ok(Json(UserAnswer {
         user,
-        token: secret,
+        token: secret.map(shown),
     }))
+}
+
+/// A new token, on its way to the only answer that shows it.
+fn shown(secret: SecretString) -> String {
+    secret.expose_secret().to_owned()
 }
 
 fn read_new_user(
@@ -405,7 +411,7 @@ async fn update(
     let user = find(&app, &caller, &key)?.into();
     Ok(Json(UserAnswer {
         user,
-        token: secret,
+        token: secret.map(shown),
     }))
 }
 

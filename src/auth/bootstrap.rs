@@ -4,6 +4,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use secrecy::{ExposeSecret, SecretString};
+
 use super::{private_file, token};
 
 /// Shortest token an operator may put there by hand.
@@ -11,7 +13,7 @@ const MIN_TOKEN_BYTES: usize = 16;
 
 /// Where the token lies, and what it is.
 pub struct Bootstrap {
-    pub token: String,
+    pub token: SecretString,
     pub path: PathBuf,
     /// It was made just now.
     pub created: bool,
@@ -57,8 +59,9 @@ pub fn load_or_create(data_dir: &Path) -> Result<Bootstrap, BootstrapError> {
     let Some(text) = private_file::read(&path).map_err(failed)? else {
         return replace(data_dir);
     };
-    let token = text.trim().to_owned();
-    let sound = token.len() >= MIN_TOKEN_BYTES && token.bytes().all(|b| b.is_ascii_graphic());
+    let token = SecretString::from(text.trim());
+    let bytes = token.expose_secret().as_bytes();
+    let sound = bytes.len() >= MIN_TOKEN_BYTES && bytes.iter().all(u8::is_ascii_graphic);
     if !sound {
         return Err(BootstrapError::Malformed { path });
     }
@@ -72,8 +75,9 @@ pub fn load_or_create(data_dir: &Path) -> Result<Bootstrap, BootstrapError> {
 /// Makes a new token in place of whatever was there. A running gateway goes on with the old one.
 pub fn replace(data_dir: &Path) -> Result<Bootstrap, BootstrapError> {
     let path = path(data_dir);
-    let token = token::generate("admin");
-    private_file::write(&path, format!("{token}\n").as_bytes()).map_err(|source| {
+    let token = SecretString::from(token::generate("admin"));
+    let line = SecretString::from(format!("{}\n", token.expose_secret()));
+    private_file::write(&path, line.expose_secret().as_bytes()).map_err(|source| {
         BootstrapError::Io {
             path: path.clone(),
             source,
@@ -98,15 +102,16 @@ mod tests {
         let data = tempfile::tempdir().unwrap();
         let first = load_or_create(data.path()).unwrap();
         assert!(first.created);
-        assert!(token::is_well_formed(&first.token, "admin"));
+        assert!(token::is_well_formed(first.token.expose_secret(), "admin"));
         let mode = fs::metadata(&first.path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let folder = fs::metadata(data.path().join("auth")).unwrap();
         assert_eq!(folder.permissions().mode() & 0o777, 0o700);
         let second = load_or_create(data.path()).unwrap();
         assert!(!second.created);
-        assert_eq!(first.token, second.token);
-        assert_ne!(replace(data.path()).unwrap().token, first.token);
+        let text = |bootstrap: &Bootstrap| bootstrap.token.expose_secret().to_owned();
+        assert_eq!(text(&first), text(&second));
+        assert_ne!(text(&replace(data.path()).unwrap()), text(&first));
     }
 
     #[test]

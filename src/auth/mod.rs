@@ -8,9 +8,11 @@
 //! | `uses` | when a token was last used |
 //! | `jwt` | signed tokens: their form, the gateway's own keys, tokens for one attempt of a run |
 //! | `sso` | tokens of an OpenID Connect issuer |
+//! | `checkpoint_key` | what signs the ledger's checkpoints |
 //! | `bootstrap`, `private_file` | the first administrator's token; files that only their owner reads |
 
 pub mod bootstrap;
+pub mod checkpoint_key;
 pub mod jwt;
 pub mod private_file;
 pub mod secret;
@@ -18,8 +20,9 @@ pub mod sso;
 pub mod token;
 pub mod uses;
 
-use http::HeaderValue;
+use http::{HeaderMap, HeaderValue, header};
 use jsonwebtoken::Header;
+use secrecy::{ExposeSecret, SecretString};
 use smol_str::SmolStr;
 use subtle::ConstantTimeEq;
 
@@ -172,7 +175,7 @@ pub enum Shown {
 
 /// A new token's secret, shown once.
 pub struct Minted {
-    pub secret: String,
+    pub secret: SecretString,
     pub hash: TokenHash,
 }
 
@@ -188,9 +191,9 @@ pub struct Authenticator {
 
 impl Authenticator {
     /// Accepts the first administrator's token, and hashes the others with `key`.
-    pub fn new(admin_token: &str, key: HashKey, uses: Uses) -> Self {
+    pub fn new(admin_token: &SecretString, key: HashKey, uses: Uses) -> Self {
         Self {
-            admin_digest: key.digest(admin_token.as_bytes()),
+            admin_digest: key.digest(admin_token.expose_secret().as_bytes()),
             key,
             uses,
             work: None,
@@ -259,11 +262,16 @@ impl Authenticator {
         })
     }
 
+    /// Tells the token of an `Authorization` header from others, whether it is accepted or not.
+    pub fn fingerprint(&self, headers: &HeaderMap) -> Option<String> {
+        let token = bearer(headers.get(header::AUTHORIZATION)?.as_bytes())?;
+        let fits = !token.is_empty() && token.len() <= MAX_TOKEN_BYTES;
+        fits.then(|| short(&self.key.digest(token)))
+    }
+
     /// A fresh token for a user.
     pub fn mint(&self) -> Minted {
-        let secret = token::generate(USER_KIND);
-        let hash = TokenHash::Keyed(self.key.digest(secret.as_bytes()));
-        Minted { secret, hash }
+        self.minted(SecretString::from(token::generate(USER_KIND)))
     }
 
     /// A token that an administrator chose; `None` when it is no sound one.
@@ -272,10 +280,12 @@ impl Authenticator {
             && secret.bytes().all(|byte| byte.is_ascii_graphic())
             && !jwt::has_form(secret.as_bytes())
             && (!secret.starts_with("rgt_") || token::is_well_formed(secret, USER_KIND));
-        sound.then(|| Minted {
-            secret: secret.to_owned(),
-            hash: TokenHash::Keyed(self.key.digest(secret.as_bytes())),
-        })
+        sound.then(|| self.minted(SecretString::from(secret)))
+    }
+
+    fn minted(&self, secret: SecretString) -> Minted {
+        let hash = TokenHash::Keyed(self.key.digest(secret.expose_secret().as_bytes()));
+        Minted { secret, hash }
     }
 
     /// Notes that a token was used.
@@ -322,7 +332,7 @@ mod tests {
     use super::*;
 
     fn auth() -> Authenticator {
-        Authenticator::new("rgt_admin_x", HashKey::random(), Uses::forgotten())
+        Authenticator::new(&"rgt_admin_x".into(), HashKey::random(), Uses::forgotten())
     }
 
     fn read(auth: &Authenticator, text: &str) -> Option<Shown> {
@@ -354,7 +364,8 @@ mod tests {
     #[test]
     fn a_wrong_checksum_ends_before_any_look_up() {
         let auth = auth();
-        let secret = auth.mint().secret;
+        let minted = auth.mint();
+        let secret = minted.secret.expose_secret();
         assert!(matches!(
             read(&auth, &format!("Bearer {secret}")),
             Some(Shown::Token { .. })

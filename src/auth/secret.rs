@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use hmac::{Hmac, KeyInit, Mac};
+use secrecy::{ExposeSecret, SecretBox, SecretString};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
@@ -14,7 +15,7 @@ use crate::domain::identity::TokenHash;
 
 /// The key of all token hashes. Without its file no token but the first administrator's is known any more.
 #[derive(Clone)]
-pub struct TokenKey(Arc<[u8; 32]>);
+pub struct TokenKey(Arc<SecretBox<[u8; 32]>>);
 
 /// Why there is no key.
 #[derive(Debug, thiserror::Error)]
@@ -34,14 +35,20 @@ impl TokenKey {
             source,
         };
         if let Some(text) = private_file::read(&path).map_err(failed)? {
-            let key = from_hex(text.trim()).and_then(|bytes| bytes.try_into().ok());
-            let key = key.ok_or(TokenKeyError::Malformed { path })?;
-            return Ok(TokenKey(Arc::new(key)));
+            let text = SecretString::from(text);
+            let key = from_hex(text.expose_secret().trim()).and_then(|bytes| bytes.try_into().ok());
+            let key: [u8; 32] = key.ok_or(TokenKeyError::Malformed { path })?;
+            return Ok(TokenKey::new(key));
         }
         let key = TokenKey::random();
-        let text = blake3::Hash::from_bytes(*key.0).to_hex();
-        private_file::write(&path, format!("{text}\n").as_bytes()).map_err(failed)?;
+        let text = blake3::Hash::from_bytes(*key.0.expose_secret()).to_hex();
+        let line = SecretString::from(format!("{text}\n"));
+        private_file::write(&path, line.expose_secret().as_bytes()).map_err(failed)?;
         Ok(key)
+    }
+
+    fn new(key: [u8; 32]) -> TokenKey {
+        TokenKey(Arc::new(SecretBox::new(Box::new(key))))
     }
 
     /// A key that nothing keeps.
@@ -51,12 +58,12 @@ impl TokenKey {
         for _ in 0..4 {
             hasher.update(Uuid::new_v4().as_bytes());
         }
-        TokenKey(Arc::new(*hasher.finalize().as_bytes()))
+        TokenKey::new(*hasher.finalize().as_bytes())
     }
 
     /// The keyed hash of a token.
     pub fn digest(&self, token: &[u8]) -> [u8; 32] {
-        *blake3::keyed_hash(&self.0, token).as_bytes()
+        *blake3::keyed_hash(self.0.expose_secret(), token).as_bytes()
     }
 }
 
@@ -131,7 +138,8 @@ fn pbkdf2(password: &[u8], salt: &[u8], iterations: u32) -> [u8; 32] {
     sum
 }
 
-fn from_hex(text: &str) -> Option<Vec<u8>> {
+/// Bytes from hexadecimal digits.
+pub(super) fn from_hex(text: &str) -> Option<Vec<u8>> {
     if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
         return None;
     }

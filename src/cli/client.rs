@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use reqwest::Method;
+use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 use url::Url;
 
@@ -27,7 +28,7 @@ pub struct Client {
     calls: reqwest::Client,
     streams: reqwest::Client,
     base: Url,
-    token: Option<String>,
+    token: Option<SecretString>,
 }
 
 impl Client {
@@ -46,14 +47,14 @@ impl Client {
     ///
     /// # Errors
     /// The HTTP client cannot be made.
-    pub fn with_token(base: Url, token: Option<String>) -> Result<Self, CliError> {
+    pub fn with_token(base: Url, token: Option<SecretString>) -> Result<Self, CliError> {
         Self::trusting(base, token, &[])
     }
 
     /// Trusts `roots` instead of the system's when there are any.
     fn trusting(
         base: Url,
-        token: Option<String>,
+        token: Option<SecretString>,
         roots: &[reqwest::Certificate],
     ) -> Result<Self, CliError> {
         let builder = || {
@@ -155,7 +156,7 @@ impl Client {
 
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, CliError> {
         let request = match &self.token {
-            Some(token) => request.bearer_auth(token),
+            Some(token) => request.bearer_auth(token.expose_secret()),
             None => request,
         };
         let answer = request
@@ -226,9 +227,9 @@ fn parse_base(text: &str) -> Result<Url, CliError> {
     Ok(url)
 }
 
-fn find_token(config: &Config, base: &Url) -> Result<Option<String>, CliError> {
+fn find_token(config: &Config, base: &Url) -> Result<Option<SecretString>, CliError> {
     if let Some(token) = config.token.reveal() {
-        return Ok(Some(token.to_owned()));
+        return Ok(Some(token.into()));
     }
     if let Some(path) = &config.token_file {
         let what = format!("read the token file {}", path.display());
@@ -262,14 +263,15 @@ pub(super) fn trusted(config: &Config) -> Result<Vec<reqwest::Certificate>, CliE
 ///
 /// # Errors
 /// The file cannot be read or holds no token.
-pub fn read_token(path: &Path) -> std::io::Result<String> {
+pub fn read_token(path: &Path) -> std::io::Result<SecretString> {
     if std::fs::metadata(path)?.len() > MAX_TOKEN_BYTES {
         return Err(std::io::Error::other("it is too large to be a token"));
     }
-    let text = std::fs::read_to_string(path)?.trim().to_owned();
+    let file = SecretString::from(std::fs::read_to_string(path)?);
+    let text = file.expose_secret().trim();
     match text.is_empty() || !text.bytes().all(|b| b.is_ascii_graphic()) {
         true => Err(std::io::Error::other("it holds no token")),
-        false => Ok(text),
+        false => Ok(text.into()),
     }
 }
 
@@ -294,7 +296,7 @@ mod tests {
     fn a_token_is_read_without_its_line_end() {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), "abc\n").unwrap();
-        assert_eq!(read_token(file.path()).unwrap(), "abc");
+        assert_eq!(read_token(file.path()).unwrap().expose_secret(), "abc");
         std::fs::write(file.path(), "\n").unwrap();
         assert!(read_token(file.path()).is_err());
     }

@@ -22,6 +22,9 @@ pub enum ConfigVerb {
     },
     /// Check the settings; exit code 2 when one cannot be used
     Check,
+    /// Write a settings file in which every setting is explained and commented out; refuses to overwrite one
+    #[command(after_help = "Example:\n  rungate config init --config /etc/rungate/rungate.toml")]
+    Init,
 }
 
 impl ConfigVerb {
@@ -29,6 +32,7 @@ impl ConfigVerb {
         match self {
             ConfigVerb::Show { about } => show(context, about),
             ConfigVerb::Check => check(context),
+            ConfigVerb::Init => unreachable!("dispatch has taken it"),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! `rungate doctor`: looks at what a gateway needs from this machine and its settings; a sentence and a
 //! remedy for each.
 
+mod security;
+
 use std::io::ErrorKind;
 use std::net::TcpListener;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -87,6 +89,7 @@ pub(super) async fn perform(context: &Context) -> Result<Exit, CliError> {
     findings.extend(address(config).await);
     findings.push(clock(&config.data_dir));
     findings.push(open_files(config));
+    findings.extend(security::findings(config));
     report(context.out, &findings)
 }
 

@@ -1,4 +1,4 @@
-//! `rungate ledger`: follow, verify, export, import and measure. With `--data-dir` the file itself is
+//! `rungate ledger`: follow, verify, sign, export, import and measure. With `--data-dir` the file itself is
 //! read, the gateway being stopped; without it a running gateway is asked.
 
 use std::fs::File;
@@ -9,8 +9,9 @@ use clap::Subcommand;
 use futures_util::StreamExt;
 use indicatif::ProgressBar;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::checkpoint::{self, Against};
 use super::error::{CliError, Exit};
 use super::output::{Out, facts, text};
 use super::serve::whole_story;
@@ -32,9 +33,12 @@ pub enum Ledger {
     },
     /// Check the hash chain and all that follows from it; exit code 1 names the first bad record
     #[command(
-        after_help = "Examples:\n  rungate ledger verify\n  rungate ledger verify --data-dir /var/lib/rungate"
+        after_help = "Examples:\n  rungate ledger verify\n  rungate ledger verify --data-dir /var/lib/rungate --checkpoint heads.jsonl --public-key rungate.pub"
     )]
-    Verify,
+    Verify(Against),
+    /// Print the chain's head, signed, as one line to keep on another machine
+    #[command(after_help = "Example:\n  rungate ledger checkpoint | ssh safe 'cat >> heads.jsonl'")]
+    Checkpoint,
     /// Write every record as one line of JSON
     #[command(
         after_help = "Example:\n  rungate ledger export --data-dir /var/lib/rungate > ledger.ndjson"
@@ -64,8 +68,10 @@ impl Ledger {
         let offline = context.data_dir_given;
         match self {
             Ledger::Follow { after } => follow(context, after).await,
-            Ledger::Verify if offline => {
+            Ledger::Checkpoint => checkpoint::perform(context, options(context)).await,
+            Ledger::Verify(against) if offline => {
                 let is_live = context.out.is_live();
+                let proof = against.read(context)?;
                 let value = read(context, move |store| {
                     let bar = match is_live {
                         true => ProgressBar::new(store.tail()),
@@ -73,11 +79,23 @@ impl Ledger {
                     };
                     let verified = store.verify(&mut |seq| bar.set_position(seq));
                     bar.finish_and_clear();
-                    verified.map_err(|error| error.to_string())
+                    let verified = verified.map_err(|error| error.to_string())?;
+                    let mut value = json!(verified);
+                    if let Some(proof) = proof {
+                        value["checkpoints"] = proof.check(store)?.into();
+                    }
+                    Ok(value)
                 });
                 shown(context.out, &value.await?)
             }
-            Ledger::Verify => shown(context.out, &ask(context, "verify").await?),
+            Ledger::Verify(against) => {
+                let proof = against.read(context)?;
+                let mut value = ask(context, "verify").await?;
+                if let Some(proof) = proof {
+                    value["checkpoints"] = proof.ask(context).await?.into();
+                }
+                shown(context.out, &value)
+            }
             Ledger::Stats if offline => {
                 let value = read(context, |store| {
                     store.stats().map_err(|error| error.to_string())

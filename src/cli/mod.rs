@@ -1,10 +1,13 @@
 //! The command line: one file per noun. Everything but `serve`, `demo`, `doctor` and the offline
 //! `ledger` verbs talks to a gateway over HTTP.
 
+mod audit;
+mod checkpoint;
 mod client;
 mod command;
 mod completions;
 mod config;
+mod config_init;
 mod demo;
 mod doctor;
 mod error;
@@ -109,7 +112,7 @@ enum Noun {
     Serve(serve::Serve),
     /// Show it at work: a gateway, a simulated GPU, services, jobs, a preemption
     Demo(demo::Demo),
-    /// Check this machine and the settings
+    /// Check this machine and the settings; exit code 1 when something is wrong, 0 with warnings alone
     Doctor,
     /// Start, follow and steer runs
     #[command(subcommand)]
@@ -133,7 +136,9 @@ enum Noun {
     /// Manage your own tokens
     #[command(subcommand)]
     Token(token::Token),
-    /// Show and check the settings
+    /// Show who asked for which write, newest first
+    Audit(audit::Audit),
+    /// Show, check and write down the settings
     #[command(subcommand)]
     Config(config::ConfigVerb),
     /// Ask whether a gateway is healthy
@@ -215,6 +220,13 @@ async fn dispatch(cli: Cli) -> Result<Exit, CliError> {
     // The verbs that look at broken settings, or need none.
     let noun = match noun {
         Noun::Completions(completions) => return completions.perform(),
+        Noun::Config(config::ConfigVerb::Init) => {
+            let out = Out {
+                json: global.json,
+                quiet: global.quiet,
+            };
+            return config_init::perform(out, global.config);
+        }
         noun => noun,
     };
     let json = global.json;
@@ -246,6 +258,7 @@ async fn talk(noun: Noun, context: &Context) -> Result<Exit, CliError> {
         Noun::Ledger(verb) => verb.perform(context).await,
         Noun::User(verb) => verb.perform(context).await,
         Noun::Token(verb) => verb.perform(context).await,
+        Noun::Audit(audit) => audit.perform(context).await,
         Noun::Config(verb) => verb.perform(context),
         Noun::Doctor => doctor::perform(context).await,
         Noun::Health => health::perform(context).await,

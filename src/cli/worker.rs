@@ -37,7 +37,7 @@ impl Worker {
         let config = &context.config;
         logs::start(&config.log, config.log_format)?;
         let token = match (config.token.reveal(), &config.token_file) {
-            (Some(token), _) => Some(token.to_owned()),
+            (Some(token), _) => Some(token.into()),
             (None, Some(path)) => {
                 let what = format!("read the token file {}", path.display());
                 Some(read_token(path).map_err(CliError::io(what))?)

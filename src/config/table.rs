@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use super::load::{ConfigError, Origin, Raw};
 use super::value::{FromText, LogFormat, Secret};
 use super::{Setting, load};
+use crate::domain::audit::AuditMode;
 use crate::domain::settings::Settings as Scheduling;
 use crate::outbound::Network;
 
@@ -75,6 +76,8 @@ settings! {
         "Whether plain http may be spoken to other machines, which shows tokens and payloads to the network.";
     trusted_proxies: u64, "RUNGATE_TRUSTED_PROXIES", &[], (0, 16), "0".to_owned(),
         "Proxies in front of the gateway; a client's address is that many entries from the right of X-Forwarded-For.";
+    audit: AuditMode, "RUNGATE_AUDIT", &[], ANY, "on".to_owned(),
+        "What is recorded of writes: `on`, `required` (no answer before the record is on disk) or `off`.";
     max_body_bytes: u64, "RUNGATE_MAX_BODY_BYTES", &[], (1_024, 1 << 30), "1048576".to_owned(),
         "Largest request body, in bytes.";
     rate_limit_user: u64, "RUNGATE_RATE_LIMIT_USER", &[], RATE, "60000".to_owned(),

@@ -4,6 +4,9 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use secrecy::{ExposeSecret, SecretString};
+
+use crate::domain::audit::AuditMode;
 use crate::outbound::Network;
 
 /// A kind of value. `parse` answers the reason in words that fit "… must be {reason}".
@@ -119,20 +122,27 @@ impl FromText for LogFormat {
     }
 }
 
-/// A value that is never printed, not even by `Debug`.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
+impl FromText for AuditMode {
+    const KIND: &'static str = "on, required or off";
+    fn parse(text: &str, _: (u64, u64)) -> Result<Self, String> {
+        match text.trim() {
+            "off" | "false" => Ok(AuditMode::Off),
+            "on" | "true" => Ok(AuditMode::On),
+            "required" => Ok(AuditMode::Required),
+            _ => Err("on, required or off".to_owned()),
+        }
+    }
+}
+
+/// A value that is never printed, not even by `Debug`, and is wiped from memory when it is dropped.
+#[derive(Clone, Debug)]
+pub struct Secret(SecretString);
 
 impl Secret {
     /// The value itself, `None` when it is empty.
     pub fn reveal(&self) -> Option<&str> {
-        (!self.0.is_empty()).then_some(self.0.as_str())
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Secret(…)")
+        let text = self.0.expose_secret();
+        (!text.is_empty()).then_some(text)
     }
 }
 
@@ -142,7 +152,7 @@ impl FromText for Secret {
     fn parse(text: &str, _: (u64, u64)) -> Result<Self, String> {
         let text = text.trim();
         if text.bytes().all(|b| b.is_ascii_graphic()) {
-            Ok(Secret(text.to_owned()))
+            Ok(Secret(SecretString::from(text)))
         } else {
             Err("printable ASCII without spaces".to_owned())
         }

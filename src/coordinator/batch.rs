@@ -5,7 +5,8 @@ use smol_str::SmolStr;
 use tokio::sync::oneshot;
 
 use super::Coordinator;
-use super::handle::{Message, Once, Submission};
+use super::handle::{Answered, Message, Once, Submission};
+use crate::domain::audit::Asked;
 use crate::domain::command::{Command, EndedJob, InboxCommand, Origin, Rejection, Reply};
 use crate::domain::decide::decide;
 use crate::domain::effect::{Effect, at_start, implied};
@@ -19,8 +20,8 @@ use crate::domain::time::Timestamp;
 use crate::ledger::{Batch, CommitError};
 
 type Answer = (
-    oneshot::Sender<Result<Reply, Rejection>>,
-    Result<Reply, Rejection>,
+    oneshot::Sender<Result<Answered, Rejection>>,
+    Result<Answered, Rejection>,
 );
 
 /// A batch under way.
@@ -29,6 +30,8 @@ struct Work<'a> {
     state: &'a mut State,
     settings: &'a Settings,
     now: Timestamp,
+    /// The request that is worked on, until a record carries it.
+    asked: Option<Asked>,
     effects: Vec<Effect>,
 }
 
@@ -45,22 +48,16 @@ impl Coordinator {
             state: &mut self.state,
             settings: &self.settings,
             now,
+            asked: None,
             effects: Vec::new(),
         };
         for message in messages {
             match message {
                 Message::Submit(submission) => {
-                    let Submission {
-                        origin,
-                        command,
-                        once,
-                        answer,
-                    } = *submission;
-                    if matches!(command, Command::GatewayStarted { .. }) {
+                    if matches!(submission.command, Command::GatewayStarted { .. }) {
                         self.quiet = false;
                     }
-                    let reply = work.submit(&origin, command, once)?;
-                    answers.push((answer, reply));
+                    answers.push(work.take(*submission)?);
                 }
                 Message::Ask(question) => questions.push(question),
                 Message::Quiet => self.quiet = true,
@@ -100,6 +97,27 @@ impl Coordinator {
 }
 
 impl Work<'_> {
+    /// One submission, and what to answer once it is on disk.
+    fn take(&mut self, submission: Submission) -> Result<Answer, CommitError> {
+        let Submission {
+            origin,
+            command,
+            once,
+            source,
+            answer,
+        } = submission;
+        let before = self.batch.len();
+        self.asked = source.map(|source| Asked {
+            source,
+            duration_us: (self.now - origin.at).max(0).unsigned_abs(),
+        });
+        let reply = self.submit(&origin, command, once)?;
+        // What time and the scheduler make of it later is not what was asked.
+        self.asked = None;
+        let recorded = self.batch.len() > before;
+        Ok((answer, reply.map(|reply| Answered { reply, recorded })))
+    }
+
     /// One command. A rejection changes nothing; an error ends the coordinator.
     fn submit(
         &mut self,
@@ -276,6 +294,7 @@ impl Work<'_> {
             at: self.now,
             actor: actor.clone(),
             request_id: request_id.cloned(),
+            asked: self.asked.take(),
             event: event.clone(),
             payload,
         };

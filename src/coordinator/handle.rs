@@ -1,9 +1,12 @@
 //! The way in: everything that changes anything is submitted here, and answered when it is on disk.
 
+use std::sync::Arc;
+
 use crossbeam_channel::{Sender, TrySendError};
 use smol_str::SmolStr;
 use tokio::sync::oneshot;
 
+use crate::domain::audit::Source;
 use crate::domain::command::{Command, Origin, Rejection, Reply};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::scheduler::status::{self, GpuStatus, QueueStats};
@@ -34,7 +37,16 @@ pub(super) struct Submission {
     pub origin: Origin,
     pub command: Command,
     pub once: Option<Once>,
-    pub answer: oneshot::Sender<Result<Reply, Rejection>>,
+    /// The request to be audited by the first record that comes of it.
+    pub source: Option<Arc<Source>>,
+    pub answer: oneshot::Sender<Result<Answered, Rejection>>,
+}
+
+/// A reply, and whether a record of what was asked is on disk.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answered {
+    pub reply: Reply,
+    pub recorded: bool,
 }
 
 /// An Idempotency-Key with what it stands for.
@@ -70,7 +82,7 @@ pub struct Handle {
 impl Handle {
     /// Decided, committed, then answered.
     pub async fn submit(&self, origin: Origin, command: Command) -> Result<Reply, SubmitError> {
-        self.send(origin, command, None).await
+        Ok(self.put(origin, command, None, None).await?.reply)
     }
 
     /// The same under an Idempotency-Key: done once, and answered alike ever after.
@@ -80,24 +92,39 @@ impl Handle {
         command: Command,
         once: Once,
     ) -> Result<Reply, SubmitError> {
-        self.send(origin, command, Some(once)).await
+        Ok(self.put(origin, command, Some(once), None).await?.reply)
     }
 
-    async fn send(
+    /// The same, the first record to carry the request that it came of.
+    pub async fn put(
         &self,
         origin: Origin,
         command: Command,
         once: Option<Once>,
-    ) -> Result<Reply, SubmitError> {
+        source: Option<Arc<Source>>,
+    ) -> Result<Answered, SubmitError> {
         let (answer, reply) = oneshot::channel();
         let submission = Submission {
             origin,
             command,
             once,
+            source,
             answer,
         };
         self.post(Message::Submit(Box::new(submission)))?;
         Ok(reply.await.map_err(|_| SubmitError::Stopped)??)
+    }
+
+    /// Submits and waits for nothing: it will be decided, unless the process ends first.
+    pub fn tell(&self, origin: Origin, command: Command) -> Result<(), SubmitError> {
+        let (answer, _) = oneshot::channel();
+        self.post(Message::Submit(Box::new(Submission {
+            origin,
+            command,
+            once: None,
+            source: None,
+            answer,
+        })))
     }
 
     fn post(&self, message: Message) -> Result<(), SubmitError> {

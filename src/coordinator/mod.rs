@@ -16,7 +16,7 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::clock::Clock;
-pub use self::handle::{Handle, Once, SubmitError};
+pub use self::handle::{Answered, Handle, Once, SubmitError};
 use self::handle::{INBOX, Message};
 pub use self::recovery::RecoverError;
 use crate::domain::effect::Effect;

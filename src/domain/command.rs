@@ -4,6 +4,7 @@
 use bytes::Bytes;
 use smol_str::SmolStr;
 
+use super::audit::AuditedWrite;
 use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
@@ -83,6 +84,8 @@ pub enum Command {
     },
     /// Something about users, tokens and runtimes.
     Identity(Box<IdentityCommand>),
+    /// Writes that leave no record of their own.
+    AuditWrite(Box<AuditedWrite>),
 
     // --- outcomes, by the executor ---------------------------------------------------------------
     /// A service was asked for its progress on a run of `plane`.

@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
+use super::audit::AuditedWrite;
 use super::identity::{
     NewToken, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
 };
@@ -363,6 +364,12 @@ pub enum Event {
     /// The payloads of a plane's records that belong to no run were removed, those of its commands.
     PlanePurged {
         plane: PlaneId,
+    },
+
+    // --- audit ---------------------------------------------------------------------------------
+    /// Writes that left no record of their own. What a write changed carries its request in the record's meta.
+    WriteAudited {
+        write: AuditedWrite,
     },
 }
 

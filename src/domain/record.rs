@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use smol_str::SmolStr;
 
+use super::audit::Asked;
 use super::event::Event;
 use super::ids::{Cursor, PlaneId, Seq};
 use super::time::Timestamp;
@@ -15,6 +16,8 @@ pub struct NewRecord {
     /// Who caused it: `admin`, `scheduler`, `executor`, `gateway`, later a user's id.
     pub actor: SmolStr,
     pub request_id: Option<SmolStr>,
+    /// The request that it came of; in the first record of each that is audited.
+    pub asked: Option<Asked>,
     pub event: Event,
     /// A client's bytes that belong to the event; empty when there are none.
     pub payload: Bytes,
@@ -30,6 +33,7 @@ pub struct Record {
     pub at: Timestamp,
     pub actor: SmolStr,
     pub request_id: Option<SmolStr>,
+    pub asked: Option<Asked>,
     pub event: Event,
     pub payload: Bytes,
     /// The payload was removed by a purge; its hash still stands in the chain.

@@ -9,6 +9,7 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
+use secrecy::{ExposeSecret, SecretSlice};
 use sha2::Sha256;
 
 const PREFIX: &str = "whsec_";
@@ -17,9 +18,9 @@ const KEY_BYTES: usize = 32;
 const KEY_BYTES_ALLOWED: std::ops::RangeInclusive<usize> = 24..=64;
 
 /// The key that signs callbacks. Its `Debug` does not show it.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Secret {
-    key: Vec<u8>,
+    key: SecretSlice<u8>,
 }
 
 /// Why there is no secret.
@@ -78,24 +79,19 @@ impl Secret {
     /// From `whsec_<base64>`.
     pub fn parse(text: &str) -> Option<Secret> {
         let key = STANDARD.decode(text.trim().strip_prefix(PREFIX)?).ok()?;
+        let key = SecretSlice::from(key);
         KEY_BYTES_ALLOWED
-            .contains(&key.len())
+            .contains(&key.expose_secret().len())
             .then_some(Secret { key })
     }
 
     /// The `webhook-signature` of a message.
     pub fn sign(&self, id: &str, timestamp_s: i64, body: &[u8]) -> String {
-        let mut mac =
-            Hmac::<Sha256>::new_from_slice(&self.key).expect("HMAC takes keys of any length");
+        let mut mac = Hmac::<Sha256>::new_from_slice(self.key.expose_secret())
+            .expect("HMAC takes keys of any length");
         mac.update(format!("{id}.{timestamp_s}.").as_bytes());
         mac.update(body);
         format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes()))
-    }
-}
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Secret(..)")
     }
 }
 
@@ -140,13 +136,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let made = Secret::load_or_create(dir.path()).unwrap();
         let again = Secret::load_or_create(dir.path()).unwrap();
-        assert_eq!(made.key, again.key);
+        assert_eq!(made.key.expose_secret(), again.key.expose_secret());
         let path = dir.path().join("auth/webhook-secret");
         assert_eq!(
             fs::metadata(&path).unwrap().permissions().mode() & 0o777,
             0o600
         );
-        assert_eq!(format!("{made:?}"), "Secret(..)");
+        assert!(format!("{made:?}").contains("REDACTED"), "{made:?}");
         fs::write(&path, "whsec_short").unwrap();
         let error = Secret::load_or_create(dir.path()).unwrap_err().to_string();
         assert!(

@@ -21,7 +21,7 @@ use super::projection::inbox::{self, InboxEntry};
 use super::projection::people;
 use super::projection::run::{self as run_projection, Place, RunStatus, RunSummary};
 use super::projection::service::{self, PlaneView, ServiceView};
-use super::record_codec::{self, Hash, Meta, RECORD_FORMAT, Raw};
+use super::record_codec::{self, Hash, Meta, Raw};
 use super::store::{Direction, Snapshot, Table, WriteSet};
 use super::{Inner, keys, read, view};
 
@@ -209,13 +209,12 @@ impl Batch<'_> {
         let meta = Meta {
             actor: record.actor,
             request_id: record.request_id,
+            asked: record.asked,
         };
-        let (event_bytes, meta_bytes) = (
-            record_codec::encode(&record.event),
-            record_codec::encode(&meta),
-        );
+        let event_bytes = record_codec::encode(&record.event);
+        let (format, meta_bytes) = meta.to_bytes();
         let raw = Raw {
-            format: RECORD_FORMAT,
+            format,
             purged: false,
             plane: record.plane,
             at: record.at,
@@ -280,6 +279,7 @@ impl Batch<'_> {
                 at: raw.at,
                 actor: meta.actor,
                 request_id: meta.request_id,
+                asked: meta.asked,
                 event,
                 payload,
                 purged: raw.purged,

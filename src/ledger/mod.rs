@@ -8,11 +8,14 @@
 //! | `record_codec` | a record's bytes and the hash chain |
 //! | `open` | opening, creating, and why not |
 //! | `batch`, `projection/` | appending, and what each event changes |
-//! | `read`, `people`, `listing`, `replay`, `snapshot` | reading |
+//! | `read`, `people`, `listing`, `audit`, `replay`, `snapshot` | reading |
 //! | `hub`, `follow`, `view` | live followers and the JSON they see |
-//! | `verify`, `transfer`, `stats` | proving, moving and measuring a ledger |
+//! | `verify`, `checkpoint` | proving a ledger, and that it is the one it was |
+//! | `transfer`, `stats` | moving and measuring a ledger |
 
+pub mod audit;
 pub mod batch;
+pub mod checkpoint;
 pub mod error;
 pub mod follow;
 mod hub;
@@ -43,6 +46,7 @@ use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
 use crate::domain::spec::GpuFacts;
 
+pub use audit::{AuditEntry, AuditFilter, AuditPage};
 pub use batch::{Appended, Batch, MAX_PAYLOAD_BYTES, StoredReply, Writer};
 pub use error::{CommitError, OpenError, ReadError, StoreError};
 pub use follow::{Follower, Frame};

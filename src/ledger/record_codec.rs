@@ -1,4 +1,4 @@
-//! A record as bytes, format 1, and its place in the hash chain. Leaves keys and tables to others.
+//! A record as bytes, formats 1 and 2, and its place in the hash chain. Leaves keys and tables to others.
 //!
 //! ```text
 //!   0  u16  format              72  [32] blake3 of the payload
@@ -11,13 +11,15 @@
 //!  40  [32] hash of the record before
 //! ```
 //! Numbers are little-endian. `hash = blake3(prev_hash ‖ envelope ‖ blake3(payload))`, where the envelope
-//! is seq and all the rest but the flags and the payload: a purge leaves every hash as it was.
+//! is seq and all the rest but the flags and the payload: a purge leaves every hash as it was. Format 2 has the
+//! request that the record came of behind the meta; records without one are written as format 1.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 use uuid::Uuid;
 
+use crate::domain::audit::Asked;
 use crate::domain::event::Event;
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
@@ -25,8 +27,10 @@ use crate::domain::time::Timestamp;
 
 use super::error::ReadError;
 
-/// The record format this program writes; it reads all up to it.
-pub const RECORD_FORMAT: u16 = 1;
+/// The newest record format that this program writes; it reads all up to it.
+pub const RECORD_FORMAT: u16 = 2;
+/// The format of records that carry no request.
+const FORMAT_BARE: u16 = 1;
 /// Bytes before the event.
 pub const HEADER_BYTES: usize = 148;
 const FLAG_PURGED: u8 = 1;
@@ -42,6 +46,21 @@ pub const GENESIS: Hash = [0; 32];
 pub struct Meta {
     pub actor: SmolStr,
     pub request_id: Option<SmolStr>,
+    /// Only in format 2.
+    #[serde(skip)]
+    pub asked: Option<Asked>,
+}
+
+impl Meta {
+    /// Its bytes, and the record format that they make.
+    pub fn to_bytes(&self) -> (u16, Vec<u8>) {
+        let mut bytes = encode(self);
+        let Some(asked) = &self.asked else {
+            return (FORMAT_BARE, bytes);
+        };
+        bytes.extend(encode(asked));
+        (RECORD_FORMAT, bytes)
+    }
 }
 
 /// A record's parts, borrowed from its bytes. Nothing is decoded yet.
@@ -174,14 +193,32 @@ impl<'a> Raw<'a> {
         bytes
     }
 
+    /// Whether it carries the request that it came of.
+    pub fn has_request(&self) -> bool {
+        self.format != FORMAT_BARE
+    }
+
     /// Decodes the event.
     pub fn decode_event(&self, seq: Seq) -> Result<Event, ReadError> {
         decode(seq, self.event)
     }
 
+    /// Decodes who caused it.
+    pub fn decode_meta(&self, seq: Seq) -> Result<Meta, ReadError> {
+        if !self.has_request() {
+            return decode(seq, self.meta);
+        }
+        let ((actor, request_id), asked) = decode(seq, self.meta)?;
+        Ok(Meta {
+            actor,
+            request_id,
+            asked: Some(asked),
+        })
+    }
+
     /// Decodes all of it.
     pub fn decode(&self, seq: Seq) -> Result<Record, ReadError> {
-        let meta: Meta = decode(seq, self.meta)?;
+        let meta = self.decode_meta(seq)?;
         Ok(Record {
             seq,
             cursor: self.cursor,
@@ -189,6 +226,7 @@ impl<'a> Raw<'a> {
             at: self.at,
             actor: meta.actor,
             request_id: meta.request_id,
+            asked: meta.asked,
             event: self.decode_event(seq)?,
             payload: Bytes::copy_from_slice(self.payload),
             purged: self.purged,

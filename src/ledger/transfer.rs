@@ -18,7 +18,7 @@ use crate::domain::time::Timestamp;
 use super::batch::{Batch, Encoded, MAX_PAYLOAD_BYTES, Writer};
 use super::error::{CommitError, OpenError, ReadError};
 use super::open::{FILE_NAME, OpenOptions};
-use super::record_codec::{self, GENESIS, Hash, Meta, Raw};
+use super::record_codec::{self, GENESIS, Raw};
 use super::store::{Direction, Table};
 use super::{Ledger, keys, view};
 
@@ -199,7 +199,8 @@ fn import_one(batch: &mut Batch<'_>, number: u64, text: &[u8]) -> Result<(), Tra
             .decode(text)
             .map_err(|error| bad(error.to_string()))
     };
-    let hash = |text: &str| parse_hash(text).ok_or_else(|| bad(format!("{text:?} is no hash")));
+    let hash =
+        |text: &str| view::parse_hex(text).ok_or_else(|| bad(format!("{text:?} is no hash")));
     if line.seq != number {
         return Err(bad(format!(
             "it is record {}; an import begins at record 1",
@@ -230,7 +231,7 @@ fn import_one(batch: &mut Batch<'_>, number: u64, text: &[u8]) -> Result<(), Tra
         payload_len: line.payload_size_bytes,
         payload: &payload,
     };
-    let meta: Meta = record_codec::decode(line.seq, raw.meta)?;
+    let meta = raw.decode_meta(line.seq)?;
     batch.push(Encoded {
         raw,
         event: decoded,
@@ -243,15 +244,4 @@ fn import_one(batch: &mut Batch<'_>, number: u64, text: &[u8]) -> Result<(), Tra
         ));
     }
     Ok(())
-}
-
-fn parse_hash(text: &str) -> Option<Hash> {
-    let mut hash = GENESIS;
-    if text.len() != 2 * hash.len() || !text.is_ascii() {
-        return None;
-    }
-    for (byte, digits) in hash.iter_mut().zip(text.as_bytes().chunks(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
-    }
-    Some(hash)
 }

@@ -16,7 +16,7 @@ use super::projection::inbox::{self, InboxEntry, InboxState};
 use super::projection::people as people_projection;
 use super::projection::run::{self as run_projection, Place, RunSummary};
 use super::projection::service::{self, PlaneView, ServiceView};
-use super::record_codec::{self, GENESIS, Hash, Meta, Raw};
+use super::record_codec::{self, GENESIS, Hash, Raw};
 use super::store::{Direction, KeyBounds, Snapshot, Table};
 use super::{Ledger, keys, read, view};
 
@@ -148,7 +148,7 @@ impl Fold {
             return Err(bad("its payload does not match its hash"));
         }
         let event = raw.decode_event(expected)?;
-        record_codec::decode::<Meta>(expected, raw.meta)?;
+        raw.decode_meta(expected)?;
         if raw.run.is_some() && raw.run != event.run() {
             return Err(bad("it belongs to another run than its event"));
         }

@@ -419,6 +419,18 @@ fn step_id(record: &Record, run: Option<RunId>, attempt: Option<Attempt>) -> Uui
     uuid::Builder::from_custom_bytes(bytes).into_uuid()
 }
 
+/// Back from `hex`.
+pub fn parse_hex(text: &str) -> Option<Hash> {
+    let mut hash = [0; 32];
+    if text.len() != 2 * hash.len() || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
+        return None;
+    }
+    for (byte, digits) in hash.iter_mut().zip(text.as_bytes().chunks(2)) {
+        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
+    }
+    Some(hash)
+}
+
 /// A hash as 64 hex digits.
 pub fn hex(hash: &Hash) -> String {
     let mut text = String::with_capacity(64);

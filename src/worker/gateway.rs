@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use secrecy::{ExposeSecret, SecretString};
 use serde_json::Value;
 use url::Url;
 
@@ -16,7 +17,7 @@ const MAX_CHECKPOINT_BYTES: u64 = 1 << 20;
 pub struct Gateway {
     http: reqwest::Client,
     base: Option<Url>,
-    token: Option<String>,
+    token: Option<SecretString>,
 }
 
 /// One job's side of the conversation: which run, which attempt, and the links it was given.
@@ -26,7 +27,7 @@ pub struct Link {
     run: String,
     attempt: Option<String>,
     /// The dispatch's own, else the worker's.
-    token: Option<String>,
+    token: Option<SecretString>,
     progress: Option<Url>,
     save: Option<Url>,
     checkpoint: Option<Url>,
@@ -60,7 +61,7 @@ impl Gateway {
     /// The HTTP client cannot be made.
     pub fn new(
         base: Option<Url>,
-        token: Option<String>,
+        token: Option<SecretString>,
         roots: Vec<reqwest::Certificate>,
     ) -> Result<Self, reqwest::Error> {
         let builder = reqwest::Client::builder()
@@ -88,9 +89,10 @@ impl Gateway {
             save: own(format!("/api/gateway/runs/{run}/checkpoint")),
             progress: progress.or_else(|| own(format!("/queue/{run}/progress"))),
             checkpoint: headers.checkpoint.and_then(|text| self.follow(text)),
-            token: headers
-                .token
-                .map_or_else(|| self.token.clone(), |token| Some(token.to_owned())),
+            token: headers.token.map_or_else(
+                || self.token.clone(),
+                |token| Some(SecretString::from(token)),
+            ),
             gateway: self.clone(),
             run,
             attempt,
@@ -168,7 +170,7 @@ impl Link {
     async fn send(&self, request: reqwest::RequestBuilder) -> Result<reqwest::Response, CallError> {
         let mut request = request;
         if let Some(token) = &self.token {
-            request = request.bearer_auth(token);
+            request = request.bearer_auth(token.expose_secret());
         }
         if let Some(attempt) = &self.attempt {
             request = request.header("x-rungate-attempt", attempt);
@@ -214,16 +216,17 @@ mod tests {
 
     #[test]
     fn the_token_of_a_dispatch_is_preferred_to_the_workers_own() {
-        let gateway = Gateway::new(None, Some("own".to_owned()), Vec::new()).unwrap();
+        let gateway = Gateway::new(None, Some("own".into()), Vec::new()).unwrap();
         let token = |token| {
             let headers = Headers {
                 token,
                 ..Headers::default()
             };
-            gateway.link("7".to_owned(), None, headers).token
+            let link = gateway.link("7".to_owned(), None, headers);
+            link.token.unwrap().expose_secret().to_owned()
         };
-        assert_eq!(token(Some("of the job")).as_deref(), Some("of the job"));
-        assert_eq!(token(None).as_deref(), Some("own"));
+        assert_eq!(token(Some("of the job")), "of the job");
+        assert_eq!(token(None), "own");
     }
 
     #[test]

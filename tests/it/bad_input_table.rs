@@ -403,7 +403,31 @@ fn ledgers(fixture: &Fixture) -> Vec<Case> {
             rows.push(Case::new("GET", template, &path).fails(404, "run_not_found"));
         }
     }
-    for path in ["/api/gateway/ledger/verify", "/api/gateway/ledger/stats"] {
+    let audit = "/api/gateway/audit";
+    for query in [
+        "?limit=0",
+        "?limit=501",
+        "?limit=x",
+        "?outcome=maybe",
+        "?since=yesterday",
+        "?until=7",
+        "?actor=%00",
+    ] {
+        let case = Case::new("GET", audit, &format!("{audit}{query}"));
+        rows.push(case.fails(INVALID.0, INVALID.1));
+    }
+    let case = Case::new("GET", audit, &format!("{audit}?after=x"));
+    rows.push(case.fails(400, "invalid_cursor"));
+    let tail = "/api/gateway/audit/tail";
+    for query in ["?max_bytes=1023", "?max_bytes=400001", "?max_bytes=x"] {
+        let case = Case::new("GET", tail, &format!("{tail}{query}"));
+        rows.push(case.fails(INVALID.0, INVALID.1));
+    }
+    for path in [
+        "/api/gateway/ledger/verify",
+        "/api/gateway/ledger/stats",
+        "/api/gateway/ledger/checkpoint",
+    ] {
         rows.push(
             Case::new("GET", path, path)
                 .by("DELETE")

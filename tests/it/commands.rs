@@ -18,7 +18,7 @@ fn sleep() -> Value {
 
 #[tokio::test]
 async fn a_command_is_accepted_once_under_its_id() {
-    let mut gateway = Gateway::start(Options::default()).await;
+    let mut gateway = Gateway::start(Options::default().set("RUNGATE_AUDIT", "off")).await;
     let run = gateway
         .start_job(json!({"service_type": "nobody", "payload": {}}))
         .await;

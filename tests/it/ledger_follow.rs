@@ -228,7 +228,7 @@ async fn frames_are_rendered_once_and_shared() {
 async fn a_stream_of_the_whole_ledger_equals_its_records() {
     let (_directory, ledger, mut writer) = open();
     let mut follower = ledger.follow(Topic::All, 0);
-    let thread = std::thread::spawn(move || {
+    let mut writing = tokio::task::spawn_blocking(move || {
         let mut trace = Trace::new(8);
         let mut tail = 0;
         for _ in 0..200 {
@@ -240,16 +240,14 @@ async fn a_stream_of_the_whole_ledger_equals_its_records() {
         }
         tail
     });
-    let mut watch = ledger.watch();
-    let mut seen = Vec::new();
-    while !thread.is_finished() || (seen.len() as u64) < ledger.tail() {
+    let (mut seen, mut tail) = (Vec::new(), None);
+    while tail.is_none_or(|tail| (seen.len() as u64) < tail) {
         tokio::select! {
             frame = follower.next() => seen.push(frame.unwrap().json.clone()),
-            changed = watch.changed() => changed.unwrap(),
+            written = &mut writing, if tail.is_none() => tail = Some(written.unwrap()),
         }
     }
-    let tail = thread.join().unwrap();
-    assert_eq!(seen.len() as u64, tail);
+    assert_eq!(Some(seen.len() as u64), tail);
     for (index, json) in seen.iter().enumerate() {
         let record: serde_json::Value = serde_json::from_slice(json).unwrap();
         assert_eq!(record["seq"], index as u64 + 1);

@@ -1,18 +1,19 @@
-//! The format on disk: these bytes were written by format 1, and every later program must read them.
+//! The format on disk: these bytes were written by formats 1 and 2, and every later program must read them.
 //! A new format adds a golden file beside; it never changes one. `UPDATE_GOLDEN=1` writes a missing file.
 
 use std::fmt::Write;
 use std::path::Path;
 
 use proptest::prelude::*;
+use rungate::domain::audit::Asked;
 use rungate::domain::event::Event;
 use rungate::domain::ids::{PlaneId, RunId};
 use rungate::domain::time::Timestamp;
-use rungate::ledger::record_codec::{GENESIS, Meta, RECORD_FORMAT, Raw, encode};
+use rungate::ledger::record_codec::{GENESIS, Meta, Raw, encode};
 use rungate::ledger::view;
 use uuid::Uuid;
 
-use crate::ledger_world::{START, one_of_each, run_id};
+use crate::ledger_world::{START, one_of_each, run_id, source};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
@@ -62,17 +63,19 @@ fn one_of_each_event_is_in_the_golden_file() {
     assert!(postcard::take_from_bytes::<Event>(&beyond).is_err());
 }
 
-fn sample(payload: &[u8]) -> Vec<u8> {
+fn sample(payload: &[u8], asked: Option<Asked>) -> Vec<u8> {
     let event = encode(&Event::JobCompleted {
         run: run_id(1),
         attempt: 2,
     });
-    let meta = encode(&Meta {
+    let meta = Meta {
         actor: "executor".into(),
         request_id: Some("r".into()),
-    });
+        asked,
+    };
+    let (format, meta) = meta.to_bytes();
     let mut raw = Raw {
-        format: RECORD_FORMAT,
+        format,
         purged: false,
         plane: PlaneId(1),
         at: START,
@@ -90,15 +93,24 @@ fn sample(payload: &[u8]) -> Vec<u8> {
     raw.to_bytes()
 }
 
+fn asked() -> Asked {
+    Asked {
+        source: source(),
+        duration_us: 300,
+    }
+}
+
 #[test]
 fn a_record_keeps_its_bytes() {
-    let bytes = sample(b"{\"ok\":true}");
+    let bytes = sample(b"{\"ok\":true}", None);
     golden("record_v1.txt", &format!("{}\n", hex(&bytes)));
+    let bytes = sample(b"{\"ok\":true}", Some(asked()));
+    golden("record_v2.txt", &format!("{}\n", hex(&bytes)));
 }
 
 #[test]
 fn a_record_cut_short_is_an_error_and_no_panic() {
-    let bytes = sample(b"{}");
+    let bytes = sample(b"{}", Some(asked()));
     for len in 0..bytes.len() {
         assert!(Raw::parse(1, &bytes[..len]).is_err(), "{len}");
     }
@@ -106,8 +118,8 @@ fn a_record_cut_short_is_an_error_and_no_panic() {
 
 #[test]
 fn a_record_of_a_newer_format_is_refused() {
-    let mut bytes = sample(b"{}");
-    bytes[0] = 2;
+    let mut bytes = sample(b"{}", None);
+    bytes[0] = 3;
     assert!(Raw::parse(1, &bytes).is_err());
 }
 
@@ -118,15 +130,19 @@ proptest! {
         (at, cursor, plane, run) in any::<(i64, u64, u32, u128)>(),
         (actor, request_id) in any::<(String, Option<String>)>(),
         index in 0usize..57,
-        purged in any::<bool>(),
+        (purged, is_asked) in any::<(bool, bool)>(),
     ) {
         let events = one_of_each();
         let event = events[index % events.len()].clone();
         let event_bytes = encode(&event);
-        let meta = Meta { actor: actor.into(), request_id: request_id.map(Into::into) };
-        let meta_bytes = encode(&meta);
+        let meta = Meta {
+            actor: actor.into(),
+            request_id: request_id.map(Into::into),
+            asked: is_asked.then(asked),
+        };
+        let (format, meta_bytes) = meta.to_bytes();
         let mut raw = Raw {
-            format: RECORD_FORMAT,
+            format,
             purged: false,
             plane: PlaneId(plane),
             at: Timestamp(at),
@@ -150,6 +166,7 @@ proptest! {
         prop_assert_eq!(record.event, event);
         prop_assert_eq!(record.actor, meta.actor);
         prop_assert_eq!(record.request_id, meta.request_id);
+        prop_assert_eq!(record.asked, meta.asked);
         prop_assert_eq!(record.at, Timestamp(at));
         prop_assert_eq!(record.purged, purged);
         prop_assert_eq!(record.payload.len(), if purged { 0 } else { payload.len() });

@@ -1,7 +1,10 @@
 //! What the ledger's tests share: one of each event, and a seeded trace of batches that a gateway might
 //! write.
 
+use std::sync::Arc;
+
 use bytes::Bytes;
+use rungate::domain::audit::{Asked, AuditedWrite, Source};
 use rungate::domain::event::{
     CommandKind, Event, Exit, JobStopCause, RequeueCause, StartCause, StopCause,
 };
@@ -106,6 +109,10 @@ pub fn record(at: Timestamp, event: Event, payload: &str) -> NewRecord {
         at,
         actor: "admin".into(),
         request_id: Some("req-1".into()),
+        asked: matches!(event, Event::JobQueued { .. }).then(|| Asked {
+            source: source(),
+            duration_us: 1,
+        }),
         event,
         payload: Bytes::copy_from_slice(payload.as_bytes()),
     }
@@ -697,5 +704,31 @@ fn people() -> Vec<Event> {
         },
         Event::RuntimeReleased { key: runtime },
         Event::PlanePurged { plane: PlaneId(2) },
+        Event::WriteAudited {
+            write: AuditedWrite {
+                source: source(),
+                status: 403,
+                code: Some("role_required".into()),
+                duration_us: 250,
+                count: 2,
+                since: START,
+            },
+        },
     ]
+}
+
+/// A request as the audit keeps it.
+pub fn source() -> Arc<Source> {
+    Arc::new(Source {
+        user: Some(UserKey {
+            tenant: "acme".into(),
+            user: "ann".into(),
+        }),
+        token: Some("0123456789ab".into()),
+        address: Some([192, 0, 2, 7].into()),
+        method: "POST".into(),
+        route: "/services/{name}/stop".into(),
+        path: Some("/services/a/stop".into()),
+        query: vec!["drain".into()],
+    })
 }

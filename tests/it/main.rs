@@ -6,12 +6,16 @@
     reason = "a table of cases or a story reads best in one piece"
 )]
 
+mod audit;
+mod audit_canary;
 mod bad_input;
 mod bad_input_table;
 mod bad_input_users;
+mod checkpoints;
 mod cli_basics;
 mod cli_client;
 mod cli_demo;
+mod cli_safety;
 mod cli_worker;
 mod commands;
 mod crash;

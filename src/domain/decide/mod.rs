@@ -86,6 +86,9 @@ pub fn decide(
         } => cx.save_checkpoint(origin.plane, run, attempt, content_type, body),
         Command::PurgeRun { run } => cx.purge(origin.plane, run),
         Command::Identity(command) => Ok(cx.identity(*command)?),
+        Command::AuditWrite(write) => {
+            Ok(Decision::done(vec![Event::WriteAudited { write: *write }]))
+        }
         Command::ProgressPolled {
             plane,
             run,

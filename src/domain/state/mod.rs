@@ -215,7 +215,8 @@ impl State {
             | Event::InstanceSignalled { .. }
             | Event::InstanceUnhealthy { .. }
             | Event::RunPurged { .. }
-            | Event::PlanePurged { .. } => {}
+            | Event::PlanePurged { .. }
+            | Event::WriteAudited { .. } => {}
             Event::JobQueued { .. }
             | Event::JobDispatched { .. }
             | Event::JobProgressed { .. }

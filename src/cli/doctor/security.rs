@@ -1,0 +1,131 @@
+//! What `rungate doctor` finds to be unsafe: files that others can read or change, settings that leave a door open.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+use super::Finding;
+use crate::config::{Config, Origin};
+use crate::domain::audit::AuditMode;
+
+/// All of it.
+pub fn findings(config: &Config) -> Vec<Finding> {
+    let mut findings = vec![secret_files(&config.data_dir)];
+    findings.extend(settings_file(config));
+    findings.extend(weak_settings(config));
+    findings.push(engine());
+    findings
+}
+
+/// Keys and secrets, and the ledger, which holds every payload.
+fn secret_files(data_dir: &Path) -> Finding {
+    let check = "secrets";
+    let mut files: Vec<PathBuf> = vec![data_dir.join(crate::ledger::FILE_NAME)];
+    let auth = std::fs::read_dir(data_dir.join("auth"));
+    files.extend(auth.into_iter().flatten().flatten().map(|file| file.path()));
+    // Public halves of keys may be read by everyone.
+    files.retain(|file| file.extension().is_none_or(|ending| ending != "pub"));
+    let others_read = |file: &&PathBuf| mode(file).is_some_and(|mode| mode & 0o077 != 0);
+    let open: Vec<String> = files
+        .iter()
+        .filter(others_read)
+        .map(|file| file.display().to_string())
+        .collect();
+    if open.is_empty() {
+        return Finding::ok(check, "ledger, keys and tokens are their owner's only");
+    }
+    let open = open.join(" ");
+    let remedy = format!("chmod 600 {open}, and make new secrets if somebody may have read them");
+    Finding::wrong(check, format!("others can read {open}"), remedy)
+}
+
+/// Whoever can write the settings decides what the gateway does.
+fn settings_file(config: &Config) -> Option<Finding> {
+    let path = config.origins.values().find_map(|origin| match origin {
+        Origin::File(path) => Some(path),
+        _ => None,
+    })?;
+    let shown = path.display();
+    Some(match mode(path)? & 0o022 {
+        0 => Finding::ok("settings file", format!("others cannot change {shown}")),
+        _ => Finding::wrong(
+            "settings file",
+            format!("others can change {shown}"),
+            format!("chmod go-w {shown}"),
+        ),
+    })
+}
+
+fn mode(path: &Path) -> Option<u32> {
+    Some(std::fs::metadata(path).ok()?.permissions().mode())
+}
+
+fn weak_settings(config: &Config) -> Vec<Finding> {
+    let check = "weak settings";
+    let mut found = Vec::new();
+    let mut warn = |message: &str, remedy: &str| {
+        found.push(Finding::warning(check, message, remedy));
+    };
+    if config.audit == AuditMode::Off {
+        warn(
+            "refused writes leave no trace",
+            "audit = \"on\", or \"required\"",
+        );
+    }
+    if config.callback_allow_private {
+        warn(
+            "callers may have the gateway call this machine and its private networks",
+            "callback_allow_private = false, unless every caller may reach them anyway",
+        );
+    }
+    let is_open = |origin: &String| matches!(origin.as_str(), "*" | "http://*" | "https://*");
+    if config.allowed_origins.iter().any(is_open) {
+        warn(
+            "pages of every site may call",
+            "name the sites in allowed_origins, e.g. https://console.example",
+        );
+    }
+    let is_any = |host: &String| host.contains('*');
+    if config.allowed_hosts.iter().any(is_any) {
+        warn(
+            "allowed_hosts has a pattern, which matches nothing",
+            "write each name out",
+        );
+    }
+    if found.is_empty() {
+        found.push(Finding::ok(check, "no setting leaves a door open"));
+    }
+    found
+}
+
+/// This version starts no containers, whatever the machine has.
+fn engine() -> Finding {
+    Finding::ok(
+        "engine",
+        "this version starts no containers: services are local processes or URLs",
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::super::Level;
+    use super::*;
+
+    #[test]
+    fn a_secret_that_others_read_is_named() {
+        let data = tempfile::tempdir().unwrap();
+        let auth = data.path().join("auth");
+        fs::create_dir(&auth).unwrap();
+        for (name, mode) in [("token-key", 0o600), ("checkpoint-key.pub", 0o644)] {
+            fs::write(auth.join(name), "x").unwrap();
+            fs::set_permissions(auth.join(name), fs::Permissions::from_mode(mode)).unwrap();
+        }
+        assert_eq!(secret_files(data.path()).level, Level::Ok);
+        let key = auth.join("token-key");
+        fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
+        let finding = secret_files(data.path());
+        assert_eq!(finding.level, Level::Wrong);
+        assert!(finding.message.ends_with("/auth/token-key"), "{finding:?}");
+    }
+}
