@@ -1,24 +1,36 @@
 //! Who is calling: tokens and what is kept of them, the administrator's first one, and what a token's user
-//! may do. Sessions of browsers and job tokens come with them later.
+//! may do; passwords and sessions of browsers.
 //!
 //! | file | holds |
 //! |---|---|
 //! | `token` | the form of a token |
 //! | `secret` | hashes of tokens, imported ones included |
 //! | `uses` | when a token was last used |
+//! | `password`, `session`, `throttle` | passwords; sessions of browsers; failed logins |
+//! | `store`, `logins` | the file of logins; all of those three |
+//! | `random` | random bytes |
 //! | `bootstrap`, `private_file` | the first administrator's token; files that only their owner reads |
 
 pub mod bootstrap;
+pub mod logins;
+pub mod password;
 mod private_file;
+mod random;
 pub mod secret;
+pub mod session;
+pub mod store;
+pub mod throttle;
 pub mod token;
 pub mod uses;
+
+use std::sync::Arc;
 
 use http::HeaderValue;
 use smol_str::SmolStr;
 use subtle::ConstantTimeEq;
 
 use self::secret::TokenKey as HashKey;
+use self::session::{Digest, Session};
 use self::uses::Uses;
 use crate::domain::identity::{Role, Scope, Token, TokenHash, TokenKey, User, UserKey, power};
 use crate::domain::ids::PlaneId;
@@ -46,10 +58,19 @@ pub struct Principal {
     /// The token's.
     pub token_scopes: Vec<Scope>,
     pub runtime: SmolStr,
-    /// The token that it showed; `None` for the first administrator's.
+    /// The token that it showed, or logged in with; `None` for the first administrator's, and for a password.
     pub token: Option<TokenKey>,
+    /// The browser session that it came by.
+    pub session: Option<Arc<LiveSession>>,
     /// The first 12 hex digits of the token's keyed hash: tells tokens apart in logs, and nothing else.
     pub fingerprint: String,
+}
+
+/// A session that a request came by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LiveSession {
+    pub digest: Digest,
+    pub session: Session,
 }
 
 impl Principal {
@@ -71,16 +92,40 @@ impl Principal {
             return None;
         }
         Some(Principal {
+            token_scopes: token.scopes.clone(),
+            token: Some(token.key.clone()),
+            ..Principal::unrestricted(user, digest)
+        })
+    }
+
+    /// Of a user who showed its password; `None` when it is disabled.
+    pub fn of_password(user: &User, digest: &[u8; 32]) -> Option<Principal> {
+        let is_enabled = user.profile.enabled;
+        is_enabled.then(|| Principal::unrestricted(user, digest))
+    }
+
+    fn unrestricted(user: &User, digest: &[u8; 32]) -> Principal {
+        Principal {
             plane: user.plane,
             actor: user.key.actor(),
             user: user.key.clone(),
             roles: user.profile.roles.clone(),
             user_scopes: user.profile.scopes.clone(),
-            token_scopes: token.scopes.clone(),
+            token_scopes: vec![Scope::All],
             runtime: user.profile.runtime.clone(),
-            token: Some(token.key.clone()),
+            token: None,
+            session: None,
             fingerprint: short(digest),
-        })
+        }
+    }
+
+    /// The same, come by a session.
+    pub fn by_session(self, digest: Digest, session: Session) -> Principal {
+        Principal {
+            fingerprint: short(&digest),
+            session: Some(Arc::new(LiveSession { digest, session })),
+            ..self
+        }
     }
 }
 
@@ -128,7 +173,11 @@ impl Authenticator {
     ///
     /// Digests are compared, in constant time, so that timing tells nothing of the token.
     pub fn read(&self, authorization: Option<&HeaderValue>) -> Option<Shown> {
-        let token = bearer(authorization?.as_bytes())?;
+        self.read_token(bearer(authorization?.as_bytes())?)
+    }
+
+    /// What a token shows; the same.
+    pub fn read_token(&self, token: &[u8]) -> Option<Shown> {
         if token.is_empty() || token.len() > MAX_TOKEN_BYTES {
             return None;
         }
@@ -145,6 +194,17 @@ impl Authenticator {
             fingerprint: secret::fingerprint(token),
             token: token.to_vec(),
         })
+    }
+
+    /// The first administrator, if its token still has this keyed hash.
+    pub fn first_admin(&self, digest: &[u8; 32]) -> Option<Principal> {
+        let is_same = bool::from(digest.ct_eq(&self.admin_digest));
+        is_same.then(|| first_admin(digest))
+    }
+
+    /// The keyed hash of the first administrator's token.
+    pub fn admin_digest(&self) -> [u8; 32] {
+        self.admin_digest
     }
 
     /// A fresh token for a user.
@@ -187,6 +247,7 @@ fn first_admin(digest: &[u8; 32]) -> Principal {
         token_scopes: vec![Scope::All],
         runtime: SmolStr::new_static("default"),
         token: None,
+        session: None,
         fingerprint: short(digest),
     }
 }

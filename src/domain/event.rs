@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::identity::{
-    NewToken, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
+    NewToken, PasswordHash, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
 };
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
@@ -363,6 +363,20 @@ pub enum Event {
     /// The payloads of a plane's records that belong to no run were removed, those of its commands.
     PlanePurged {
         plane: PlaneId,
+    },
+    /// Holds a hash, never the password; `None` took it away. All of the user's sessions ended with it.
+    PasswordChanged {
+        key: UserKey,
+        password: Option<PasswordHash>,
+    },
+    /// The same password, with a stronger hash.
+    PasswordRehashed {
+        key: UserKey,
+        password: PasswordHash,
+    },
+    /// All of a user's sessions ended: it was disabled, or its tokens were rotated.
+    SessionsEnded {
+        key: UserKey,
     },
 }
 

@@ -117,7 +117,7 @@ proptest! {
         payload in proptest::collection::vec(any::<u8>(), 0..300),
         (at, cursor, plane, run) in any::<(i64, u64, u32, u128)>(),
         (actor, request_id) in any::<(String, Option<String>)>(),
-        index in 0usize..57,
+        index in 0usize..60,
         purged in any::<bool>(),
     ) {
         let events = one_of_each();
