@@ -13,10 +13,12 @@ mod health;
 mod ledger;
 mod logs;
 mod output;
+mod password;
 mod queue;
 mod run;
 mod serve;
 mod service;
+mod session;
 mod stream;
 mod token;
 mod user;
@@ -133,6 +135,9 @@ enum Noun {
     /// Manage your own tokens
     #[command(subcommand)]
     Token(token::Token),
+    /// List and end the sessions of browsers
+    #[command(subcommand)]
+    Session(session::Session),
     /// Show and check the settings
     #[command(subcommand)]
     Config(config::ConfigVerb),
@@ -246,6 +251,7 @@ async fn talk(noun: Noun, context: &Context) -> Result<Exit, CliError> {
         Noun::Ledger(verb) => verb.perform(context).await,
         Noun::User(verb) => verb.perform(context).await,
         Noun::Token(verb) => verb.perform(context).await,
+        Noun::Session(verb) => verb.perform(context).await,
         Noun::Config(verb) => verb.perform(context),
         Noun::Doctor => doctor::perform(context).await,
         Noun::Health => health::perform(context).await,
