@@ -1,6 +1,7 @@
 //! Wiring: what is started in which order, what a stop waits for, and one sentence for each thing that can
 //! be wrong at the start.
 
+mod logins;
 mod seams;
 mod transport;
 
@@ -21,6 +22,7 @@ use crate::api::listen::ListenConfig;
 use crate::api::{ApiConfig, App, Parts};
 use crate::auth::Authenticator;
 use crate::auth::bootstrap::{self, BootstrapError};
+use crate::auth::logins::LoginsError;
 use crate::auth::secret::{TokenKey, TokenKeyError};
 use crate::auth::uses::Uses;
 use crate::config::Config;
@@ -73,6 +75,8 @@ pub enum ServeError {
     Token(#[from] BootstrapError),
     #[error(transparent)]
     TokenKey(#[from] TokenKeyError),
+    #[error(transparent)]
+    Logins(#[from] LoginsError),
     #[error(transparent)]
     Secret(#[from] SecretError),
     #[error(transparent)]
@@ -156,6 +160,7 @@ pub async fn serve(
     let mut core = Core::start(&config, addr, opened)?;
     let token = bootstrap::load_or_create(&config.data_dir)?;
     let token_key = TokenKey::load_or_create(&config.data_dir)?;
+    let logins = logins::open(&config, &token_key).await?;
     let uses = Uses::load(&config.data_dir);
     core.tasks.spawn("token uses", keep_uses(uses.clone()));
     core.tasks.spawn("metrics", metrics.clone().keep_up());
@@ -170,10 +175,12 @@ pub async fn serve(
         handle: core.handle.clone(),
         ledger: core.ledger.clone(),
         auth: Authenticator::new(&token.token, token_key, uses.clone()),
+        logins: logins.clone(),
         metrics,
         logs: core.driver.logs().clone(),
         stopping: shutdown.child_token(),
     });
+    core.tasks.spawn("logins", logins::keep_up(app.clone()));
     let listening = ListenConfig {
         max_connections: usize::try_from(config.max_connections).unwrap_or(usize::MAX),
         drain_timeout: REQUESTS_DRAIN,
@@ -201,6 +208,7 @@ pub async fn serve(
         .stop(http, Duration::from_millis(config.shutdown_limit_ms))
         .await;
     save_uses(&uses);
+    logins.sessions.save_uses().await;
     stopped
 }
 

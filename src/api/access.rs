@@ -25,6 +25,7 @@ const OPERATE: Need = Need::Role(Role::Operator, Scope::ServicesWrite);
 /// What services wrote, and numbers of all planes: not for everyone, yet nothing is changed.
 const INSPECT: Need = Need::Role(Role::Operator, Scope::ServicesRead);
 const READ_LEDGER: Need = Need::Role(Role::Admin, Scope::LedgerRead);
+/// What one logs in with: tokens, password, sessions.
 const OWN_TOKENS: Need = Need::Role(Role::Viewer, Scope::All);
 const MANAGE_USERS: Need = Need::Role(Role::TenantAdmin, Scope::All);
 const MANAGE_GATEWAY: Need = Need::Role(Role::Admin, Scope::All);
@@ -85,6 +86,12 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/ledger/stats", READ_LEDGER),
     ("GET", "/ledger/export", READ_LEDGER),
     // People.
+    ("POST", "/session/login", Need::Open),
+    ("POST", "/session/logout", Need::Anyone),
+    ("GET", "/sessions", OWN_TOKENS),
+    ("DELETE", "/sessions/{session_id}", OWN_TOKENS),
+    ("POST", "/me/password", OWN_TOKENS),
+    ("POST", "/admin/users/{user_id}/password", MANAGE_USERS),
     ("GET", "/tokens", OWN_TOKENS),
     ("POST", "/tokens", OWN_TOKENS),
     ("DELETE", "/tokens/{token_id}", OWN_TOKENS),

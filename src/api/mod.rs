@@ -6,7 +6,9 @@
 //! | `guard` | request id, Host and Origin, bounds; finishes every answer |
 //! | `client` | where a request came from: address, https |
 //! | `authenticate`, `access` | credentials to a principal; what each route needs |
-//! | `users`, `tokens`, `runtimes` | people, their tokens, and the planes they leave |
+//! | `session`, `login`, `sessions` | logging in and out with a browser; listing and ending sessions |
+//! | `cookies`, `csrf`, `slow` | a session's cookies; requests of other sites; slow hashes |
+//! | `users`, `tokens`, `passwords`, `runtimes` | people, their tokens and passwords, and the planes they leave |
 //! | `limits`, `buckets`, `shares` | how much callers may ask: a minute, and at once |
 //! | `headers` | what every answer tells browsers |
 //! | `error` | every refusal and its status |
@@ -26,6 +28,8 @@ mod checkpoint;
 pub mod client;
 mod commands;
 pub mod config;
+mod cookies;
+mod csrf;
 mod cursor;
 mod docs;
 pub mod error;
@@ -45,7 +49,9 @@ mod ledger_tools;
 pub mod limits;
 mod linger;
 pub mod listen;
+mod login;
 mod metrics;
+mod passwords;
 mod preempt;
 mod query;
 mod queue;
@@ -58,13 +64,17 @@ mod service_control;
 mod service_logs;
 mod service_spec;
 mod services;
+mod session;
+mod sessions;
 mod shares;
+mod slow;
 mod sse;
 mod state;
 pub mod tls;
 mod tokens;
 mod users;
 
+pub use authenticate::session_counts;
 pub use config::ApiConfig;
 pub use router::{openapi, router};
 pub use state::{App, Parts};

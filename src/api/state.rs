@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::config::ApiConfig;
 use super::error::ApiError;
 use super::guard::{Caller, HostRules};
 use super::limits::Limits;
+use super::slow::SlowHashes;
 use crate::auth::Authenticator;
+use crate::auth::logins::Logins;
 use crate::coordinator::Handle;
 use crate::domain::command::{Command, Reply};
 use crate::domain::ids::RunId;
@@ -17,15 +18,13 @@ use crate::driver::Logs;
 use crate::ledger::{Ledger, ReadError, RunSummary};
 use crate::telemetry::Metrics;
 
-/// Slow hashes that are computed at once: each takes a core for a tenth of a second.
-const SLOW_CHECKS: usize = 2;
-
 /// What the HTTP side is made of; filled by the server.
 pub struct Parts {
     pub config: ApiConfig,
     pub handle: Handle,
     pub ledger: Ledger,
     pub auth: Authenticator,
+    pub logins: Logins,
     pub metrics: Metrics,
     /// The services' output.
     pub logs: Logs,
@@ -43,13 +42,14 @@ pub struct Inner {
     pub handle: Handle,
     pub ledger: Ledger,
     pub auth: Authenticator,
+    pub logins: Logins,
     pub metrics: Metrics,
     pub logs: Logs,
     pub stopping: CancellationToken,
     pub hosts: HostRules,
     pub limits: Limits,
-    /// Imported tokens that are checked against their slow hashes.
-    pub slow_checks: Semaphore,
+    /// Passwords and imported tokens.
+    pub slow_hashes: SlowHashes,
     /// Signs list cursors; of this ledger, so that cursors outlive a restart.
     pub cursor_key: [u8; 32],
 }
@@ -71,12 +71,13 @@ impl App {
         App(Arc::new(Inner {
             hosts: HostRules::new(&parts.config),
             limits: Limits::new(&parts.config),
-            slow_checks: Semaphore::new(SLOW_CHECKS),
+            slow_hashes: SlowHashes::new(),
             cursor_key,
             config: parts.config,
             handle: parts.handle,
             ledger: parts.ledger,
             auth: parts.auth,
+            logins: parts.logins,
             metrics: parts.metrics,
             logs: parts.logs,
             stopping: parts.stopping,

@@ -7,6 +7,7 @@
 )]
 
 mod bad_input;
+mod bad_input_logins;
 mod bad_input_table;
 mod bad_input_users;
 mod cli_basics;
@@ -40,6 +41,7 @@ mod ledger_reads;
 mod ledger_transfer;
 mod ledger_world;
 mod limits;
+mod logins;
 mod preempt;
 mod queue;
 mod recovery;
@@ -48,6 +50,7 @@ mod runs;
 mod scheduling;
 mod schema;
 mod services;
+mod sessions;
 mod ssrf;
 mod startup;
 mod streams;
