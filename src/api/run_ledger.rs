@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::authenticate::Watch;
 use super::body::{JsonBody, PathOf};
 use super::error::ApiError;
 use super::examples;
@@ -208,5 +209,6 @@ async fn stream(
         plane: caller.plane(),
         run,
     };
-    sse::stream(app, place, source, resume)
+    let watch = Watch::new(&app, &caller);
+    sse::stream(app, place, source, resume, watch)
 }

@@ -27,7 +27,7 @@ use crate::domain::identity::{
 use crate::domain::time::Timestamp;
 
 /// Longest user, tenant and runtime id.
-const MAX_ID_CHARS: usize = 64;
+pub(super) const MAX_ID_CHARS: usize = 64;
 
 /// Longest e-mail address (RFC 5321).
 const MAX_EMAIL_CHARS: usize = 254;
@@ -94,13 +94,13 @@ pub struct UserAnswer {
 }
 
 /// Whether a caller sees a tenant's users.
-fn sees(caller: &Caller, tenant: &str) -> bool {
+pub(super) fn sees(caller: &Caller, tenant: &str) -> bool {
     let principal = &caller.principal;
     principal.power() == Role::Admin || principal.user.tenant == tenant
 }
 
 /// A user that the caller may manage; one of a tenant that it does not see is as good as none.
-fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, ApiError> {
+pub(super) fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, ApiError> {
     let user = match sees(caller, &key.tenant) {
         true => app.ledger.user(key)?,
         false => None,
@@ -111,7 +111,7 @@ fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, ApiError> {
 }
 
 /// Nobody grants or takes what it has not itself.
-fn may_grant(caller: &Caller, role: Role) -> Result<(), ApiError> {
+pub(super) fn may_grant(caller: &Caller, role: Role) -> Result<(), ApiError> {
     match role <= caller.principal.power() {
         true => Ok(()),
         false => Err(lacks_role(role)
@@ -121,7 +121,7 @@ fn may_grant(caller: &Caller, role: Role) -> Result<(), ApiError> {
 }
 
 /// The user of a path and its `tenant_id`.
-fn named(caller: &Caller, id: &str, query: &Query) -> Result<UserKey, ApiError> {
+pub(super) fn named(caller: &Caller, id: &str, query: &Query) -> Result<UserKey, ApiError> {
     let tenant = query.text("tenant_id").map(sanitised);
     query.finish()?;
     Ok(UserKey {
@@ -130,7 +130,7 @@ fn named(caller: &Caller, id: &str, query: &Query) -> Result<UserKey, ApiError> 
     })
 }
 
-fn default_tenant(caller: &Caller) -> SmolStr {
+pub(super) fn default_tenant(caller: &Caller) -> SmolStr {
     match caller.principal.power() {
         Role::Admin => SmolStr::new_static("default"),
         _ => caller.principal.user.tenant.clone(),
@@ -256,7 +256,11 @@ fn first_token(hash: TokenHash) -> NewToken {
     }
 }
 
-async fn submit(app: &App, caller: &Caller, command: IdentityCommand) -> Result<(), ApiError> {
+pub(super) async fn submit(
+    app: &App,
+    caller: &Caller,
+    command: IdentityCommand,
+) -> Result<(), ApiError> {
     app.submit(caller, Command::Identity(Box::new(command)))
         .await?;
     Ok(())

@@ -40,10 +40,12 @@ pub enum Table {
     TokenDigests,
     /// (tenant, runtime) → runtime.
     Runtimes,
+    /// (tenant, user) → credentials.
+    Credentials,
 }
 
 impl Table {
-    pub const ALL: [Table; 17] = [
+    pub const ALL: [Table; 18] = [
         Table::Events,
         Table::RunRecords,
         Table::Runs,
@@ -61,6 +63,7 @@ impl Table {
         Table::Tokens,
         Table::TokenDigests,
         Table::Runtimes,
+        Table::Credentials,
     ];
 
     /// Its name on disk.
@@ -83,6 +86,7 @@ impl Table {
             Table::Tokens => "tokens",
             Table::TokenDigests => "token_digests",
             Table::Runtimes => "runtimes",
+            Table::Credentials => "credentials",
         }
     }
 }

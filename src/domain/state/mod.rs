@@ -205,7 +205,10 @@ impl State {
             | Event::RuntimeReserved { .. }
             | Event::RuntimeAssigned { .. }
             | Event::RuntimePurging { .. }
-            | Event::RuntimeReleased { .. } => self.apply_people(at, event),
+            | Event::RuntimeReleased { .. }
+            | Event::PasswordChanged { .. }
+            | Event::PasswordRehashed { .. }
+            | Event::SessionsEnded { .. } => self.apply_people(at, event),
             Event::GatewayStopped { .. }
             | Event::CommandAccepted { .. }
             | Event::CommandApplied { .. }
