@@ -1,7 +1,10 @@
 //! What each route needs: the one place that says which role and which scope. A route without a line here is
 //! the administrator's alone, and fails a test.
 
+use std::sync::LazyLock;
+
 use http::Method;
+use rustc_hash::FxHashMap;
 
 use super::error::{ApiError, ErrorCode};
 use crate::auth::Principal;
@@ -129,21 +132,22 @@ pub fn need(method: &Method, path: &str) -> Need {
         Method::HEAD => "GET",
         ref other => other.as_str(),
     };
-    let mut known = false;
-    for (of, pattern, need) in NEEDS {
-        if *pattern == path {
-            known = true;
-            if *of == method {
-                return *need;
-            }
-        }
-    }
-    match known {
-        // A path of ours without this method is answered 405, whoever asks.
-        true => Need::Anyone,
-        false => MANAGE_GATEWAY,
-    }
+    let Some(methods) = BY_PATH.get(path) else {
+        return MANAGE_GATEWAY;
+    };
+    let line = methods.iter().find(|(of, _)| *of == method);
+    // A path of ours without this method is answered 405, whoever asks.
+    line.map_or(Need::Anyone, |(_, need)| *need)
 }
+
+/// `NEEDS` by path, as every request asks for one.
+static BY_PATH: LazyLock<FxHashMap<&str, Vec<(&str, Need)>>> = LazyLock::new(|| {
+    let mut paths: FxHashMap<&str, Vec<(&str, Need)>> = FxHashMap::default();
+    for (method, path, need) in NEEDS {
+        paths.entry(path).or_default().push((method, *need));
+    }
+    paths
+});
 
 /// Whether a principal has what is needed.
 pub fn grants(need: Need, principal: &Principal) -> bool {

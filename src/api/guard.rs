@@ -2,7 +2,6 @@
 //! work at once; and what every answer gets: its id, the finished problem body, a count.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::Instant;
 
@@ -12,6 +11,7 @@ use axum::response::Response;
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri, header};
 use metrics::{Counter, Histogram};
+use rustc_hash::FxHashMap;
 use smol_str::SmolStr;
 use uuid::Uuid;
 
@@ -393,12 +393,12 @@ fn finish(mut response: Response, arrival: &Arrival, path: &str) -> Response {
 }
 
 /// The metrics of one route's answers, by method and status.
-type RouteCounts = HashMap<(Method, u16), (Counter, Histogram)>;
+type RouteCounts = FxHashMap<(Method, u16), (Counter, Histogram)>;
 
 thread_local! {
     /// What this thread counts with: as many as there are routes, methods and statuses. Looking them up in the
     /// recorder costs more than counting.
-    static COUNTS: RefCell<HashMap<String, RouteCounts>> = RefCell::default();
+    static COUNTS: RefCell<FxHashMap<String, RouteCounts>> = RefCell::default();
 }
 
 fn count(method: &Method, route: Option<&MatchedPath>, response: &Response, started: Instant) {
@@ -412,7 +412,7 @@ fn count(method: &Method, route: Option<&MatchedPath>, response: &Response, star
     let seconds = started.elapsed().as_secs_f64();
     COUNTS.with_borrow_mut(|counts| {
         if !counts.contains_key(route) {
-            counts.insert(route.to_owned(), RouteCounts::new());
+            counts.insert(route.to_owned(), RouteCounts::default());
         }
         let Some(of_route) = counts.get_mut(route) else {
             return;

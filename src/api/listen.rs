@@ -82,16 +82,10 @@ pub async fn serve(
                 continue;
             }
         };
-        let connection = secure_and_serve(
-            stream,
-            peer.ip(),
-            router.clone(),
-            config.clone(),
-            stopping.clone(),
-        );
+        let (router, config, stopping) = (router.clone(), config.clone(), stopping.clone());
         connections.spawn(async move {
             metrics::gauge!("rungate_http_connections").increment(1.0);
-            connection.await;
+            secure_and_serve(stream, peer.ip(), router, config, stopping).await;
             metrics::gauge!("rungate_http_connections").decrement(1.0);
             drop(place);
         });
@@ -142,10 +136,16 @@ async fn secure_and_serve(
     };
     let agreed = tokio::select! {
         () = stopping.cancelled() => return,
-        agreed = tokio::time::timeout(config.header_timeout, tls.accept(stream)) => agreed,
+        agreed = Box::pin(tokio::time::timeout(config.header_timeout, tls.accept(stream))) => agreed,
     };
     match agreed {
-        Ok(Ok(stream)) => serve_connection(stream, connection, router, &config, stopping).await,
+        // Boxed: connections without TLS need not have room for its state.
+        Ok(Ok(stream)) => {
+            Box::pin(serve_connection(
+                stream, connection, router, &config, stopping,
+            ))
+            .await;
+        }
         // A scanner, a browser that does not trust the certificate, plain http: daily business.
         Ok(Err(error)) => {
             tracing::debug!(error = %error, client.address = %peer, "no TLS with a client")
