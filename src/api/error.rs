@@ -77,6 +77,7 @@ error_codes! {
     OriginNotAllowed = "origin_not_allowed", FORBIDDEN, "The origin is not allowed";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "Too much work is waiting to be recorded";
     Purged = "purged", GONE, "The run's payloads were purged";
+    QuotaExceeded = "quota_exceeded", TOO_MANY_REQUESTS, "A quota is used up";
     RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests a minute";
     RoleRequired = "role_required", FORBIDDEN, "Another role is needed";
     RunEnded = "run_ended", CONFLICT, "The run has ended";
@@ -97,10 +98,14 @@ error_codes! {
     StaleAttempt = "stale_attempt", CONFLICT, "The attempt is over";
     StartFailed = "start_failed", BAD_GATEWAY, "The service ended before it was healthy";
     Stopping = "stopping", SERVICE_UNAVAILABLE, "The gateway is stopping";
+    TenantExists = "tenant_exists", BAD_REQUEST, "The tenant exists already";
+    TenantNotFound = "tenant_not_found", NOT_FOUND, "No such tenant";
+    TenantProtected = "tenant_protected", BAD_REQUEST, "The default tenant stays enabled";
     TokenExists = "token_exists", CONFLICT, "The token exists already";
     TokenNotFound = "token_not_found", NOT_FOUND, "No such token";
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS, "Too many requests at once";
     TooManyStreams = "too_many_streams", TOO_MANY_REQUESTS, "Too many streams at once";
+    TooManyTenants = "too_many_tenants", CONFLICT, "There are too many tenants";
     TooManyTokens = "too_many_tokens", CONFLICT, "The user has too many tokens";
     TooManyUsers = "too_many_users", CONFLICT, "There are too many users";
     Unauthorized = "unauthorized", UNAUTHORIZED, "No valid credentials";
@@ -314,6 +319,9 @@ impl From<ReadError> for ApiError {
     }
 }
 
+/// When it is worth asking again after a quota was used up: runs end in seconds to hours.
+const QUOTA_RETRY_S: u32 = 10;
+
 impl From<Rejection> for ApiError {
     fn from(rejection: Rejection) -> Self {
         let detail = match &rejection {
@@ -339,6 +347,11 @@ impl From<Rejection> for ApiError {
         let error = ApiError::new(rejection_code(&rejection), detail);
         match rejection {
             Rejection::Stopping => error.retry_after(5),
+            Rejection::QuotaExceeded(hit) => error
+                .with("quota", hit.quota)
+                .with("limit", hit.limit)
+                .with("used", hit.used)
+                .retry_after(QUOTA_RETRY_S),
             Rejection::NoEngine(_) => error.with(
                 "hint",
                 format!("{rejection}; register it with a `command` or a `url`"),
@@ -374,6 +387,7 @@ fn rejection_code(rejection: &Rejection) -> ErrorCode {
         Rejection::CommandReused(_) => ErrorCode::CommandReused,
         Rejection::KeyReused => ErrorCode::IdempotencyKeyReused,
         Rejection::Stopping => ErrorCode::Stopping,
+        Rejection::QuotaExceeded(_) => ErrorCode::QuotaExceeded,
         Rejection::Identity(rejection) => identity_code(rejection),
     }
 }
@@ -393,6 +407,10 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::TokenNotFound => ErrorCode::TokenNotFound,
         IdentityRejection::TokenExists(_) => ErrorCode::TokenExists,
         IdentityRejection::TooManyTokens(_) => ErrorCode::TooManyTokens,
+        IdentityRejection::TenantExists(_) => ErrorCode::TenantExists,
+        IdentityRejection::TenantNotFound => ErrorCode::TenantNotFound,
+        IdentityRejection::TenantProtected => ErrorCode::TenantProtected,
+        IdentityRejection::TooManyTenants(_) => ErrorCode::TooManyTenants,
     }
 }
 
@@ -427,6 +445,7 @@ mod tests {
             IdentityRejection::UserNotFound.into(),
             IdentityRejection::RunsEnding { runs: 1 }.into(),
             IdentityRejection::TokenExists("t".into()).into(),
+            IdentityRejection::TenantNotFound.into(),
         ] {
             let code = rejection.code();
             assert_eq!(ApiError::from(rejection).code.as_str(), code);

@@ -7,7 +7,7 @@
 //! | `audit` | who did what |
 //! | `client` | where a request came from: address, https |
 //! | `authenticate`, `access` | credentials to a principal; what each route needs |
-//! | `users`, `tokens`, `runtimes` | people, their tokens, and the planes they leave |
+//! | `users`, `tenants`, `tokens`, `runtimes` | people, their tokens, and the planes they leave |
 //! | `limits`, `buckets`, `shares` | how much callers may ask: a minute, and at once |
 //! | `headers` | what every answer tells browsers |
 //! | `error`, `redact` | every refusal and its status; what it tells back |
@@ -66,6 +66,7 @@ mod signing_keys;
 mod sse;
 mod sso;
 mod state;
+mod tenants;
 pub mod tls;
 mod tokens;
 mod users;

@@ -11,8 +11,8 @@ use super::guard::guard;
 use super::state::App;
 use super::{
     audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, preempt, queue,
-    run_ledger, runs, runtimes, service_control, service_logs, services, signing_keys, tokens,
-    users,
+    run_ledger, runs, runtimes, service_control, service_logs, services, signing_keys, tenants,
+    tokens, users,
 };
 
 /// The GPU dialect: the same handlers in both places.
@@ -38,6 +38,7 @@ fn gateway() -> OpenApiRouter<App> {
         .merge(audit::router())
         .merge(tokens::router())
         .merge(users::router())
+        .merge(tenants::router())
         .merge(runtimes::router())
         .merge(signing_keys::router())
         .merge(dialect())

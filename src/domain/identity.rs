@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::ids::PlaneId;
+use super::tenant::{QuotasChange, TenantChange};
 use super::time::Timestamp;
 
 /// What somebody may do, from most to least. A user has the powers of the highest of its roles.
@@ -311,6 +312,7 @@ pub enum IdentityCommand {
     UpdateUser {
         key: UserKey,
         change: ProfileChange,
+        quotas: QuotasChange,
         rotate: Option<NewToken>,
     },
     DeleteUser {
@@ -339,6 +341,12 @@ pub enum IdentityCommand {
     /// All runs of the plane are purged: forget the runtime.
     FinishPurge {
         key: RuntimeKey,
+    },
+    /// Says something of a tenant. With `create` it must not have been said before.
+    SetTenant {
+        tenant: SmolStr,
+        change: TenantChange,
+        create: bool,
     },
 }
 
@@ -374,6 +382,14 @@ pub enum IdentityRejection {
     TokenExists(SmolStr),
     #[error("A user may have {0} tokens; revoke one first")]
     TooManyTokens(usize),
+    #[error("Tenant already exists: {0}")]
+    TenantExists(SmolStr),
+    #[error("Tenant not found")]
+    TenantNotFound,
+    #[error("The tenant 'default' cannot be disabled: it is the first administrator's")]
+    TenantProtected,
+    #[error("The gateway holds as many tenants as it may ({0})")]
+    TooManyTenants(usize),
 }
 
 impl IdentityRejection {
@@ -393,6 +409,10 @@ impl IdentityRejection {
             IdentityRejection::TokenNotFound => "token_not_found",
             IdentityRejection::TokenExists(_) => "token_exists",
             IdentityRejection::TooManyTokens(_) => "too_many_tokens",
+            IdentityRejection::TenantExists(_) => "tenant_exists",
+            IdentityRejection::TenantNotFound => "tenant_not_found",
+            IdentityRejection::TenantProtected => "tenant_protected",
+            IdentityRejection::TooManyTenants(_) => "too_many_tenants",
         }
     }
 }

@@ -1,12 +1,16 @@
-//! Reads of users, tokens and runtimes.
+//! Reads of users, tokens, runtimes, tenants and quotas.
 
 use std::ops::{Bound, ControlFlow};
 
 use crate::domain::identity::{Runtime, RuntimeKey, Token, TokenKey, User, UserKey};
+use crate::domain::ids::RunId;
+use crate::domain::tenant::{Quotas, Tenant};
 
 use super::error::ReadError;
 use super::projection::people::{self, TokenOwner};
-use super::store::{Direction, Table};
+use super::projection::inbox::InboxEntry;
+use super::projection::run::RunSummary;
+use super::store::{Direction, Snapshot, Table};
 use super::{Ledger, read};
 
 impl Ledger {
@@ -19,19 +23,70 @@ impl Ledger {
         let Some(token) = read::get::<Token>(&*snapshot, Table::Tokens, &key)? else {
             return Ok(None);
         };
-        let owner = people::user_key(&token.key.owner);
-        let user = read::get::<User>(&*snapshot, Table::Users, &owner)?;
-        Ok(user.map(|user| TokenOwner { user, token }))
+        owned(&*snapshot, token)
     }
 
     /// A token and its user, by the token's public key.
     pub fn token(&self, key: &TokenKey) -> Result<Option<TokenOwner>, ReadError> {
         let snapshot = self.inner.store.snapshot()?;
-        let token = read::get::<Token>(&*snapshot, Table::Tokens, &people::token_key(key))?;
-        let user = read::get::<User>(&*snapshot, Table::Users, &people::user_key(&key.owner))?;
-        Ok(user
-            .zip(token)
-            .map(|(user, token)| TokenOwner { user, token }))
+        match read::get::<Token>(&*snapshot, Table::Tokens, &people::token_key(key))? {
+            Some(token) => owned(&*snapshot, token),
+            None => Ok(None),
+        }
+    }
+
+    /// What was said of a tenant.
+    pub fn tenant(&self, tenant: &str) -> Result<Option<Tenant>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        read::get(&*snapshot, Table::Tenants, tenant.as_bytes())
+    }
+
+    /// All tenants of which something was said, by id.
+    pub fn tenants(&self) -> Result<Vec<Tenant>, ReadError> {
+        read::all(&*self.inner.store.snapshot()?, Table::Tenants)
+    }
+
+    /// A user's quotas.
+    pub fn quotas(&self, key: &UserKey) -> Result<Quotas, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        let quotas = read::get(&*snapshot, Table::UserQuotas, &people::user_key(key))?;
+        Ok(quotas.unwrap_or_default())
+    }
+
+    /// The planes of a tenant's runtimes, and how they are called.
+    pub fn planes_of(&self, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
+        runtimes_of(&*self.inner.store.snapshot()?, tenant)
+    }
+
+    /// A run of any of a tenant's planes. Looks at each of them until it is found: an id of another tenant's takes
+    /// as long as one that does not exist.
+    pub fn run_of_tenant(
+        &self,
+        tenant: &str,
+        run: RunId,
+    ) -> Result<Option<RunSummary>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        for runtime in runtimes_of(&*snapshot, tenant)? {
+            if let Some(found) = read::run(&*snapshot, runtime.plane, run)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
+    }
+
+    /// A command of any of a tenant's planes.
+    pub fn command_of_tenant(
+        &self,
+        tenant: &str,
+        id: &str,
+    ) -> Result<Option<InboxEntry>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        for runtime in runtimes_of(&*snapshot, tenant)? {
+            if let Some(found) = read::command(&*snapshot, runtime.plane, id)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
     /// All users, by tenant and id.
@@ -72,4 +127,31 @@ impl Ledger {
         })?;
         tokens.into_iter().collect()
     }
+}
+
+/// A token with its user; a disabled tenant's is as good as none.
+fn owned(snapshot: &dyn Snapshot, token: Token) -> Result<Option<TokenOwner>, ReadError> {
+    let owner = &token.key.owner;
+    let user = read::get::<User>(snapshot, Table::Users, &people::user_key(owner))?;
+    let tenant = read::get::<Tenant>(snapshot, Table::Tenants, owner.tenant.as_bytes())?;
+    let refused = tenant.is_some_and(|tenant| !tenant.profile.enabled);
+    let user = user.filter(|_| !refused);
+    Ok(user.map(|user| TokenOwner { user, token }))
+}
+
+fn runtimes_of(snapshot: &dyn Snapshot, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
+    let first = people::runtime_key(&RuntimeKey {
+        tenant: tenant.into(),
+        runtime: "".into(),
+    });
+    let mut runtimes = Vec::new();
+    let bounds = (Bound::Included(&first[..]), Bound::Unbounded);
+    snapshot.scan(Table::Runtimes, bounds, Direction::Up, &mut |key, bytes| {
+        if !key.starts_with(&first) {
+            return ControlFlow::Break(());
+        }
+        runtimes.push(read::entry(Table::Runtimes, bytes));
+        ControlFlow::Continue(())
+    })?;
+    runtimes.into_iter().collect()
 }

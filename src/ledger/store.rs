@@ -40,10 +40,14 @@ pub enum Table {
     TokenDigests,
     /// (tenant, runtime) → runtime.
     Runtimes,
+    /// tenant → tenant, of those that something was said of.
+    Tenants,
+    /// (tenant, user) → quotas, of users that have some.
+    UserQuotas,
 }
 
 impl Table {
-    pub const ALL: [Table; 17] = [
+    pub const ALL: [Table; 19] = [
         Table::Events,
         Table::RunRecords,
         Table::Runs,
@@ -61,6 +65,8 @@ impl Table {
         Table::Tokens,
         Table::TokenDigests,
         Table::Runtimes,
+        Table::Tenants,
+        Table::UserQuotas,
     ];
 
     /// Its name on disk.
@@ -83,6 +89,8 @@ impl Table {
             Table::Tokens => "tokens",
             Table::TokenDigests => "token_digests",
             Table::Runtimes => "runtimes",
+            Table::Tenants => "tenants",
+            Table::UserQuotas => "user_quotas",
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::domain::identity::{
     Reservation, Runtime, RuntimeKey, Token, TokenHash, TokenKey, User, UserKey,
 };
 use crate::domain::ids::PlaneId;
+use crate::domain::tenant::{Quotas, Tenant};
 use crate::domain::time::Timestamp;
 
 /// All people.
@@ -19,6 +20,10 @@ pub struct People {
     pub users: BTreeMap<UserKey, User>,
     pub tokens: BTreeMap<TokenKey, Token>,
     pub runtimes: BTreeMap<RuntimeKey, Runtime>,
+    /// Tenants of which something was said.
+    pub tenants: BTreeMap<SmolStr, Tenant>,
+    /// Of users that have some.
+    pub quotas: BTreeMap<UserKey, Quotas>,
 }
 
 /// The entry that an event is about.
@@ -27,6 +32,8 @@ pub enum Subject {
     User(UserKey),
     Token(TokenKey),
     Runtime(RuntimeKey),
+    Tenant(SmolStr),
+    Quotas(UserKey),
 }
 
 /// Which entry an event changes, if any.
@@ -52,6 +59,10 @@ pub fn subject(event: &Event) -> Option<Subject> {
             tenant: tenant.clone(),
             runtime: runtime.clone(),
         }),
+        Event::TenantCreated { tenant, .. } | Event::TenantUpdated { tenant, .. } => {
+            Subject::Tenant(tenant.clone())
+        }
+        Event::UserQuotasChanged { key, .. } => Subject::Quotas(key.clone()),
         _ => return None,
     })
 }
@@ -145,6 +156,32 @@ pub fn fold_runtime(runtime: Option<Runtime>, event: &Event, at: Timestamp) -> O
     Some(runtime)
 }
 
+/// A tenant after an event about it.
+pub fn fold_tenant(tenant: Option<Tenant>, event: &Event, at: Timestamp) -> Option<Tenant> {
+    match event {
+        Event::TenantCreated { tenant, profile } => Some(Tenant {
+            tenant: tenant.clone(),
+            profile: profile.clone(),
+            created_at: at,
+            updated_at: at,
+        }),
+        Event::TenantUpdated { profile, .. } => tenant.map(|tenant| Tenant {
+            profile: profile.clone(),
+            updated_at: at,
+            ..tenant
+        }),
+        _ => tenant,
+    }
+}
+
+/// A user's quotas after an event about them; without any limit there are none.
+pub fn fold_quotas(quotas: Option<Quotas>, event: &Event) -> Option<Quotas> {
+    match event {
+        Event::UserQuotasChanged { quotas, .. } => Some(*quotas).filter(|q| !q.is_unlimited()),
+        _ => quotas,
+    }
+}
+
 fn fold<K: Ord, V>(
     entries: &mut BTreeMap<K, V>,
     key: K,
@@ -165,8 +202,22 @@ impl People {
             Some(Subject::Runtime(key)) => {
                 fold(&mut self.runtimes, key, |r| fold_runtime(r, event, at));
             }
+            Some(Subject::Tenant(key)) => {
+                fold(&mut self.tenants, key, |t| fold_tenant(t, event, at));
+            }
+            Some(Subject::Quotas(key)) => fold(&mut self.quotas, key, |q| fold_quotas(q, event)),
             None => {}
         }
+    }
+
+    /// A tenant's users, by id.
+    pub fn users_of<'a>(&'a self, tenant: &'a SmolStr) -> impl Iterator<Item = &'a User> {
+        let first = UserKey {
+            tenant: tenant.clone(),
+            user: SmolStr::default(),
+        };
+        let users = self.users.range(first..).map(|(_, user)| user);
+        users.take_while(move |user| user.key.tenant == *tenant)
     }
 
     /// A user's tokens, by id.

@@ -2,7 +2,9 @@
 
 use crate::domain::event::Event;
 use crate::domain::identity::{RuntimeKey, Token, TokenHash, TokenKey, User, UserKey};
-use crate::domain::state::user::{Subject, fold_runtime, fold_token, fold_user, subject};
+use crate::domain::state::user::{
+    Subject, fold_quotas, fold_runtime, fold_tenant, fold_token, fold_user, subject,
+};
 use crate::domain::time::Timestamp;
 use crate::ledger::error::ReadError;
 use crate::ledger::read;
@@ -85,6 +87,18 @@ pub fn changes(
             }
             changes.push(change(Table::Tokens, key, after.as_ref().map(encode)));
             changes
+        }
+        Subject::Tenant(tenant) => {
+            let key = tenant.as_bytes().to_vec();
+            let before = entry(get(Table::Tenants, &key)?, Table::Tenants)?;
+            let after = fold_tenant(before, event, at);
+            vec![change(Table::Tenants, key, after.as_ref().map(encode))]
+        }
+        Subject::Quotas(key) => {
+            let key = user_key(&key);
+            let before = entry(get(Table::UserQuotas, &key)?, Table::UserQuotas)?;
+            let after = fold_quotas(before, event);
+            vec![change(Table::UserQuotas, key, after.as_ref().map(encode))]
         }
     })
 }
