@@ -68,8 +68,13 @@ fn try_shape(state: &State, settings: &Settings, now: Timestamp, target: &Target
     let fair = Fair::new(state, settings, now);
     let all = candidates(state, target);
     let mut serving = fair.serving(target);
-    // It may be another tenant's turn by then.
-    let next_look = (serving.is_contested() && !all.is_empty()).then(|| fair.next_look());
+    // It may be another tenant's turn by then, where a turn is worth something.
+    let may_serve = |service: &&Service| {
+        let may_start = may_start(service, now) && placement::could_fit(state, service);
+        service.instance.is_some() || may_start
+    };
+    let matters = serving.is_contested() && all.iter().any(may_serve);
+    let next_look = matters.then(|| fair.next_look());
     // Of this shape, with places promised, and served before.
     let mut before = Vec::new();
     let (mut first_tried, mut earliest) = (None, next_look);

@@ -24,6 +24,10 @@ pub const FRACTION_BITS: u32 = 32;
 /// What each dispatch counts as at least, in milliseconds: many short runs are no way to get more.
 const MIN_CHARGE_MS: u64 = 100;
 
+/// What is held now counts as this part of the same on average: enough to tell tenants apart before their averages
+/// do, and little enough that these decide in the long run, also where places are few.
+const HELD_PARTS: u64 = 8;
+
 /// What runs hold of the machine.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Amount {
@@ -102,12 +106,12 @@ pub struct Account {
 }
 
 impl Account {
-    /// What it holds and, added to it, what it held on average, at `now`; with `FRACTION_BITS`. Places, MiB,
-    /// thousandths of GPUs.
+    /// What it held on average and, added to it, a part of what it holds, at `now`; with `FRACTION_BITS`. Places,
+    /// MiB, thousandths of GPUs.
     pub fn usage(&self, half_life_ms: u64, now: Timestamp) -> [u64; 3] {
         let averages = self.averages(half_life_ms, now);
         let held = self.holding.held.members().map(fixed);
-        std::array::from_fn(|i| averages[i].saturating_add(held[i]))
+        std::array::from_fn(|i| averages[i].saturating_add(held[i] / HELD_PARTS))
     }
 
     fn averages(&self, half_life_ms: u64, now: Timestamp) -> [u64; 3] {
@@ -321,7 +325,7 @@ mod tests {
         accounts.hold((&tenant, plane), (Amount::default(), one), Timestamp(0));
         let at = Timestamp::from_millis(hour);
         let used = |accounts: &Accounts, at| accounts.tenant("t").unwrap().usage(3_600_000, at)[0];
-        assert_eq!(used(&accounts, at), fixed(1) + fixed(1) / 2);
+        assert_eq!(used(&accounts, at), fixed(1) / 8 + fixed(1) / 2);
         accounts.hold((&tenant, plane), (one, Amount::default()), at);
         accounts.end(&tenant, plane);
         let later = Timestamp::from_millis(2 * hour);

@@ -69,8 +69,14 @@ impl Bed {
 
     /// One command, by whose run it is about, then all that follows from it at this instant.
     pub fn submit(&mut self, command: Command) -> Result<Reply, Rejection> {
-        let plane = run_of(&command).and_then(|run| self.planes.get(&run).copied());
-        self.submit_as(plane.unwrap_or(PlaneId::ROOT), command)
+        let plane = self.plane_of(&command);
+        self.submit_as(plane, command)
+    }
+
+    /// Whose run a command is about.
+    pub fn plane_of(&self, command: &Command) -> PlaneId {
+        let plane = run_of(command).and_then(|run| self.planes.get(&run).copied());
+        plane.unwrap_or(PlaneId::ROOT)
     }
 
     /// The same, by the user of a plane.

@@ -455,7 +455,8 @@ fn accounts_agree(state: &State) -> Result<(), Broken> {
 
 /// Whoever was dispatched was within all quotas of its tenant and user.
 fn within_quotas(state: &State, run: RunId) -> Result<(), Broken> {
-    let plane = state.jobs.get(&run).ok_or("an unknown run is dispatched")?.plane;
+    let job = state.jobs.get(&run).ok_or("an unknown run is dispatched")?;
+    let (plane, charge) = (job.plane, job.charge);
     let tenant = state.tenant_of(plane);
     let has_tenant = state.accounts.tenant(tenant).map(|account| account.holding.held);
     let tenant = state.people.tenants.get(tenant).map(|tenant| tenant.profile.quotas);
@@ -463,11 +464,17 @@ fn within_quotas(state: &State, run: RunId) -> Result<(), Broken> {
     let has_user = state.accounts.plane(plane).held;
     for (quotas, has) in [(tenant, has_tenant.unwrap_or_default()), (user, has_user)] {
         let Some(quotas) = quotas else { continue };
-        let within = |quota: Option<u64>, has: u64| quota.is_none_or(|quota| has <= quota);
-        hold!(within(quotas.running_runs, has.places), "{run}: {has:?} of {quotas:?}");
-        hold!(within(quotas.vram_mib, has.vram_mib), "{run}: {has:?} of {quotas:?}");
+        // A quota may have been lowered below what is held: of what the run does not need there may be too much.
         let gpus = quotas.gpus.map(|gpus| gpus * 1_000);
-        hold!(within(gpus, has.gpus_milli), "{run}: {has:?} of {quotas:?}");
+        let members = [
+            (quotas.running_runs, has.places, charge.places),
+            (quotas.vram_mib, has.vram_mib, charge.vram_mib),
+            (gpus, has.gpus_milli, charge.gpus_milli),
+        ];
+        for (quota, has, needed) in members {
+            let within = needed == 0 || quota.is_none_or(|quota| has <= quota);
+            hold!(within, "{run} needs {charge:?}: {has} of {quotas:?}");
+        }
     }
     Ok(())
 }
