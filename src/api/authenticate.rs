@@ -159,7 +159,11 @@ fn still_admitted(app: &App, principal: &Principal, need: Need) -> bool {
     };
     match app.ledger.token(key) {
         Ok(Some(TokenOwner { user, token })) => Principal::of(&user, &token, &[0; 32], now())
-            .is_some_and(|now| now.plane == principal.plane && grants(need, &now)),
+            .is_some_and(|now| {
+                // A stream may be of another plane of the tenant.
+                let reaches = now.sees_tenant() || !principal.sees_tenant();
+                now.plane == principal.plane && reaches && grants(need, &now)
+            }),
         Ok(None) => false,
         Err(error) => {
             tracing::error!(%error, "whether a stream's reader is still known could not be read");

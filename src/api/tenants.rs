@@ -83,7 +83,9 @@ pub struct TenantView {
 
 impl TenantView {
     fn of(tenant: &SmolStr, known: Option<Tenant>, users: u64) -> TenantView {
-        let times = known.as_ref().map(|known| (known.created_at, known.updated_at));
+        let times = known
+            .as_ref()
+            .map(|known| (known.created_at, known.updated_at));
         let profile = known.map_or_else(|| TenantProfile::plain(tenant), |known| known.profile);
         TenantView {
             tenant_id: tenant.to_string(),
@@ -140,7 +142,10 @@ async fn find(app: &App, caller: &Caller, tenant: &SmolStr) -> Result<TenantView
     let found = app.scan(move |ledger| {
         let known = ledger.tenant(&wanted)?;
         let users = ledger.users()?;
-        let users = users.iter().filter(|user| user.key.tenant == wanted).count();
+        let users = users
+            .iter()
+            .filter(|user| user.key.tenant == wanted)
+            .count();
         let is_there = known.is_some() || users > 0 || wanted == DEFAULT_TENANT;
         Ok(is_there.then(|| TenantView::of(&wanted, known, users as u64)))
     });

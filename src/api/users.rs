@@ -273,7 +273,11 @@ fn first_token(hash: TokenHash) -> NewToken {
     }
 }
 
-pub(super) async fn submit(app: &App, caller: &Caller, command: IdentityCommand) -> Result<(), ApiError> {
+pub(super) async fn submit(
+    app: &App,
+    caller: &Caller,
+    command: IdentityCommand,
+) -> Result<(), ApiError> {
     app.submit(caller, Command::Identity(Box::new(command)))
         .await?;
     Ok(())

@@ -7,11 +7,11 @@ use crate::domain::ids::RunId;
 use crate::domain::tenant::{Quotas, Tenant};
 
 use super::error::ReadError;
-use super::projection::people::{self, TokenOwner};
 use super::projection::inbox::InboxEntry;
+use super::projection::people::{self, TokenOwner};
 use super::projection::run::RunSummary;
 use super::store::{Direction, Snapshot, Table};
-use super::{Ledger, read};
+use super::{Ledger, hide_foreign, read};
 
 impl Ledger {
     /// Whose token has this keyed hash. One snapshot and three look-ups: what is committed counts at once.
@@ -53,22 +53,18 @@ impl Ledger {
         Ok(quotas.unwrap_or_default())
     }
 
-    /// The planes of a tenant's runtimes, and how they are called.
-    pub fn planes_of(&self, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
+    /// A tenant's runtimes, by name.
+    pub fn runtimes_of(&self, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
         runtimes_of(&*self.inner.store.snapshot()?, tenant)
     }
 
     /// A run of any of a tenant's planes. Looks at each of them until it is found: an id of another tenant's takes
     /// as long as one that does not exist.
-    pub fn run_of_tenant(
-        &self,
-        tenant: &str,
-        run: RunId,
-    ) -> Result<Option<RunSummary>, ReadError> {
+    pub fn run_of_tenant(&self, tenant: &str, run: RunId) -> Result<Option<RunSummary>, ReadError> {
         let snapshot = self.inner.store.snapshot()?;
         for runtime in runtimes_of(&*snapshot, tenant)? {
             if let Some(found) = read::run(&*snapshot, runtime.plane, run)? {
-                return Ok(Some(found));
+                return hide_foreign(&*snapshot, found).map(Some);
             }
         }
         Ok(None)

@@ -23,6 +23,7 @@ impl Fixture {
             .replace("{user_id}", "nobody")
             .replace("{token_id}", "tok_0")
             .replace("{runtime_id}", "nothing")
+            .replace("{tenant_id}", "nobody")
     }
 }
 

@@ -123,9 +123,9 @@ impl<'a> Fair<'a> {
             }
         }
         shapes.sort_by_cached_key(|(_, front)| {
-            let place = front.as_ref().map(|front| {
-                (turns.get(&front.lane.tenant).copied(), front.first)
-            });
+            let place = front
+                .as_ref()
+                .map(|front| (turns.get(&front.lane.tenant).copied(), front.first));
             // Those without anybody who may be served come last.
             std::cmp::Reverse((place.is_none(), place))
         });
@@ -138,7 +138,9 @@ impl<'a> Fair<'a> {
         lanes
             .map(|(key, lane)| {
                 let room = self.state.limits_of_lane(key).headroom();
-                lane.waiting.len().min(usize::try_from(room).unwrap_or(usize::MAX))
+                lane.waiting
+                    .len()
+                    .min(usize::try_from(room).unwrap_or(usize::MAX))
             })
             .sum()
     }
@@ -150,11 +152,9 @@ impl<'a> Fair<'a> {
         };
         let usage = account.usage(self.state.accounts.half_life_ms, self.now);
         let capacity = self.capacity.get_or_init(|| capacity(self.state));
-        let dominant = usage.iter().zip(capacity).map(|(used, there)| {
-            match there {
-                0 => 0,
-                there => (u128::from(*used) << 16) / u128::from(*there),
-            }
+        let dominant = usage.iter().zip(capacity).map(|(used, there)| match there {
+            0 => 0,
+            there => (u128::from(*used) << 16) / u128::from(*there),
         });
         let dominant = dominant.max().unwrap_or(0);
         let weight = u128::from(self.state.people.weight_of(tenant).max(1));
@@ -172,7 +172,11 @@ impl<'a> Fair<'a> {
     /// How urgent a lane is: by its most urgent job, or by the age of its first.
     fn level(&self, target: &Target, front: &Front) -> u8 {
         let least = Priority::LEAST_URGENT.get();
-        let most_urgent = front.counts.iter().zip(1u8..).find(|(count, _)| **count > 0);
+        let most_urgent = front
+            .counts
+            .iter()
+            .zip(1u8..)
+            .find(|(count, _)| **count > 0);
         let most_urgent = most_urgent.map_or(least, |(_, level)| level);
         let Some(job) = self.state.jobs.get(&front.first.1) else {
             return most_urgent;
@@ -207,7 +211,9 @@ fn step_us(state: &State) -> i64 {
 /// Places of services that take work, memory and number of the GPUs that are there.
 fn capacity(state: &State) -> [u64; 3] {
     let enabled = state.services.values().filter(|service| service.enabled);
-    let places = enabled.map(|service| u64::from(service.spec.concurrency)).sum();
+    let places = enabled
+        .map(|service| u64::from(service.spec.concurrency))
+        .sum();
     let gpus = || state.gpus.values().filter(|gpu| gpu.present);
     let vram_mib = gpus().map(|gpu| gpu.facts.memory_mib).sum();
     [places, vram_mib, gpus().count() as u64 * 1_000]
@@ -240,7 +246,10 @@ impl<'a> Serving<'_, 'a> {
 
     fn first(&self) -> Option<usize> {
         let ranks = self.fronts.iter().map(|front| front.rank);
-        ranks.enumerate().min_by_key(|(_, rank)| *rank).map(|(index, _)| index)
+        ranks
+            .enumerate()
+            .min_by_key(|(_, rank)| *rank)
+            .map(|(index, _)| index)
     }
 }
 
@@ -315,7 +324,12 @@ impl Limits<'_> {
             let running = limit.quotas.running_runs?;
             Some(running.saturating_sub(limit.has.held.places))
         };
-        self.0.iter().flatten().filter_map(room).min().unwrap_or(u64::MAX)
+        self.0
+            .iter()
+            .flatten()
+            .filter_map(room)
+            .min()
+            .unwrap_or(u64::MAX)
     }
 
     fn is_empty(&self) -> bool {

@@ -224,12 +224,7 @@ fn dispatch(run: RunId, job: &Job, service: &Service) -> Event {
 
 /// How many jobs of this shape have places on their way: on instances that come up, in room being made, or
 /// promised. `None` when more jobs wait than that, of those that quotas let run.
-fn places_coming(
-    state: &State,
-    target: &Target,
-    all: &[&Service],
-    fair: &Fair,
-) -> Option<usize> {
+fn places_coming(state: &State, target: &Target, all: &[&Service], fair: &Fair) -> Option<usize> {
     let waiting = fair.demand(state.queue.shape(target)?);
     let coming: usize = all
         .iter()

@@ -24,8 +24,7 @@ pub struct OrderedRuns {
 }
 
 /// Runs in order.
-pub type RunsIter<'a> =
-    std::iter::Copied<std::iter::Flatten<std::slice::Iter<'a, Vec<OrderKey>>>>;
+pub type RunsIter<'a> = std::iter::Copied<std::iter::Flatten<std::slice::Iter<'a, Vec<OrderKey>>>>;
 
 /// Longest chunk: 32 KiB of keys, half of a usual first-level cache.
 const CHUNK: usize = 1024;

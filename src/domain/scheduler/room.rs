@@ -251,7 +251,8 @@ impl Request<'_> {
         instance.active.iter().all(|victim| {
             self.state.jobs.get(victim).is_some_and(|victim| {
                 matches!(victim.phase, Phase::Stopping { .. })
-                    || may_preempt(self.state, self.settings, self.job, victim, other, self.now).is_ok()
+                    || may_preempt(self.state, self.settings, self.job, victim, other, self.now)
+                        .is_ok()
             })
         })
     }
@@ -260,7 +261,10 @@ impl Request<'_> {
 /// The most urgent priority among the jobs that wait for `service`.
 fn best_waiting(state: &State, service: &Service) -> Option<crate::domain::spec::Priority> {
     let targets = service.targets();
-    targets.iter().filter_map(|target| state.most_urgent(target)).min()
+    targets
+        .iter()
+        .filter_map(|target| state.most_urgent(target))
+        .min()
 }
 
 /// Why a running job may not be preempted (yet).

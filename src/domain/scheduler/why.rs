@@ -87,7 +87,12 @@ pub fn position(state: &State, run: RunId) -> Option<u64> {
         .filter(|job| matches!(job.phase, Phase::Queued))?;
     let key = state.queue.key(run, job.queued_at, job.spec.priority);
     let lane = state.lane_of(job.plane);
-    let rank = state.queue.shape(&job.spec.target)?.lane(&lane)?.waiting.rank(&key);
+    let rank = state
+        .queue
+        .shape(&job.spec.target)?
+        .lane(&lane)?
+        .waiting
+        .rank(&key);
     u64::try_from(rank).ok().map(|rank| rank + 1)
 }
 
@@ -134,7 +139,9 @@ fn queued(
     };
     let usable = state.usable(&state.lane_of(job.plane), &all).into_owned();
     if found.is_empty() && usable.is_empty() && !all.is_empty() {
-        let hits = all.iter().filter_map(|service| limits.hit(Amount::of_run(service)));
+        let hits = all
+            .iter()
+            .filter_map(|service| limits.hit(Amount::of_run(service)));
         found.extend(hits.take(1).map(|hit| at_quota(&hit)));
     }
     let places = usable

@@ -305,7 +305,12 @@ mod tests {
     #[test]
     fn the_past_counts_half_after_each_half_life() {
         let hour = 3_600_000;
-        for (ms, expected) in [(0, 1.0), (hour, 0.5), (hour / 2, 0.5f64.sqrt()), (3 * hour, 0.125)] {
+        for (ms, expected) in [
+            (0, 1.0),
+            (hour, 0.5),
+            (hour / 2, 0.5f64.sqrt()),
+            (3 * hour, 0.125),
+        ] {
             let part = kept(i64::try_from(ms * 1_000).unwrap(), hour) as f64 / ONE as f64;
             assert!((part - expected).abs() < 1e-9, "{ms} ms: {part}");
         }

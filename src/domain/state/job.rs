@@ -206,7 +206,8 @@ impl State {
             Phase::Queued => {
                 let key = self.queue.key(run, job.queued_at, job.spec.priority);
                 let lane = self.lane_of(job.plane);
-                self.queue.push(&job.spec.target, &lane, key, job.spec.priority);
+                self.queue
+                    .push(&job.spec.target, &lane, key, job.spec.priority);
             }
             Phase::Preempted { by } => {
                 self.preempted_by.entry(*by).or_default().insert(run);

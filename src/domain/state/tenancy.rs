@@ -25,7 +25,10 @@ impl People {
     /// What was decided about a tenant, or the defaults.
     pub fn tenant_profile(&self, tenant: &SmolStr) -> TenantProfile {
         let known = self.tenants.get(tenant);
-        known.map_or_else(|| TenantProfile::plain(tenant), |known| known.profile.clone())
+        known.map_or_else(
+            || TenantProfile::plain(tenant),
+            |known| known.profile.clone(),
+        )
     }
 }
 

@@ -152,7 +152,9 @@ impl Bed {
 
     fn apply(&mut self, plane: PlaneId, event: Event) {
         self.remember_ended(&event);
-        let before = self.watch.before(&self.state, &self.settings, self.now, &event);
+        let before = self
+            .watch
+            .before(&self.state, &self.settings, self.now, &event);
         let seq = self.state.seq + 1;
         let job = event.run().and_then(|run| self.state.jobs.get(&run));
         let plane = job.map_or(plane, |job| job.plane);

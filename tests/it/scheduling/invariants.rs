@@ -443,12 +443,21 @@ fn accounts_agree(state: &State) -> Result<(), Broken> {
     }
     for (plane, (live, sum)) in of_planes {
         let has = state.accounts.plane(plane);
-        hold!((has.live, has.held) == (live, sum), "{plane:?} has {has:?}, not {live}, {sum:?}");
+        hold!(
+            (has.live, has.held) == (live, sum),
+            "{plane:?} has {has:?}, not {live}, {sum:?}"
+        );
     }
     for (tenant, (live, sum)) in held {
-        let has = state.accounts.tenant(&tenant).map(|account| account.holding);
+        let has = state
+            .accounts
+            .tenant(&tenant)
+            .map(|account| account.holding);
         let has = has.ok_or("a tenant with runs has no account")?;
-        hold!((has.live, has.held) == (live, sum), "{tenant} has {has:?}, not {live}, {sum:?}");
+        hold!(
+            (has.live, has.held) == (live, sum),
+            "{tenant} has {has:?}, not {live}, {sum:?}"
+        );
     }
     Ok(())
 }
@@ -458,8 +467,15 @@ fn within_quotas(state: &State, run: RunId) -> Result<(), Broken> {
     let job = state.jobs.get(&run).ok_or("an unknown run is dispatched")?;
     let (plane, charge) = (job.plane, job.charge);
     let tenant = state.tenant_of(plane);
-    let has_tenant = state.accounts.tenant(tenant).map(|account| account.holding.held);
-    let tenant = state.people.tenants.get(tenant).map(|tenant| tenant.profile.quotas);
+    let has_tenant = state
+        .accounts
+        .tenant(tenant)
+        .map(|account| account.holding.held);
+    let tenant = state
+        .people
+        .tenants
+        .get(tenant)
+        .map(|tenant| tenant.profile.quotas);
     let user = state.user_limits.get(&plane).map(|(_, quotas)| *quotas);
     let has_user = state.accounts.plane(plane).held;
     for (quotas, has) in [(tenant, has_tenant.unwrap_or_default()), (user, has_user)] {

@@ -241,7 +241,8 @@ impl Script {
 
     fn plane_of(&self, user: &str) -> PlaneId {
         let user = self.bed.state.people.users.get(&user_key(user));
-        user.unwrap_or_else(|| panic!("there is no such user")).plane
+        user.unwrap_or_else(|| panic!("there is no such user"))
+            .plane
     }
 
     fn run(&self, name: &str) -> RunId {

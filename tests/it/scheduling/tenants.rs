@@ -44,14 +44,14 @@ enum Said {
 
 fn quotas() -> impl Strategy<Value = QuotasChange> {
     let limit = |high: u64| prop_oneof![2 => Just(None), 1 => Just(Some(None)), 2 => (0..high).prop_map(|n| Some(Some(n)))];
-    (limit(6), limit(4), limit(3), limit(40)).prop_map(|(queued_runs, running_runs, gpus, vram_mib)| {
-        QuotasChange {
+    (limit(6), limit(4), limit(3), limit(40)).prop_map(
+        |(queued_runs, running_runs, gpus, vram_mib)| QuotasChange {
             queued_runs,
             running_runs,
             gpus,
             vram_mib,
-        }
-    })
+        },
+    )
 }
 
 fn said() -> impl Strategy<Value = Said> {
@@ -402,7 +402,10 @@ fn ten_jobs_do_not_wait_for_ten_thousand() {
             for tenant in &machine.dispatched[before..] {
                 *served.get_mut(tenant).unwrap() += 1;
                 let (theirs, ours) = (served[&0], served[&1]);
-                assert!(theirs <= ours + places as usize, "{theirs} before the {ours}th of ours");
+                assert!(
+                    theirs <= ours + places as usize,
+                    "{theirs} before the {ours}th of ours"
+                );
             }
         }
     }
