@@ -81,7 +81,8 @@ impl Principal {
 
     /// Whether it reads and steers all runs of its tenant.
     pub fn sees_tenant(&self) -> bool {
-        self.power() >= Role::Operator
+        let works = matches!(self.signed, Some(Signed::Work(_)));
+        self.power() >= Role::Operator && !works
     }
 
     /// Whether neither the token nor its user is kept from something.

@@ -294,7 +294,7 @@ fn kept(us: i64, half_life_ms: u64) -> u64 {
 
 /// Where an average has come that approaches `rate`, when `kept` of the difference is left.
 fn approach(average: u64, rate: u64, kept: u64) -> u64 {
-    let left = (i128::from(average) - i128::from(rate)) * i128::from(kept) >> 62;
+    let left = ((i128::from(average) - i128::from(rate)) * i128::from(kept)) >> 62;
     u64::try_from(i128::from(rate) + left).unwrap_or(0)
 }
 

@@ -358,10 +358,8 @@ proptest! {
                 machine.start(tenant);
             }
         }
-        let mut counted = 0;
         for step in 0..4_000 {
-            let tenant = machine.dispatched[counted];
-            counted += 1;
+            let tenant = machine.dispatched[step];
             // A job's length depends on whose it is.
             machine.wait(lengths[tenant] * 1_000);
             machine.answer(order[step % order.len()]);
