@@ -87,8 +87,11 @@ fn try_shape(state: &State, settings: &Settings, now: Timestamp, target: &Target
         if let Some(service) = free_place(&usable, state, run, &before) {
             return Outcome::Act(vec![dispatch(run, job, service)]);
         }
-        if state.promises.contains_key(&run) {
-            before.push(run);
+        if let Some(place) = state.promises.get(&run) {
+            // A place that quotas keep it from is not kept for it.
+            if usable.iter().any(|service| service.spec.name == *place) {
+                before.push(run);
+            }
             continue;
         }
         let everything = usable.len() == all.len();

@@ -151,7 +151,7 @@ fn perform(play: &mut Play, steps: Steps) {
 }
 
 proptest! {
-    #![proptest_config(config())]
+    #![proptest_config(Config { max_shrink_iters: 400, ..config() })]
 
     /// Invariants 3, 4, 6 and 7 at every event, no lost wake-up, quotas and turns kept, and every job ends when all goes
     /// well again.
