@@ -174,14 +174,21 @@ fn still_admitted(app: &App, principal: &Principal, need: Need) -> bool {
 
 /// Whether somebody who came by single sign-on is still let in, with what its record gives it by now.
 fn is_still_user(app: &App, principal: &Principal, need: Need) -> bool {
-    match app.ledger.user(&principal.user) {
+    let user = match app.ledger.admits(&principal.user.tenant) {
+        Ok(false) => Ok(None),
+        Ok(true) => app.ledger.user(&principal.user),
+        Err(error) => Err(error),
+    };
+    match user {
         Ok(Some(user)) => {
             let mut now = principal.clone();
             if user.power() < now.power() {
                 now.roles.clone_from(&user.profile.roles);
             }
             now.user_scopes.clone_from(&user.profile.scopes);
-            user.profile.enabled && user.plane == principal.plane && grants(need, &now)
+            let reaches = now.sees_tenant() || !principal.sees_tenant();
+            let enabled = user.profile.enabled && reaches;
+            enabled && user.plane == principal.plane && grants(need, &now)
         }
         Ok(None) => false,
         Err(error) => {

@@ -41,6 +41,11 @@ impl Ledger {
         read::get(&*snapshot, Table::Tenants, tenant.as_bytes())
     }
 
+    /// Whether a tenant's users are let in: it is not disabled.
+    pub fn admits(&self, tenant: &str) -> Result<bool, ReadError> {
+        admits(&*self.inner.store.snapshot()?, tenant)
+    }
+
     /// All tenants of which something was said, by id.
     pub fn tenants(&self) -> Result<Vec<Tenant>, ReadError> {
         read::all(&*self.inner.store.snapshot()?, Table::Tenants)
@@ -129,10 +134,14 @@ impl Ledger {
 fn owned(snapshot: &dyn Snapshot, token: Token) -> Result<Option<TokenOwner>, ReadError> {
     let owner = &token.key.owner;
     let user = read::get::<User>(snapshot, Table::Users, &people::user_key(owner))?;
-    let tenant = read::get::<Tenant>(snapshot, Table::Tenants, owner.tenant.as_bytes())?;
-    let refused = tenant.is_some_and(|tenant| !tenant.profile.enabled);
-    let user = user.filter(|_| !refused);
+    let admitted = admits(snapshot, &owner.tenant)?;
+    let user = user.filter(|_| admitted);
     Ok(user.map(|user| TokenOwner { user, token }))
+}
+
+fn admits(snapshot: &dyn Snapshot, tenant: &str) -> Result<bool, ReadError> {
+    let tenant = read::get::<Tenant>(snapshot, Table::Tenants, tenant.as_bytes())?;
+    Ok(tenant.is_none_or(|tenant| tenant.profile.enabled))
 }
 
 fn runtimes_of(snapshot: &dyn Snapshot, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
