@@ -12,9 +12,10 @@
 //! at known times only.
 
 use std::borrow::Cow;
-use std::cell::OnceCell;
+use std::cell::{OnceCell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
+use rustc_hash::FxHashMap;
 use smol_str::SmolStr;
 
 use super::queue::{Lane, LaneKey, OrderKey, RunsIter, Shape};
@@ -56,12 +57,14 @@ struct Front<'a> {
 
 /// State as the order of service sees it.
 pub struct Fair<'a> {
-    state: &'a State,
+    pub state: &'a State,
     ageing_ms: u64,
     /// The beginning of the step that the time is in.
     now: Timestamp,
     /// Places, MiB and thousandths of GPUs that there are.
     capacity: OnceCell<[u64; 3]>,
+    /// What was asked before.
+    shares: RefCell<FxHashMap<&'a SmolStr, u64>>,
 }
 
 impl<'a> Fair<'a> {
@@ -72,6 +75,7 @@ impl<'a> Fair<'a> {
             ageing_ms: settings.ageing_ms_per_level.max(1),
             now: Timestamp(now.0.div_euclid(step_us).saturating_mul(step_us)),
             capacity: OnceCell::new(),
+            shares: RefCell::default(),
         }
     }
 
@@ -146,7 +150,16 @@ impl<'a> Fair<'a> {
     }
 
     /// The part of the machine that a tenant uses, in parts of its weight.
-    fn share(&self, tenant: &SmolStr) -> u64 {
+    fn share(&self, tenant: &'a SmolStr) -> u64 {
+        let known = self.shares.borrow().get(tenant).copied();
+        known.unwrap_or_else(|| {
+            let share = self.weighed_share(tenant);
+            self.shares.borrow_mut().insert(tenant, share);
+            share
+        })
+    }
+
+    fn weighed_share(&self, tenant: &SmolStr) -> u64 {
         let Some(account) = self.state.accounts.tenant(tenant) else {
             return 0;
         };

@@ -28,23 +28,27 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
     if let Some(events) = upkeep::step(state, settings, now) {
         return Some(events);
     }
-    // Parking changes nobody's turn: the order holds until something is decided.
     let open = state.queue.open().clone();
-    let mut order = Fair::new(state, settings, now).order(open);
-    while let Some(target) = order.pop() {
-        match try_shape(state, settings, now, &target) {
-            Outcome::Act(events) => return Some(events),
+    // Parking changes nobody's turn: the order holds until something is decided.
+    let fair = Fair::new(state, settings, now);
+    let mut order = fair.order(open);
+    let mut parked = Vec::new();
+    let mut decided = None;
+    while let Some(target) = order.pop().filter(|_| decided.is_none()) {
+        match try_shape(&fair, settings, now, &target) {
+            Outcome::Act(events) => decided = Some(events),
             Outcome::Park {
                 tried,
                 wake_at,
                 enough_for,
-            } => {
-                state.queue.park(&target, tried, enough_for);
-                state.timers.set(TimerKey::Shape(target), wake_at);
-            }
+            } => parked.push((target, tried, wake_at, enough_for)),
         }
     }
-    upkeep::free_stranded(state, now)
+    for (target, tried, wake_at, enough_for) in parked {
+        state.queue.park(&target, tried, enough_for);
+        state.timers.set(TimerKey::Shape(target), wake_at);
+    }
+    decided.or_else(|| upkeep::free_stranded(state, now))
 }
 
 /// What trying a shape came to.
@@ -64,8 +68,8 @@ enum Outcome {
 /// one is tried.
 ///
 /// A lane that quotas keep from some of the services is passed over when it gets nowhere with the others.
-fn try_shape(state: &State, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
-    let fair = Fair::new(state, settings, now);
+fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
+    let state = fair.state;
     let all = candidates(state, target);
     let mut serving = fair.serving(target);
     // It may be another tenant's turn by then, where a turn is worth something.
@@ -95,7 +99,7 @@ fn try_shape(state: &State, settings: &Settings, now: Timestamp, target: &Target
             continue;
         }
         let everything = usable.len() == all.len();
-        match try_harder(state, settings, now, key, job, &usable, &fair) {
+        match try_harder(state, settings, now, key, job, &usable, fair) {
             Outcome::Park {
                 wake_at,
                 enough_for: None,
