@@ -2,6 +2,7 @@
 //! be wrong at the start.
 
 mod checkpoint;
+mod logins;
 mod seams;
 mod transport;
 
@@ -28,6 +29,7 @@ use crate::auth::bootstrap::{self, BootstrapError};
 use crate::auth::checkpoint_key::{CheckpointKey, CheckpointKeyError};
 use crate::auth::jwt::signing::{SigningKeys, SigningKeysError};
 use crate::auth::jwt::work::WorkTokens;
+use crate::auth::logins::LoginsError;
 use crate::auth::secret::{TokenKey, TokenKeyError};
 use crate::auth::sso::{self, Sso, SsoError};
 use crate::auth::uses::Uses;
@@ -83,6 +85,8 @@ pub enum ServeError {
     TokenKey(#[from] TokenKeyError),
     #[error(transparent)]
     CheckpointKey(#[from] CheckpointKeyError),
+    #[error(transparent)]
+    Logins(#[from] LoginsError),
     #[error(transparent)]
     Secret(#[from] SecretError),
     #[error(transparent)]
@@ -173,6 +177,7 @@ pub async fn serve(
     let mut core = Core::start(&config, addr, opened, &work)?;
     let token = bootstrap::load_or_create(&config.data_dir)?;
     let token_key = TokenKey::load_or_create(&config.data_dir)?;
+    let logins = logins::open(&config, &token_key).await?;
     let uses = Uses::load(&config.data_dir);
     core.tasks.spawn("token uses", keep_uses(uses.clone()));
     core.tasks.spawn("metrics", metrics.clone().keep_up());
@@ -190,10 +195,12 @@ pub async fn serve(
         ledger: core.ledger.clone(),
         auth: Authenticator::new(&token.token, token_key, uses.clone()).with_signed(work, sso),
         checkpoint_key: CheckpointKey::load_or_create(&config.data_dir)?,
+        logins: logins.clone(),
         metrics,
         logs: core.driver.logs().clone(),
         stopping: shutdown.child_token(),
     });
+    core.tasks.spawn("logins", logins::keep_up(app.clone()));
     let audit = app.clone();
     core.tasks
         .spawn("audit", async move { audit.audit.keep_telling().await });
@@ -218,6 +225,7 @@ pub async fn serve(
         .stop(http, &app, Duration::from_millis(config.shutdown_limit_ms))
         .await;
     save_uses(&uses);
+    logins.sessions.save_uses().await;
     stopped
 }
 

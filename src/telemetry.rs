@@ -141,6 +141,14 @@ fn describe() {
         "From request to answer"
     );
     describe_counter!(
+        "rungate_slow_hashes_total",
+        "Slow hashes computed: of passwords and of imported tokens"
+    );
+    describe_counter!(
+        "rungate_logins_total",
+        "Logins with a browser, by outcome: right, wrong, throttled"
+    );
+    describe_counter!(
         "rungate_http_requests_total",
         "Requests by route, method and status"
     );

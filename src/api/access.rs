@@ -27,6 +27,7 @@ const INSPECT: Need = Need::Role(Role::Operator, Scope::ServicesRead);
 const READ_LEDGER: Need = Need::Role(Role::Admin, Scope::LedgerRead);
 /// Of their own tenant; administrators, of all.
 const READ_AUDIT: Need = Need::Role(Role::TenantAdmin, Scope::LedgerRead);
+/// What one logs in with: tokens, password, sessions.
 const OWN_TOKENS: Need = Need::Role(Role::Viewer, Scope::All);
 const MANAGE_USERS: Need = Need::Role(Role::TenantAdmin, Scope::All);
 const MANAGE_GATEWAY: Need = Need::Role(Role::Admin, Scope::All);
@@ -92,6 +93,12 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/audit", READ_AUDIT),
     ("GET", "/audit/tail", READ_LEDGER),
     // People.
+    ("POST", "/session/login", Need::Open),
+    ("POST", "/session/logout", Need::Anyone),
+    ("GET", "/sessions", OWN_TOKENS),
+    ("DELETE", "/sessions/{session_id}", OWN_TOKENS),
+    ("POST", "/me/password", OWN_TOKENS),
+    ("POST", "/admin/users/{user_id}/password", MANAGE_USERS),
     ("GET", "/tokens", OWN_TOKENS),
     ("POST", "/tokens", OWN_TOKENS),
     ("DELETE", "/tokens/{token_id}", OWN_TOKENS),

@@ -1,40 +1,58 @@
-//! From a request's headers to the principal, and ending the streams of those who are let in no more.
+//! From a request's headers to the principal: by a token, or by the session of a browser.
 
 use std::time::Duration;
 
-use axum::body::{Body, HttpBody};
-use axum::response::Response;
 use http::{HeaderMap, header};
-use http_body_util::BodyExt;
+use tokio::time::Instant;
 
 use super::access::{Need, grants};
-use super::error::{ApiError, ErrorCode};
+use super::client::Client;
+use super::cookies;
+use super::error::ApiError;
+use super::guard::Caller;
 use super::state::App;
 use super::{sso, work};
 use crate::auth::secret::fits_imported;
+use crate::auth::session::{Basis, Digest, Session};
 use crate::auth::{Principal, Shown, Signed};
 use crate::clock::now;
 use crate::domain::command::{Command, Origin};
 use crate::domain::identity::IdentityCommand;
 use crate::domain::time::Timestamp;
-use crate::ledger::TokenOwner;
-
-/// How long a request waits for its turn to have an imported token checked.
-const SLOW_CHECK_WAIT: Duration = Duration::from_secs(2);
+use crate::ledger::{ReadError, TokenOwner};
 
 /// How often it is looked whether the reader of a stream may still read it.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
 
-/// Whose token a request shows; `None` when it shows none that is accepted now. What is committed counts: a
-/// revocation holds for the very next request.
+/// Who makes a request; `None` when it shows nothing that is accepted now. What is committed counts: a revocation
+/// holds for the very next request. An `Authorization` header stands alone, whether it is right or wrong.
 pub async fn authenticate(
     app: &App,
+    client: Client,
     headers: &HeaderMap,
     at: Timestamp,
 ) -> Result<Option<Principal>, ApiError> {
-    let Some(shown) = app.auth.read(headers.get(header::AUTHORIZATION), at) else {
+    if let Some(authorization) = headers.get(header::AUTHORIZATION) {
+        return match app.auth.read(Some(authorization), at) {
+            Some(shown) => whose(app, shown, at).await,
+            None => Ok(None),
+        };
+    }
+    let Some(secret) = cookies::secret(client, headers) else {
         return Ok(None);
     };
+    let Some((digest, session)) = app.logins.sessions.find(&secret, at)? else {
+        return Ok(None);
+    };
+    let principal = principal_of(app, &digest, session, at)?;
+    if principal.is_some() {
+        app.logins.sessions.note_use(&digest, at);
+    }
+    Ok(principal)
+}
+
+/// Whose token was shown.
+pub async fn whose(app: &App, shown: Shown, at: Timestamp) -> Result<Option<Principal>, ApiError> {
     let (digest, imported) = match shown {
         Shown::FirstAdmin(principal) => return Ok(Some(*principal)),
         Shown::Token { digest } => (digest, None),
@@ -64,8 +82,43 @@ pub async fn authenticate(
     Ok(principal)
 }
 
-/// Checks a token against the slow hash that it was imported with, and sees to a keyed one. Few at a time: the
-/// rest of the processor is for requests.
+/// Who a session is; `None` when what it stands on counts no more. Its own time is not looked at.
+pub fn principal_of(
+    app: &App,
+    digest: &Digest,
+    session: Session,
+    at: Timestamp,
+) -> Result<Option<Principal>, ReadError> {
+    let principal = stands_on(app, &session, at)?;
+    Ok(principal.map(|principal| principal.by_session(*digest, session)))
+}
+
+/// Whose token or password a session began with, if that still counts.
+fn stands_on(app: &App, session: &Session, at: Timestamp) -> Result<Option<Principal>, ReadError> {
+    let token = match &session.basis {
+        Basis::FirstAdmin(of) => return Ok(app.auth.first_admin(of)),
+        Basis::Token(token) => Some(token),
+        Basis::Password => None,
+    };
+    let Some(owner) = app.ledger.session_owner(&session.user, token)? else {
+        return Ok(None);
+    };
+    if owner.era != session.era {
+        return Ok(None);
+    }
+    Ok(match (token, owner.token) {
+        (Some(_), Some(token)) => Principal::of(&owner.user, &token, &[0; 32], at),
+        (Some(_), None) => None,
+        (None, _) => Principal::of_password(&owner.user, &[0; 32]),
+    })
+}
+
+/// Whether what a session stands on still counts. One that cannot be looked up stays.
+pub fn session_counts(app: &App, session: &Session, at: Timestamp) -> bool {
+    !matches!(stands_on(app, session, at), Ok(None))
+}
+
+/// Checks a token against the slow hash that it was imported with, and sees to a keyed one.
 async fn check_imported(
     app: &App,
     fingerprint: &[u8],
@@ -76,18 +129,11 @@ async fn check_imported(
     let Some(owner) = app.ledger.token_owner(fingerprint)? else {
         return Ok(None);
     };
-    let busy = || {
-        ApiError::new(
-            ErrorCode::TooManyRequests,
-            "Too Many Requests (token checks)",
-        )
-        .retry_after(1)
-    };
-    let turn = tokio::time::timeout(SLOW_CHECK_WAIT, app.slow_checks.acquire());
-    let _turn = turn.await.map_err(|_| busy())?.map_err(|_| busy())?;
     let hash = owner.token.hash.clone();
-    let fits = tokio::task::spawn_blocking(move || fits_imported(&token, &hash)).await;
-    if !fits.unwrap_or(false) {
+    let fits = app
+        .slow_hashes
+        .compute(move || fits_imported(&token, &hash));
+    if !fits.await? {
         return Ok(None);
     }
     let origin = Origin {
@@ -108,92 +154,95 @@ async fn check_imported(
     Ok(Some(owner))
 }
 
-/// An answer that ends soon after its reader's token or powers do. Only streams last long enough for that.
-pub fn watched(app: &App, principal: Principal, need: Need, response: Response) -> Response {
-    let kind = response.headers().get(header::CONTENT_TYPE);
-    let is_stream = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"text/event-stream"));
-    // The first administrator's token counts for as long as the gateway runs.
-    let may_end = principal.token.is_some() || principal.signed.is_some();
-    if !is_stream || !may_end || response.body().is_end_stream() {
-        return response;
-    }
-    let app = app.clone();
-    response.map(|mut body| {
-        Body::from_stream(async_stream::stream! {
-            let mut ticks = tokio::time::interval(WATCH_EVERY);
-            ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-            loop {
-                let frame = tokio::select! {
-                    biased;
-                    _ = ticks.tick() => match still_admitted(&app, &principal, need) {
-                        true => continue,
-                        false => break,
-                    },
-                    frame = body.frame() => frame,
-                };
-                match frame {
-                    Some(Ok(frame)) => {
-                        if let Ok(bytes) = frame.into_data() {
-                            yield Ok(bytes);
-                        }
-                    }
-                    Some(Err(error)) => {
-                        yield Err(error);
-                        break;
-                    }
-                    None => break,
-                }
-            }
-        })
-    })
+/// Whether the reader of a stream may still read it: looked at now and then, as only streams last long enough for a
+/// token, a session or a role to end meanwhile.
+pub struct Watch {
+    app: App,
+    principal: Principal,
+    need: Need,
+    /// `None` for the first administrator's token, which counts for as long as the gateway runs.
+    due: Option<Instant>,
 }
 
-/// Whether a principal's token is still good for what it was let in to. A ledger that cannot be read ends nobody's
-/// stream; it ends the gateway.
-fn still_admitted(app: &App, principal: &Principal, need: Need) -> bool {
+impl Watch {
+    /// Of a caller who was let in just now.
+    pub fn new(app: &App, caller: &Caller) -> Watch {
+        let principal = caller.principal.clone();
+        let may_end =
+            principal.token.is_some() || principal.signed.is_some() || principal.session.is_some();
+        Watch {
+            app: app.clone(),
+            principal,
+            need: caller.need,
+            due: may_end.then(|| Instant::now() + WATCH_EVERY),
+        }
+    }
+
+    /// The earlier of a time and the next look.
+    pub fn due_by(&self, time: Instant) -> Instant {
+        self.due.map_or(time, |due| due.min(time))
+    }
+
+    /// Whether the stream goes on; looks when it is time to.
+    pub fn admits(&mut self, now: Instant) -> bool {
+        match self.due {
+            Some(due) if due <= now => {
+                self.due = Some(now + WATCH_EVERY);
+                self.is_admitted()
+            }
+            _ => true,
+        }
+    }
+
+    /// What cannot be read ends nobody's stream; if it is the ledger, it ends the gateway.
+    fn is_admitted(&self) -> bool {
+        match readmitted(&self.app, &self.principal) {
+            Ok(Some(now)) => {
+                // A stream may be of another plane of the tenant.
+                let reaches = now.sees_tenant() || !self.principal.sees_tenant();
+                now.plane == self.principal.plane && reaches && grants(self.need, &now)
+            }
+            Ok(None) => false,
+            Err(_) => true,
+        }
+    }
+}
+
+/// The principal as it is now; `None` when it would be let in no more.
+fn readmitted(app: &App, principal: &Principal) -> Result<Option<Principal>, ApiError> {
+    let at = now();
+    if let Some(live) = &principal.session {
+        return match app.logins.sessions.by_digest(&live.digest, at)? {
+            Some(session) => Ok(principal_of(app, &live.digest, session, at)?),
+            None => Ok(None),
+        };
+    }
     if let Some(Signed::Sso { expires_at }) = principal.signed {
-        return expires_at > now() && is_still_user(app, principal, need);
+        return match expires_at > at {
+            true => as_recorded(app, principal),
+            false => Ok(None),
+        };
     }
     let Some(key) = &principal.token else {
-        return true;
+        return Ok(Some(principal.clone()));
     };
-    match app.ledger.token(key) {
-        Ok(Some(TokenOwner { user, token })) => Principal::of(&user, &token, &[0; 32], now())
-            .is_some_and(|now| {
-                // A stream may be of another plane of the tenant.
-                let reaches = now.sees_tenant() || !principal.sees_tenant();
-                now.plane == principal.plane && reaches && grants(need, &now)
-            }),
-        Ok(None) => false,
-        Err(error) => {
-            tracing::error!(%error, "whether a stream's reader is still known could not be read");
-            true
-        }
-    }
+    let owner = app.ledger.token(key)?;
+    Ok(owner.and_then(|owner| Principal::of(&owner.user, &owner.token, &[0; 32], at)))
 }
 
-/// Whether somebody who came by single sign-on is still let in, with what its record gives it by now.
-fn is_still_user(app: &App, principal: &Principal, need: Need) -> bool {
-    let user = match app.ledger.admits(&principal.user.tenant) {
-        Ok(false) => Ok(None),
-        Ok(true) => app.ledger.user(&principal.user),
-        Err(error) => Err(error),
-    };
-    match user {
-        Ok(Some(user)) => {
-            let mut now = principal.clone();
-            if user.power() < now.power() {
-                now.roles.clone_from(&user.profile.roles);
-            }
-            now.user_scopes.clone_from(&user.profile.scopes);
-            let reaches = now.sees_tenant() || !principal.sees_tenant();
-            let enabled = user.profile.enabled && reaches;
-            enabled && user.plane == principal.plane && grants(need, &now)
-        }
-        Ok(None) => false,
-        Err(error) => {
-            tracing::error!(%error, "whether a stream's reader is still known could not be read");
-            true
-        }
+/// Somebody who came by single sign-on, with what its record gives it by now.
+fn as_recorded(app: &App, principal: &Principal) -> Result<Option<Principal>, ApiError> {
+    if !app.ledger.admits(&principal.user.tenant)? {
+        return Ok(None);
     }
+    let Some(user) = app.ledger.user(&principal.user)? else {
+        return Ok(None);
+    };
+    let mut now = principal.clone();
+    if user.power() < now.power() {
+        now.roles.clone_from(&user.profile.roles);
+    }
+    now.plane = user.plane;
+    now.user_scopes.clone_from(&user.profile.scopes);
+    Ok(user.profile.enabled.then_some(now))
 }

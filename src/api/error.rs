@@ -6,6 +6,7 @@ use http::{HeaderValue, StatusCode, header};
 use serde_json::{Map, Value, json};
 
 use super::redact::without_secrets;
+use crate::auth::store::StoreError;
 use crate::coordinator::SubmitError;
 use crate::domain::command::Rejection;
 use crate::domain::identity::IdentityRejection;
@@ -53,8 +54,11 @@ error_codes! {
     CommandReused = "command_reused", CONFLICT, "The command id was used with another body";
     CommandTypeUnknown = "command_type_unknown", BAD_REQUEST, "No such type of command";
     ConfirmationRequired = "confirmation_required", BAD_REQUEST, "The confirmation does not fit";
+    CrossSite = "cross_site", FORBIDDEN, "The request comes from another site";
+    CsrfRequired = "csrf_required", FORBIDDEN, "The session's CSRF token is missing or wrong";
     DuplicateMember = "duplicate_member", BAD_REQUEST, "An object has a member twice";
     HostNotAllowed = "host_not_allowed", FORBIDDEN, "The Host header is not one of ours";
+    HttpsRequired = "https_required", FORBIDDEN, "Sessions need https";
     IdempotencyKeyInvalid = "idempotency_key_invalid", BAD_REQUEST, "The Idempotency-Key is malformed";
     IdempotencyKeyReused = "idempotency_key_reused", UNPROCESSABLE_ENTITY, "The Idempotency-Key was used with another body";
     InsufficientVram = "insufficient_vram", CONFLICT, "Not enough GPU memory is free";
@@ -65,6 +69,8 @@ error_codes! {
     InvalidUtf8 = "invalid_utf8", BAD_REQUEST, "The body is not UTF-8";
     IssuerUnavailable = "issuer_unavailable", SERVICE_UNAVAILABLE, "The single sign-on issuer does not answer";
     JsonTooDeep = "json_too_deep", BAD_REQUEST, "The JSON is nested too deep";
+    LoginFailed = "login_failed", UNAUTHORIZED, "The login failed";
+    LoginThrottled = "login_throttled", TOO_MANY_REQUESTS, "Too many failed logins";
     MethodNotAllowed = "method_not_allowed", METHOD_NOT_ALLOWED, "The path has no such method";
     MissingField = "missing_field", BAD_REQUEST, "A required field is missing";
     NoActiveJob = "no_active_job", CONFLICT, "The service has no active job";
@@ -76,6 +82,8 @@ error_codes! {
     NothingToStart = "nothing_to_start", BAD_REQUEST, "The request names nothing to start";
     OriginNotAllowed = "origin_not_allowed", FORBIDDEN, "The origin is not allowed";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "Too much work is waiting to be recorded";
+    PasswordStale = "password_stale", CONFLICT, "The password was changed meanwhile";
+    PasswordWrong = "password_wrong", FORBIDDEN, "The current password is wrong";
     Purged = "purged", GONE, "The run's payloads were purged";
     QuotaExceeded = "quota_exceeded", TOO_MANY_REQUESTS, "A quota is used up";
     RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests a minute";
@@ -95,6 +103,7 @@ error_codes! {
     ServiceHasActiveJobs = "service_has_active_jobs", CONFLICT, "The service has active jobs";
     ServiceNotFound = "service_not_found", NOT_FOUND, "No such service";
     ServiceStopping = "service_stopping", CONFLICT, "The service is stopping";
+    SessionNotFound = "session_not_found", NOT_FOUND, "No such session";
     StaleAttempt = "stale_attempt", CONFLICT, "The attempt is over";
     StartFailed = "start_failed", BAD_GATEWAY, "The service ended before it was healthy";
     Stopping = "stopping", SERVICE_UNAVAILABLE, "The gateway is stopping";
@@ -277,7 +286,7 @@ impl ApiError {
             header::CONTENT_TYPE,
             HeaderValue::from_static("application/problem+json"),
         );
-        if self.code == ErrorCode::Unauthorized {
+        if self.code.status() == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         if let Some(seconds) = self.retry_after_s {
@@ -309,6 +318,13 @@ impl From<SubmitError> for ApiError {
                 ApiError::new(ErrorCode::Stopping, "The gateway is stopping").retry_after(5)
             }
         }
+    }
+}
+
+impl From<StoreError> for ApiError {
+    fn from(error: StoreError) -> Self {
+        tracing::error!(error = %error, "logins could not be read or written");
+        ApiError::internal()
     }
 }
 
@@ -407,6 +423,7 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::TokenNotFound => ErrorCode::TokenNotFound,
         IdentityRejection::TokenExists(_) => ErrorCode::TokenExists,
         IdentityRejection::TooManyTokens(_) => ErrorCode::TooManyTokens,
+        IdentityRejection::PasswordStale => ErrorCode::PasswordStale,
         IdentityRejection::TenantExists(_) => ErrorCode::TenantExists,
         IdentityRejection::TenantNotFound => ErrorCode::TenantNotFound,
         IdentityRejection::TenantProtected => ErrorCode::TenantProtected,
@@ -445,6 +462,7 @@ mod tests {
             IdentityRejection::UserNotFound.into(),
             IdentityRejection::RunsEnding { runs: 1 }.into(),
             IdentityRejection::TokenExists("t".into()).into(),
+            IdentityRejection::PasswordStale.into(),
             IdentityRejection::TenantNotFound.into(),
         ] {
             let code = rejection.code();

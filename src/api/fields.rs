@@ -155,6 +155,18 @@ impl Fields {
         }
     }
 
+    /// A text that no fault may tell back: a token, a password. Up to `max` bytes; not empty.
+    pub fn secret(&self, name: &str, max: usize) -> Option<String> {
+        match self.value(name)? {
+            Value::String(text) if (1..=max).contains(&text.len()) => Some(text),
+            _ => {
+                let message = format!("Input should be a text of 1 to {max} bytes");
+                self.fault(name, "string_type", message);
+                None
+            }
+        }
+    }
+
     fn check_text(&self, loc: Vec<String>, text: &str, rule: TextRule) -> Option<String> {
         let length = text.chars().count();
         let forbidden = |c: char| c == '\0' || (rule.plain && c.is_control());

@@ -17,9 +17,10 @@ use uuid::Uuid;
 
 use super::access::{Need, check, need};
 use super::audit::Trail;
-use super::authenticate::{authenticate, watched};
+use super::authenticate::authenticate;
 use super::client::Client;
 use super::config::ApiConfig;
+use super::csrf;
 use super::error::{ApiError, ErrorCode};
 use super::headers::harden;
 use super::limits::{Standing, Turn};
@@ -47,6 +48,8 @@ pub struct Caller {
     pub address: IpAddr,
     /// What the audit keeps of the request, when it asks for a write.
     pub trail: Option<Trail>,
+    /// What it was let in to.
+    pub need: Need,
 }
 
 impl Caller {
@@ -125,6 +128,12 @@ impl HostRules {
     }
 }
 
+/// The name that a request is addressed to, in lower case.
+pub(super) fn host_name(headers: &HeaderMap) -> Option<String> {
+    let host = headers.get(header::HOST)?.to_str().ok()?;
+    Some(without_port(host).to_ascii_lowercase())
+}
+
 /// The name of a `Host` header; an IPv6 address keeps its brackets.
 fn without_port(host: &str) -> &str {
     match host.rfind(':') {
@@ -177,6 +186,7 @@ fn access(path: &str) -> Access {
         "/health" | "/api/health" | "/openapi.json" | "/docs" | "/.well-known/jwks.json" => {
             Access::Open
         }
+        "/api/gateway/session/login" => Access::Open,
         _ if path.starts_with("/docs/") => Access::Open,
         _ => Access::Token,
     }
@@ -210,13 +220,6 @@ impl Arrival {
     }
 }
 
-/// A request that was let in.
-struct Admitted<'a> {
-    need: Option<Need>,
-    /// Bounds the work at once; held until there is an answer. Probes need none.
-    _turn: Option<Turn<'a>>,
-}
-
 /// The outermost layer of the router.
 pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Response {
     let mut request = linger(request);
@@ -240,14 +243,7 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().cloned();
     let response = match admit(&app, &mut request, &mut arrival).await {
-        Ok(admitted) => {
-            let caller = request.extensions().get::<Caller>().cloned();
-            let response = next.run(request).await;
-            match (caller, admitted.need) {
-                (Some(caller), Some(need)) => watched(&app, caller.principal, need, response),
-                _ => response,
-            }
-        }
+        Ok(_turn) => next.run(request).await,
         Err(error) => {
             if let Some(trail) = &mut arrival.trail {
                 trail.shown(app.auth.fingerprint(request.headers()));
@@ -267,16 +263,16 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
     response
 }
 
-/// Lets a request in, or says why not.
+/// Lets a request in, or says why not. The turn bounds the work at once; held until there is an answer. Probes need
+/// none.
 async fn admit<'a>(
     app: &'a App,
     request: &mut Request,
     arrival: &mut Arrival,
-) -> Result<Admitted<'a>, ApiError> {
+) -> Result<Option<Turn<'a>>, ApiError> {
     let access = access(request.uri().path());
     if access == Access::Probe {
-        let (need, _turn) = (None, None);
-        return Ok(Admitted { need, _turn });
+        return Ok(None);
     }
     app.hosts.check(request.uri(), request.headers())?;
     let (method, route) = (
@@ -287,9 +283,13 @@ async fn admit<'a>(
     // A path that is none of ours is 404 to everyone who is known.
     let need = route.map(|route| need(&method, route));
     if access == Access::Token {
-        let caller = identify(app, request.headers(), request.uri().path(), arrival).await?;
+        let need = need.unwrap_or(Need::Anyone);
+        let (headers, path) = (request.headers(), request.uri().path());
+        let caller = identify(app, headers, path, need, arrival).await?;
         let signed = caller.principal.signed.is_some();
+        let of_own_site = csrf::check(app, &caller.principal, &method, headers);
         request.extensions_mut().insert(caller);
+        of_own_site?;
         if let (true, Some(route)) = (signed, route) {
             admit_work(app, request, &method, route)?;
         }
@@ -301,11 +301,7 @@ async fn admit<'a>(
     if let (Some(principal), Some(need), Some(route)) = (principal, need, route) {
         check(need, principal, &method, route)?;
     }
-    let turn = app.limits.turn(principal, &method, route).await?;
-    Ok(Admitted {
-        need,
-        _turn: Some(turn),
-    })
+    app.limits.turn(principal, &method, route).await.map(Some)
 }
 
 /// Lets the work of a run in to what it may do, as the plane that the run is in.
@@ -335,10 +331,11 @@ async fn identify(
     app: &App,
     headers: &HeaderMap,
     path: &str,
+    need: Need,
     arrival: &mut Arrival,
 ) -> Result<Caller, ApiError> {
     let at = now();
-    let Some(principal) = authenticate(app, headers, at).await? else {
+    let Some(principal) = authenticate(app, arrival.client, headers, at).await? else {
         arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
         return Err(unauthorized(path));
     };
@@ -352,6 +349,7 @@ async fn identify(
         at,
         address: arrival.client.address,
         trail: arrival.trail.clone(),
+        need,
     })
 }
 

@@ -8,6 +8,7 @@ use http::HeaderMap;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::authenticate::Watch;
 use super::error::ApiError;
 use super::examples;
 use super::guard::Caller;
@@ -88,8 +89,8 @@ async fn plane_stream(
     query: Query,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let plane = Topic::Plane(caller.plane());
-    follow(app, &caller, &query, &headers, plane)
+    let topic = Topic::Plane(caller.plane());
+    follow(app, &caller, &query, &headers, topic)
 }
 
 fn follow(
@@ -101,5 +102,6 @@ fn follow(
 ) -> Result<Response, ApiError> {
     let resume = Resume::read(query, headers, "after_seq")?;
     let place = app.limits.stream(&caller.principal)?;
-    sse::stream(app, place, Source::Ledger(topic), resume)
+    let watch = Watch::new(&app, caller);
+    sse::stream(app, place, Source::Ledger(topic), resume, watch)
 }

@@ -7,7 +7,9 @@
 //! | `audit` | who did what |
 //! | `client` | where a request came from: address, https |
 //! | `authenticate`, `access` | credentials to a principal; what each route needs |
-//! | `users`, `tenants`, `tokens`, `runtimes` | people, their tokens, and the planes they leave |
+//! | `session`, `login`, `sessions` | logging in and out with a browser; listing and ending sessions |
+//! | `cookies`, `csrf`, `slow` | a session's cookies; requests of other sites; slow hashes |
+//! | `users`, `tenants`, `tokens`, `passwords`, `runtimes` | people, their tokens and passwords, and the planes they leave |
 //! | `limits`, `buckets`, `shares` | how much callers may ask: a minute, and at once |
 //! | `headers` | what every answer tells browsers |
 //! | `error`, `redact` | every refusal and its status; what it tells back |
@@ -28,6 +30,8 @@ mod checkpoint;
 pub mod client;
 mod commands;
 pub mod config;
+mod cookies;
+mod csrf;
 mod cursor;
 mod docs;
 pub mod error;
@@ -47,7 +51,9 @@ mod ledger_tools;
 pub mod limits;
 mod linger;
 pub mod listen;
+mod login;
 mod metrics;
+mod passwords;
 mod preempt;
 mod query;
 mod queue;
@@ -61,8 +67,11 @@ mod service_control;
 mod service_logs;
 mod service_spec;
 mod services;
+mod session;
+mod sessions;
 mod shares;
 mod signing_keys;
+mod slow;
 mod sse;
 mod sso;
 mod state;
@@ -72,6 +81,7 @@ mod tokens;
 mod users;
 mod work;
 
+pub use authenticate::session_counts;
 pub use config::ApiConfig;
 pub use router::{openapi, router};
 pub use state::{App, Parts};

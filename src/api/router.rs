@@ -10,9 +10,9 @@ use super::error::{ApiError, ErrorCode};
 use super::guard::guard;
 use super::state::App;
 use super::{
-    audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, preempt, queue,
-    run_ledger, runs, runtimes, service_control, service_logs, services, signing_keys, tenants,
-    tokens, users,
+    audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, passwords,
+    preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services, session,
+    sessions, signing_keys, tenants, tokens, users,
 };
 
 /// The GPU dialect: the same handlers in both places.
@@ -36,6 +36,9 @@ fn gateway() -> OpenApiRouter<App> {
         .merge(ledger::router())
         .merge(ledger_tools::router())
         .merge(audit::router())
+        .merge(session::router())
+        .merge(sessions::router())
+        .merge(passwords::router())
         .merge(tokens::router())
         .merge(users::router())
         .merge(tenants::router())

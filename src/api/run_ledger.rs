@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::authenticate::Watch;
 use super::body::{JsonBody, PathOf};
 use super::error::ApiError;
 use super::examples;
@@ -214,5 +215,6 @@ async fn stream(
     let RunSummary { plane, run, .. } = app.run(&caller, &id).await?;
     let place = app.limits.stream(&caller.principal)?;
     let source = Source::Run { plane, run };
-    sse::stream(app, place, source, resume)
+    let watch = Watch::new(&app, &caller);
+    sse::stream(app, place, source, resume, watch)
 }

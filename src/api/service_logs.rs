@@ -8,10 +8,12 @@ use bytes::Bytes;
 use futures_util::StreamExt;
 use serde::Serialize;
 use serde_json::json;
+use tokio::time::Instant;
 use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::authenticate::Watch;
 use super::body::PathOf;
 use super::error::ApiError;
 use super::guard::Caller;
@@ -71,7 +73,8 @@ async fn read(
     let service = find(&app, &name)?.spec.name;
     if follow {
         let place = app.limits.stream(&caller.principal)?;
-        return Ok(stream(app, place, &service, tail));
+        let watch = Watch::new(&app, &caller);
+        return Ok(stream(app, place, &service, tail, watch));
     }
     let lines = app
         .logs
@@ -90,7 +93,13 @@ fn unreadable(error: &LogError) -> ApiError {
     ApiError::internal()
 }
 
-fn stream(app: App, place: StreamPlace, service: &ServiceName, tail: usize) -> Response {
+fn stream(
+    app: App,
+    place: StreamPlace,
+    service: &ServiceName,
+    tail: usize,
+    mut watch: Watch,
+) -> Response {
     let lines = app.logs.follow(service, tail);
     let stopping = app.stopping.clone();
     let retry = Bytes::from(format!("retry: {}\n\n", app.config.stream_retry_ms));
@@ -98,16 +107,21 @@ fn stream(app: App, place: StreamPlace, service: &ServiceName, tail: usize) -> R
         let _place = place;
         let mut lines = std::pin::pin!(lines);
         yield Ok::<_, std::convert::Infallible>(retry.clone());
-        loop {
+        let mut last_sent = Instant::now();
+        while watch.admits(Instant::now()) {
             let line = tokio::select! {
                 biased;
                 () = stopping.cancelled() => break,
                 line = lines.next() => line,
-                () = tokio::time::sleep(HEARTBEAT) => {
-                    yield Ok(Bytes::from_static(b": keep-alive\n\n"));
+                () = tokio::time::sleep_until(watch.due_by(last_sent + HEARTBEAT)) => {
+                    if last_sent.elapsed() >= HEARTBEAT {
+                        last_sent = Instant::now();
+                        yield Ok(Bytes::from_static(b": keep-alive\n\n"));
+                    }
                     continue;
                 }
             };
+            last_sent = Instant::now();
             match line {
                 Some(Ok(line)) => yield Ok(frame(&line)),
                 Some(Err(error)) => {

@@ -15,6 +15,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use serde_json::json;
 use tokio::time::Instant;
 
+use super::authenticate::Watch;
 use super::error::ApiError;
 use super::limits::StreamPlace;
 use super::query::Query;
@@ -121,12 +122,13 @@ enum End {
 
 const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
 
-/// The stream of a source from a position on.
+/// The stream of a source from a position on. It ends soon after its reader may read it no more.
 pub fn stream(
     app: App,
     place: StreamPlace,
     source: Source,
     resume: Resume,
+    mut watch: Watch,
 ) -> Result<Response, ApiError> {
     let tail = source.tail(&app)?;
     let retry = Bytes::from(format!("retry: {}\n\n", app.config.stream_retry_ms));
@@ -138,8 +140,9 @@ pub fn stream(
         let _place = place;
         // Made once for all frames: the wait for a stop stays enlisted, and the timer stays armed.
         let mut stop = pin!(stopping.cancelled());
-        let mut silence = pin!(tokio::time::sleep(resume.heartbeat));
         let mut last_sent = Instant::now();
+        let silent = watch.due_by(last_sent + resume.heartbeat);
+        let mut silence = pin!(tokio::time::sleep_until(silent));
         yield retry.clone();
         if let Some(gap) = gap {
             yield gap;
@@ -164,6 +167,9 @@ pub fn stream(
                         may_be_done |= frame.ends_run;
                         sent = follower.position();
                         last_sent = Instant::now();
+                        if !watch.admits(last_sent) {
+                            break;
+                        }
                         yield frame.sse.clone();
                     }
                     Err(error) => {
@@ -178,11 +184,15 @@ pub fn stream(
                 }
                 () = silence.as_mut() => {
                     // A frame does not rearm it: that costs more than a look when it fires.
-                    if last_sent.elapsed() >= resume.heartbeat {
-                        last_sent = Instant::now();
+                    let now = Instant::now();
+                    if !watch.admits(now) {
+                        break;
+                    }
+                    if now.duration_since(last_sent) >= resume.heartbeat {
+                        last_sent = now;
                         yield KEEP_ALIVE;
                     }
-                    silence.as_mut().reset(last_sent + resume.heartbeat);
+                    silence.as_mut().reset(watch.due_by(last_sent + resume.heartbeat));
                 }
             }
         }

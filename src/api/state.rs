@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 
 use super::audit::{Recorder, Trail};
@@ -10,17 +9,16 @@ use super::config::ApiConfig;
 use super::error::ApiError;
 use super::guard::{Caller, HostRules};
 use super::limits::Limits;
+use super::slow::SlowHashes;
 use crate::auth::Authenticator;
 use crate::auth::checkpoint_key::CheckpointKey;
+use crate::auth::logins::Logins;
 use crate::coordinator::{Answered, Handle, Once, SubmitError};
 use crate::domain::command::{Command, Origin, Reply};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::driver::Logs;
 use crate::ledger::{Ledger, ReadError, RunSummary};
 use crate::telemetry::Metrics;
-
-/// Slow hashes that are computed at once: each takes a core for a tenth of a second.
-const SLOW_CHECKS: usize = 2;
 
 /// What the HTTP side is made of; filled by the server.
 pub struct Parts {
@@ -29,6 +27,7 @@ pub struct Parts {
     pub ledger: Ledger,
     pub auth: Authenticator,
     pub checkpoint_key: CheckpointKey,
+    pub logins: Logins,
     pub metrics: Metrics,
     /// The services' output.
     pub logs: Logs,
@@ -48,13 +47,14 @@ pub struct Inner {
     pub auth: Authenticator,
     pub checkpoint_key: CheckpointKey,
     pub audit: Recorder,
+    pub logins: Logins,
     pub metrics: Metrics,
     pub logs: Logs,
     pub stopping: CancellationToken,
     pub hosts: HostRules,
     pub limits: Limits,
-    /// Imported tokens that are checked against their slow hashes.
-    pub slow_checks: Semaphore,
+    /// Passwords and imported tokens.
+    pub slow_hashes: SlowHashes,
     /// Signs list cursors; of this ledger, so that cursors outlive a restart.
     pub cursor_key: [u8; 32],
 }
@@ -76,7 +76,7 @@ impl App {
         App(Arc::new(Inner {
             hosts: HostRules::new(&parts.config),
             limits: Limits::new(&parts.config),
-            slow_checks: Semaphore::new(SLOW_CHECKS),
+            slow_hashes: SlowHashes::new(),
             cursor_key,
             audit: Recorder::new(parts.config.audit, parts.handle.clone()),
             config: parts.config,
@@ -84,6 +84,7 @@ impl App {
             ledger: parts.ledger,
             auth: parts.auth,
             checkpoint_key: parts.checkpoint_key,
+            logins: parts.logins,
             metrics: parts.metrics,
             logs: parts.logs,
             stopping: parts.stopping,

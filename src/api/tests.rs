@@ -17,10 +17,16 @@ use super::listen::{ListenConfig, serve};
 use super::{ApiConfig, App, Parts, router};
 use crate::auth::Authenticator;
 use crate::auth::checkpoint_key::CheckpointKey;
+use crate::auth::logins::Logins;
 use crate::auth::secret::TokenKey;
+use crate::auth::session::SessionRules;
+use crate::auth::throttle::ThrottleRules;
 use crate::auth::uses::Uses;
 use crate::coordinator;
 use crate::domain::audit::AuditMode;
+use crate::domain::command::{Command, Origin};
+use crate::domain::identity::{IdentityCommand, UserKey};
+use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
 use crate::driver::Logs;
 use crate::ledger::{Ledger, OpenOptions};
@@ -32,6 +38,8 @@ const TOKEN: &str = "rgt_admin_for_tests_only";
 struct Gateway {
     router: Router,
     ledger: Ledger,
+    handle: coordinator::Handle,
+    logins: Logins,
     stopping: CancellationToken,
     coordinator: coordinator::Running,
     _data: tempfile::TempDir,
@@ -54,12 +62,21 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
     let mut config = ApiConfig::for_listener("127.0.0.1:8080".parse().unwrap());
     change(&mut config);
     let stopping = CancellationToken::new();
+    let key = TokenKey::random();
+    let logins = Logins::open(
+        data.path(),
+        &key,
+        SessionRules::default(),
+        ThrottleRules::default(),
+    );
+    let logins = logins.unwrap();
     let app = App::new(Parts {
         config,
         handle: running.handle.clone(),
         ledger: ledger.clone(),
-        auth: Authenticator::new(&TOKEN.into(), TokenKey::random(), Uses::forgotten()),
+        auth: Authenticator::new(&TOKEN.into(), key.clone(), Uses::forgotten()),
         checkpoint_key: CheckpointKey::random().unwrap(),
+        logins: logins.clone(),
         metrics: Metrics::install(),
         logs: Logs::new(data.path().to_owned()),
         stopping: stopping.clone(),
@@ -67,6 +84,8 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
     Gateway {
         router: router(app),
         ledger,
+        handle: running.handle.clone(),
+        logins,
         stopping,
         coordinator: running,
         _data: data,
@@ -703,4 +722,50 @@ async fn a_write_that_cannot_be_recorded_is_refused_when_that_is_required() {
         let started = gateway.post("/api/gateway/runs/start", body).await;
         assert_eq!(started.status, 503, "{}", started.json);
     }
+}
+
+#[tokio::test]
+async fn a_weaker_hash_is_renewed_at_the_next_login() {
+    let gateway = gateway();
+    let users = "/api/gateway/admin/users";
+    let made = gateway.post(users, json!({"user_id": "ann"})).await;
+    assert_eq!(made.status, 200);
+    let ann = UserKey {
+        tenant: "default".into(),
+        user: "ann".into(),
+    };
+    let weak = gateway.logins.passwords.hash_weakly("horse");
+    let set = IdentityCommand::SetPassword {
+        key: ann.clone(),
+        password: Some(weak.clone()),
+        replaces: None,
+    };
+    let origin = Origin {
+        plane: PlaneId::ROOT,
+        actor: "test".into(),
+        request_id: None,
+        at: crate::clock::now(),
+    };
+    let set = Command::Identity(Box::new(set));
+    gateway.handle.submit(origin, set).await.unwrap();
+    let owner = || gateway.ledger.session_owner(&ann, None).unwrap().unwrap();
+    let before = owner();
+    assert_eq!(before.password, Some(weak.clone()));
+    let login = async |password: &str| {
+        let body = json!({"user_id": "ann", "password": password});
+        gateway.post("/api/gateway/session/login", body).await
+    };
+    assert_eq!(login("wrong").await.status, 401);
+    assert_eq!(owner().password, Some(weak));
+    let answer = login("horse").await;
+    assert_eq!(answer.status, 200, "{}", answer.json);
+    let after = owner();
+    let kept = after.password.unwrap().0;
+    assert!(
+        kept.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"),
+        "{kept}"
+    );
+    // It is the same password: nobody is logged out.
+    assert_eq!(after.era, before.era);
+    assert_eq!(login("horse").await.status, 200);
 }

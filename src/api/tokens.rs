@@ -17,6 +17,7 @@ use super::fields::TextRule;
 use super::guard::Caller;
 use super::state::App;
 use super::users::read_scopes;
+use crate::auth::Principal;
 use crate::domain::command::Command;
 use crate::domain::identity::{IdentityCommand, NewToken, Role, Scope, Token, TokenHash, TokenKey};
 use crate::domain::time::Timestamp;
@@ -50,12 +51,20 @@ pub fn token_id() -> SmolStr {
     "routing": {"mode": "per-principal", "one_user_one_runtime": true}
 }))))]
 async fn me(caller: Caller) -> Json<Value> {
-    let principal = &caller.principal;
+    Json(described(&caller.principal))
+}
+
+/// Who a principal is, in the contract's words.
+pub fn described(principal: &Principal) -> Value {
     let scopes = match principal.token_scopes.contains(&Scope::All) {
         true => &principal.user_scopes,
         false => &principal.token_scopes,
     };
-    Json(json!({
+    let mut auth = json!({"mode": "users", "user_auth_enabled": true});
+    if principal.session.is_some() {
+        auth["session"] = "gateway-browser-session".into();
+    }
+    json!({
         "ok": true,
         "principal": {
             "user_id": principal.user.user.as_str(),
@@ -67,9 +76,9 @@ async fn me(caller: Caller) -> Json<Value> {
             "source": "user-registry",
             "admin": principal.power() == Role::Admin,
         },
-        "auth": {"mode": "users", "user_auth_enabled": true},
+        "auth": auth,
         "routing": {"mode": "per-principal", "one_user_one_runtime": true},
-    }))
+    })
 }
 
 /// A token, without its secret.

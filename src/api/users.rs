@@ -115,7 +115,7 @@ pub(super) fn sees(caller: &Caller, tenant: &str) -> bool {
 }
 
 /// A user that the caller may manage; one of a tenant that it does not see is as good as none.
-fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, ApiError> {
+pub(super) fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, ApiError> {
     let user = match sees(caller, &key.tenant) {
         true => app.ledger.user(key)?,
         false => None,
@@ -126,7 +126,7 @@ fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, ApiError> {
 }
 
 /// Nobody grants or takes what it has not itself.
-fn may_grant(caller: &Caller, role: Role) -> Result<(), ApiError> {
+pub(super) fn may_grant(caller: &Caller, role: Role) -> Result<(), ApiError> {
     match role <= caller.principal.power() {
         true => Ok(()),
         false => Err(lacks_role(role)
@@ -136,7 +136,7 @@ fn may_grant(caller: &Caller, role: Role) -> Result<(), ApiError> {
 }
 
 /// The user of a path and its `tenant_id`.
-fn named(caller: &Caller, id: &str, query: &Query) -> Result<UserKey, ApiError> {
+pub(super) fn named(caller: &Caller, id: &str, query: &Query) -> Result<UserKey, ApiError> {
     let tenant = query.text("tenant_id").map(sanitised);
     query.finish()?;
     Ok(UserKey {
@@ -145,7 +145,7 @@ fn named(caller: &Caller, id: &str, query: &Query) -> Result<UserKey, ApiError> 
     })
 }
 
-fn default_tenant(caller: &Caller) -> SmolStr {
+pub(super) fn default_tenant(caller: &Caller) -> SmolStr {
     match caller.principal.power() {
         Role::Admin => SmolStr::new_static("default"),
         _ => caller.principal.user.tenant.clone(),

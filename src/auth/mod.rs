@@ -1,5 +1,5 @@
 //! Who is calling: tokens and what is kept of them, the administrator's first one, and what a token's user
-//! may do.
+//! may do; passwords and sessions of browsers; signed tokens.
 //!
 //! | file | holds |
 //! |---|---|
@@ -8,17 +8,28 @@
 //! | `uses` | when a token was last used |
 //! | `jwt` | signed tokens: their form, the gateway's own keys, tokens for one attempt of a run |
 //! | `sso` | tokens of an OpenID Connect issuer |
+//! | `password`, `session`, `throttle` | passwords; sessions of browsers; failed logins |
+//! | `store`, `logins` | the file of logins; all of those three |
+//! | `random` | random bytes |
 //! | `checkpoint_key` | what signs the ledger's checkpoints |
 //! | `bootstrap`, `private_file` | the first administrator's token; files that only their owner reads |
 
 pub mod bootstrap;
 pub mod checkpoint_key;
 pub mod jwt;
+pub mod logins;
+pub mod password;
 pub mod private_file;
+mod random;
 pub mod secret;
+pub mod session;
 pub mod sso;
+pub mod store;
+pub mod throttle;
 pub mod token;
 pub mod uses;
+
+use std::sync::Arc;
 
 use http::{HeaderMap, HeaderValue, header};
 use jsonwebtoken::Header;
@@ -28,6 +39,7 @@ use subtle::ConstantTimeEq;
 
 use self::jwt::work::{Work, WorkTokens};
 use self::secret::TokenKey as HashKey;
+use self::session::{Digest, Session};
 use self::sso::{Person, Sso};
 use self::uses::Uses;
 use crate::domain::identity::{Role, Scope, Token, TokenHash, TokenKey, User, UserKey, power};
@@ -56,10 +68,13 @@ pub struct Principal {
     /// The token's.
     pub token_scopes: Vec<Scope>,
     pub runtime: SmolStr,
-    /// The token that it showed; `None` for the first administrator's, and for signed ones.
+    /// The token that it showed, or logged in with; `None` for the first administrator's, for signed ones, and for a
+    /// password.
     pub token: Option<TokenKey>,
     /// The signed token that it showed instead.
     pub signed: Option<Signed>,
+    /// The browser session that it came by.
+    pub session: Option<Arc<LiveSession>>,
     /// The first 12 hex digits of the token's keyed hash: tells tokens apart in logs, and nothing else.
     pub fingerprint: String,
 }
@@ -71,6 +86,13 @@ pub enum Signed {
     Work(Work),
     /// Single sign-on, until then.
     Sso { expires_at: Timestamp },
+}
+
+/// A session that a request came by.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LiveSession {
+    pub digest: Digest,
+    pub session: Session,
 }
 
 impl Principal {
@@ -98,17 +120,41 @@ impl Principal {
             return None;
         }
         Some(Principal {
+            token_scopes: token.scopes.clone(),
+            token: Some(token.key.clone()),
+            ..Principal::unrestricted(user, digest)
+        })
+    }
+
+    /// Of a user who showed its password; `None` when it is disabled.
+    pub fn of_password(user: &User, digest: &[u8; 32]) -> Option<Principal> {
+        let is_enabled = user.profile.enabled;
+        is_enabled.then(|| Principal::unrestricted(user, digest))
+    }
+
+    fn unrestricted(user: &User, digest: &[u8; 32]) -> Principal {
+        Principal {
             plane: user.plane,
             actor: user.key.actor(),
             user: user.key.clone(),
             roles: user.profile.roles.clone(),
             user_scopes: user.profile.scopes.clone(),
-            token_scopes: token.scopes.clone(),
+            token_scopes: vec![Scope::All],
             runtime: user.profile.runtime.clone(),
-            token: Some(token.key.clone()),
+            token: None,
             signed: None,
+            session: None,
             fingerprint: short(digest),
-        })
+        }
+    }
+
+    /// The same, come by a session.
+    pub fn by_session(self, digest: Digest, session: Session) -> Principal {
+        Principal {
+            fingerprint: short(&digest),
+            session: Some(Arc::new(LiveSession { digest, session })),
+            ..self
+        }
     }
 
     /// Of a user whom a token of the issuer names; `None` when the user is disabled. Nobody has more than either its
@@ -128,6 +174,7 @@ impl Principal {
             token_scopes: vec![Scope::All],
             runtime: user.profile.runtime.clone(),
             token: None,
+            session: None,
             signed: Some(Signed::Sso {
                 expires_at: person.expires_at,
             }),
@@ -150,6 +197,7 @@ impl Principal {
             token_scopes: vec![Scope::RunsRead, Scope::RunsWrite],
             runtime: SmolStr::default(),
             token: None,
+            session: None,
             signed: Some(Signed::Work(work)),
             fingerprint: short(digest),
         }
@@ -235,6 +283,11 @@ impl Authenticator {
         if jwt::has_form(token) {
             return self.read_signed(token, now);
         }
+        self.read_token(token)
+    }
+
+    /// What a token shows; the same.
+    pub fn read_token(&self, token: &[u8]) -> Option<Shown> {
         if token.is_empty() || token.len() > MAX_TOKEN_BYTES {
             return None;
         }
@@ -273,6 +326,17 @@ impl Authenticator {
         let token = bearer(headers.get(header::AUTHORIZATION)?.as_bytes())?;
         let fits = !token.is_empty() && token.len() <= MAX_TOKEN_BYTES;
         fits.then(|| short(&self.key.digest(token)))
+    }
+
+    /// The first administrator, if its token still has this keyed hash.
+    pub fn first_admin(&self, digest: &[u8; 32]) -> Option<Principal> {
+        let is_same = bool::from(digest.ct_eq(&self.admin_digest));
+        is_same.then(|| first_admin(digest))
+    }
+
+    /// The keyed hash of the first administrator's token.
+    pub fn admin_digest(&self) -> [u8; 32] {
+        self.admin_digest
     }
 
     /// A fresh token for a user.
@@ -317,6 +381,7 @@ fn first_admin(digest: &[u8; 32]) -> Principal {
         runtime: SmolStr::new_static("default"),
         token: None,
         signed: None,
+        session: None,
         fingerprint: short(digest),
     }
 }

@@ -8,9 +8,8 @@ use hmac::{Hmac, KeyInit, Mac};
 use secrecy::{ExposeSecret, SecretBox, SecretString};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
-use uuid::Uuid;
 
-use super::private_file;
+use super::{private_file, random};
 use crate::domain::identity::TokenHash;
 
 /// The key of all token hashes. Without its file no token but the first administrator's is known any more.
@@ -53,12 +52,12 @@ impl TokenKey {
 
     /// A key that nothing keeps.
     pub fn random() -> TokenKey {
-        let mut hasher = blake3::Hasher::new();
-        // Four version 4 UUIDs carry 488 bits of the operating system's randomness.
-        for _ in 0..4 {
-            hasher.update(Uuid::new_v4().as_bytes());
-        }
-        TokenKey::new(*hasher.finalize().as_bytes())
+        TokenKey::new(random::bytes())
+    }
+
+    /// A key for something else, which tells nothing of this one.
+    pub fn derive(&self, context: &str) -> [u8; 32] {
+        blake3::derive_key(context, &self.0.expose_secret()[..])
     }
 
     /// The keyed hash of a token.

@@ -16,10 +16,12 @@ mod health;
 mod ledger;
 mod logs;
 mod output;
+mod password;
 mod queue;
 mod run;
 mod serve;
 mod service;
+mod session;
 mod stream;
 mod tenant;
 mod token;
@@ -140,6 +142,9 @@ enum Noun {
     /// Manage your own tokens
     #[command(subcommand)]
     Token(token::Token),
+    /// List and end the sessions of browsers
+    #[command(subcommand)]
+    Session(session::Session),
     /// Show who asked for which write, newest first
     Audit(audit::Audit),
     /// Show, check and write down the settings
@@ -264,6 +269,7 @@ async fn talk(noun: Noun, context: &Context) -> Result<Exit, CliError> {
         Noun::Tenant(verb) => verb.perform(context).await,
         Noun::Token(verb) => verb.perform(context).await,
         Noun::Audit(audit) => audit.perform(context).await,
+        Noun::Session(verb) => verb.perform(context).await,
         Noun::Config(verb) => verb.perform(context),
         Noun::Doctor => doctor::perform(context).await,
         Noun::Health => health::perform(context).await,

@@ -12,6 +12,7 @@ use super::Context;
 use super::client::{Client, segment};
 use super::error::{CliError, Exit};
 use super::output::{facts, instant, plain, table, text};
+use super::password;
 use crate::server;
 
 /// Largest registry file that is read.
@@ -40,6 +41,20 @@ pub enum User {
     Delete(Named),
     /// End all of its tokens and print a new one
     Rotate(Named),
+    /// Set a password for the console; your own when no user is named. Ends all of the user's sessions
+    #[command(
+        after_help = "The password is asked for, or read from standard input, a line each: for your own the current one \
+                      first.\n\nExample:\n  rungate user password alice < password.txt"
+    )]
+    Password {
+        user_id: Option<String>,
+        /// Your own, or `default` for an administrator
+        #[arg(long, requires = "user_id")]
+        tenant: Option<String>,
+        /// Take it away
+        #[arg(long, requires = "user_id")]
+        remove: bool,
+    },
     /// Take over the users of an AbstractGateway, whose tokens go on working
     #[command(
         after_help = "Example:\n  rungate user import /var/lib/abstractgateway/auth/users.json"
@@ -109,6 +124,15 @@ impl User {
                 let answer = named.call(&client, Method::PATCH, Some(&body)).await?;
                 show_token(context, &answer)?;
             }
+            User::Password {
+                user_id: Some(user_id),
+                tenant,
+                remove,
+            } => {
+                let named = Named { user_id, tenant };
+                set_password(context, &client, &named, remove).await?;
+            }
+            User::Password { user_id: None, .. } => set_own_password(context, &client).await?,
             User::Import { file } => return import(context, &client, &file).await,
             User::RecoverAdmin => unreachable!("taken above"),
         }
@@ -123,7 +147,17 @@ impl Named {
         method: Method,
         body: Option<&Value>,
     ) -> Result<Value, CliError> {
-        let path = format!("{PATH}/{}", segment(&self.user_id));
+        self.call_below("", client, method, body).await
+    }
+
+    async fn call_below(
+        &self,
+        below: &str,
+        client: &Client,
+        method: Method,
+        body: Option<&Value>,
+    ) -> Result<Value, CliError> {
+        let path = format!("{PATH}/{}{below}", segment(&self.user_id));
         let tenant = self.tenant.clone().map(|tenant| ("tenant_id", tenant));
         let query: Vec<(&str, String)> = tenant.into_iter().collect();
         client.call(method, &path, &query, body).await
@@ -169,6 +203,48 @@ async fn switch(
     let state = if enabled { "enabled" } else { "disabled" };
     let done = format!("{} {state}", named.user_id);
     context.out.show(&answer, |_| done)
+}
+
+async fn set_password(
+    context: &Context,
+    client: &Client,
+    named: &Named,
+    remove: bool,
+) -> Result<(), CliError> {
+    let password = match remove {
+        true => Value::Null,
+        false => asked(password::new).await?.into(),
+    };
+    let body = json!({"password": password});
+    let answer = named
+        .call_below("/password", client, Method::POST, Some(&body))
+        .await?;
+    let done = match remove {
+        true => "has no password any more",
+        false => "has a new password",
+    };
+    let done = format!("{} {done}", named.user_id);
+    context.out.show(&answer, |_| done)
+}
+
+async fn set_own_password(context: &Context, client: &Client) -> Result<(), CliError> {
+    let (current, password) = asked(|| Ok((password::current()?, password::new()?))).await?;
+    let mut body = json!({"password": password});
+    if !current.is_empty() {
+        body["current_password"] = current.into();
+    }
+    let answer = client.post("api/gateway/me/password", &body).await?;
+    context
+        .out
+        .show(&answer, |_| "you have a new password".to_owned())
+}
+
+/// Asks a person, off the runtime.
+async fn asked<T: Send + 'static>(
+    ask: impl FnOnce() -> Result<T, CliError> + Send + 'static,
+) -> Result<T, CliError> {
+    let asked = tokio::task::spawn_blocking(ask).await;
+    asked.map_err(|error| CliError::Failed(error.to_string()))?
 }
 
 /// A list of texts as one.

@@ -96,6 +96,22 @@ settings! {
         "Event streams served at once; further ones are answered 429.";
     max_streams_per_user: u64, "RUNGATE_MAX_STREAMS_PER_USER", &[], (1, 1 << 20), "1024".to_owned(),
         "Event streams of one user served at once; further ones are answered 429.";
+    session_idle_ms: u64, "RUNGATE_SESSION_IDLE_MS", &[], (1_000, 7 * 86_400_000), "7200000".to_owned(),
+        "Milliseconds without a request after which a browser's session ends.";
+    session_ttl_ms: u64, "RUNGATE_SESSION_TTL_MS", &[], (1_000, 7 * 86_400_000), "28800000".to_owned(),
+        "Milliseconds after which a browser's session ends in any case.";
+    session_remember_idle_ms: u64, "RUNGATE_SESSION_REMEMBER_IDLE_MS", &[], (1_000, 90 * 86_400_000), "604800000".to_owned(),
+        "Milliseconds without a request, for whoever asked to be remembered.";
+    session_remember_ttl_ms: u64, "RUNGATE_SESSION_REMEMBER_TTL_MS", &[], (1_000, 90 * 86_400_000), "2592000000".to_owned(),
+        "Milliseconds in any case, for whoever asked to be remembered.";
+    max_sessions: u64, "RUNGATE_MAX_SESSIONS", &[], (1, 1_000), "10".to_owned(),
+        "Browser sessions of one user; one more ends the oldest.";
+    login_attempts: u64, "RUNGATE_LOGIN_ATTEMPTS", &[], (1, 1_000), "5".to_owned(),
+        "Failed logins of an account, and four times as many of an address, that lock it for a while.";
+    login_lockout_ms: u64, "RUNGATE_LOGIN_LOCKOUT_MS", &[], (1_000, 86_400_000), "30000".to_owned(),
+        "Milliseconds of the first lock; doubles with each further failure.";
+    login_lockout_max_ms: u64, "RUNGATE_LOGIN_LOCKOUT_MAX_MS", &[], (1_000, 86_400_000), "900000".to_owned(),
+        "Longest such lock, in milliseconds, and how long after the last failure all are forgotten.";
     shutdown_limit_ms: u64, "RUNGATE_SHUTDOWN_LIMIT_MS", &[], SPAN_OR_NONE, "25000".to_owned(),
         "Milliseconds that a stop waits for calls in flight.";
     callback_allow_private: bool, "RUNGATE_CALLBACK_ALLOW_PRIVATE", &[], ANY, "false".to_owned(),

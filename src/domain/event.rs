@@ -10,7 +10,7 @@ use smol_str::SmolStr;
 
 use super::audit::AuditedWrite;
 use super::identity::{
-    NewToken, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
+    NewToken, PasswordHash, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
 };
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
@@ -371,6 +371,20 @@ pub enum Event {
     /// Writes that left no record of their own. What a write changed carries its request in the record's meta.
     WriteAudited {
         write: AuditedWrite,
+    },
+    /// Holds a hash, never the password; `None` took it away. All of the user's sessions ended with it.
+    PasswordChanged {
+        key: UserKey,
+        password: Option<PasswordHash>,
+    },
+    /// The same password, with a stronger hash.
+    PasswordRehashed {
+        key: UserKey,
+        password: PasswordHash,
+    },
+    /// All of a user's sessions ended: it was disabled, or its tokens were rotated.
+    SessionsEnded {
+        key: UserKey,
     },
 
     // --- tenants -------------------------------------------------------------------------------

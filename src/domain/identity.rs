@@ -176,6 +176,27 @@ impl fmt::Debug for TokenHash {
     }
 }
 
+/// What is kept of a password: a PHC string of argon2id, peppered with the gateway's token key.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PasswordHash(pub String);
+
+/// Its hash is worth a guess, so nobody's log gets it.
+impl fmt::Debug for PasswordHash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("PasswordHash(..)")
+    }
+}
+
+/// What a user logs in with, beside its tokens. There is none for a user who never had a password and whose
+/// sessions were never ended. It outlives the user, so that one of the same name inherits no session.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Credentials {
+    pub key: UserKey,
+    pub password: Option<PasswordHash>,
+    /// Grows whenever all of the user's sessions end: a session counts only in the era in which it began.
+    pub era: u64,
+}
+
 /// What an administrator decides about a user.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Profile {
@@ -342,6 +363,19 @@ pub enum IdentityCommand {
     FinishPurge {
         key: RuntimeKey,
     },
+    /// `None` takes it away. `replaces` is the one that the caller has shown; when it is another by now, nothing
+    /// changes.
+    SetPassword {
+        key: UserKey,
+        password: Option<PasswordHash>,
+        replaces: Option<PasswordHash>,
+    },
+    /// The right password was shown, and its hash is weaker than a new one would be.
+    RehashPassword {
+        key: UserKey,
+        replaces: PasswordHash,
+        password: PasswordHash,
+    },
     /// Says something of a tenant. With `create` it must not have been said before.
     SetTenant {
         tenant: SmolStr,
@@ -382,6 +416,8 @@ pub enum IdentityRejection {
     TokenExists(SmolStr),
     #[error("A user may have {0} tokens; revoke one first")]
     TooManyTokens(usize),
+    #[error("The password was changed meanwhile; log in with the new one")]
+    PasswordStale,
     #[error("Tenant already exists: {0}")]
     TenantExists(SmolStr),
     #[error("Tenant not found")]
@@ -409,6 +445,7 @@ impl IdentityRejection {
             IdentityRejection::TokenNotFound => "token_not_found",
             IdentityRejection::TokenExists(_) => "token_exists",
             IdentityRejection::TooManyTokens(_) => "too_many_tokens",
+            IdentityRejection::PasswordStale => "password_stale",
             IdentityRejection::TenantExists(_) => "tenant_exists",
             IdentityRejection::TenantNotFound => "tenant_not_found",
             IdentityRejection::TenantProtected => "tenant_protected",

@@ -54,7 +54,7 @@ pub use hub::Topic;
 pub use listing::{RunFilter, RunPage};
 pub use open::{FILE_NAME, FORMAT, OpenOptions};
 pub use projection::inbox::{InboxEntry, InboxState};
-pub use projection::people::TokenOwner;
+pub use projection::people::{SessionOwner, TokenOwner};
 pub use projection::run::{RunStatus, RunSummary};
 pub use projection::service::{InstancePhase, InstanceView, PlaneView, ServiceView};
 pub use record_codec::Hash;

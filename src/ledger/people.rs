@@ -2,13 +2,13 @@
 
 use std::ops::{Bound, ControlFlow};
 
-use crate::domain::identity::{Runtime, RuntimeKey, Token, TokenKey, User, UserKey};
+use crate::domain::identity::{Credentials, Runtime, RuntimeKey, Token, TokenKey, User, UserKey};
 use crate::domain::ids::RunId;
 use crate::domain::tenant::{Quotas, Tenant};
 
 use super::error::ReadError;
 use super::projection::inbox::InboxEntry;
-use super::projection::people::{self, TokenOwner};
+use super::projection::people::{self, SessionOwner, TokenOwner};
 use super::projection::run::RunSummary;
 use super::store::{Direction, Snapshot, Table};
 use super::{Ledger, hide_foreign, read};
@@ -88,6 +88,34 @@ impl Ledger {
             }
         }
         Ok(None)
+    }
+
+    /// A user, what it logs in with, and one of its tokens: all as of one moment.
+    pub fn session_owner(
+        &self,
+        key: &UserKey,
+        token: Option<&TokenKey>,
+    ) -> Result<Option<SessionOwner>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        let row = people::user_key(key);
+        if !admits(&*snapshot, &key.tenant)? {
+            return Ok(None);
+        }
+        let Some(user) = read::get::<User>(&*snapshot, Table::Users, &row)? else {
+            return Ok(None);
+        };
+        let credentials = read::get::<Credentials>(&*snapshot, Table::Credentials, &row)?;
+        let token = match token {
+            Some(token) => read::get(&*snapshot, Table::Tokens, &people::token_key(token))?,
+            None => None,
+        };
+        let era = credentials.as_ref().map_or(0, |kept| kept.era);
+        Ok(Some(SessionOwner {
+            user,
+            token,
+            password: credentials.and_then(|kept| kept.password),
+            era,
+        }))
     }
 
     /// All users, by tenant and id.

@@ -40,6 +40,8 @@ pub enum Table {
     TokenDigests,
     /// (tenant, runtime) → runtime.
     Runtimes,
+    /// (tenant, user) → credentials.
+    Credentials,
     /// tenant → tenant, of those that something was said of.
     Tenants,
     /// (tenant, user) → quotas, of users that have some.
@@ -47,7 +49,7 @@ pub enum Table {
 }
 
 impl Table {
-    pub const ALL: [Table; 19] = [
+    pub const ALL: [Table; 20] = [
         Table::Events,
         Table::RunRecords,
         Table::Runs,
@@ -65,6 +67,7 @@ impl Table {
         Table::Tokens,
         Table::TokenDigests,
         Table::Runtimes,
+        Table::Credentials,
         Table::Tenants,
         Table::UserQuotas,
     ];
@@ -89,6 +92,7 @@ impl Table {
             Table::Tokens => "tokens",
             Table::TokenDigests => "token_digests",
             Table::Runtimes => "runtimes",
+            Table::Credentials => "credentials",
             Table::Tenants => "tenants",
             Table::UserQuotas => "user_quotas",
         }

@@ -7,7 +7,7 @@ use std::ops::{Bound, ControlFlow};
 use serde::Serialize;
 
 use crate::domain::event::Event;
-use crate::domain::identity::{Runtime, Token, User};
+use crate::domain::identity::{Credentials, Runtime, Token, User};
 use crate::domain::ids::{PlaneId, RunId, Seq, ServiceName};
 use crate::domain::state::user::People;
 use crate::domain::tenant::{Quotas, Tenant};
@@ -395,6 +395,12 @@ fn check_people(snapshot: &dyn Snapshot, people: &People) -> Result<(), VerifyEr
         .eq(people.runtimes.values())
     {
         return differs(Table::Runtimes);
+    }
+    if !read::all::<Credentials>(snapshot, Table::Credentials)?
+        .iter()
+        .eq(people.credentials.values())
+    {
+        return differs(Table::Credentials);
     }
     if !read::all::<Tenant>(snapshot, Table::Tenants)?
         .iter()

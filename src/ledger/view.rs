@@ -83,9 +83,12 @@ fn hide_environment(fields: &mut Map<String, Value>) {
     }
 }
 
-/// Hashes of tokens are no secrets, yet no reader needs them.
+/// Hashes of tokens are no secrets, yet no reader needs them; of a password it is told whether there is one.
 fn hide_hashes(fields: &mut Map<String, Value>) {
     fields.remove("digest");
+    if let Some(password) = fields.get_mut("password") {
+        *password = (!password.is_null()).into();
+    }
     if let Some(Value::Object(token)) = fields.get_mut("token") {
         token.remove("hash");
     }

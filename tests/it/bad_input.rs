@@ -316,6 +316,7 @@ async fn no_path_trick_names_anything() {
                     "user_not_found",
                     "token_not_found",
                     "runtime_not_found",
+                    "session_not_found",
                     "not_found",
                 ];
                 // `..` and `%2e%2e` in a bare segment may hit a route of fewer parameters, never a resource.

@@ -22,6 +22,7 @@ impl Fixture {
             .replace("{service_type}", "t")
             .replace("{user_id}", "nobody")
             .replace("{token_id}", "tok_0")
+            .replace("{session_id}", "ses_0")
             .replace("{runtime_id}", "nothing")
             .replace("{tenant_id}", "nobody")
     }
@@ -124,6 +125,7 @@ pub fn table(fixture: &Fixture) -> Vec<Case> {
     rows.extend(commands(fixture));
     rows.extend(open_routes());
     rows.extend(crate::bad_input_users::rows());
+    rows.extend(crate::bad_input_logins::rows());
     let mut dialect = Vec::new();
     dialect.extend(registrations());
     dialect.extend(service_routes());

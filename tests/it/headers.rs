@@ -36,6 +36,7 @@ const PLAIN: &[&str] = &[
     "ratelimit",
     "ratelimit-policy",
     "retry-after",
+    "set-cookie",
     "transfer-encoding",
     "www-authenticate",
     "x-accel-buffering",

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use crate::support::browser::{Browser, LOGOUT};
 use crate::support::scripted::Scripted;
 use crate::support::wait::until;
 use crate::support::{Answer, Gateway, Options, answer, worker_service};
@@ -120,6 +121,12 @@ const ROWS: &[Row] = &[
     ("GET", "/ledger/checkpoint", admin(200)),
     ("GET", "/audit", managers(200)),
     ("GET", "/audit/tail", admin(200)),
+    ("POST", "/session/login", [422; 7]),
+    ("POST", "/session/logout", ALL),
+    ("GET", "/sessions", ALL),
+    ("DELETE", "/sessions/{session_id}", OWN),
+    ("POST", "/me/password", [422; 7]),
+    ("POST", "/admin/users/{user_id}/password", managers(404)),
     ("GET", "/tokens", ALL),
     ("POST", "/tokens", [422; 7]),
     ("DELETE", "/tokens/{token_id}", OWN),
@@ -164,8 +171,34 @@ struct World {
     job_token: String,
     /// By `KNOWN`, each with a token.
     known: BTreeMap<&'static str, String>,
-    /// Whom the gateway does not let in; `None` shows no token.
-    refused: Vec<(&'static str, Option<String>)>,
+    /// Whom the gateway does not let in.
+    refused: Vec<(&'static str, Shows)>,
+    /// The administrator's browser, whose CSRF token is not shown.
+    browser: Browser,
+}
+
+/// What a caller shows of itself.
+#[derive(Clone)]
+enum Shows {
+    Nothing,
+    Token(String),
+    /// The cookies of a browser, and the CSRF token.
+    Session(Browser),
+    /// The cookies alone.
+    Cookies(Browser),
+}
+
+impl Shows {
+    fn on(&self, request: reqwest::RequestBuilder) -> reqwest::RequestBuilder {
+        match self {
+            Shows::Nothing => request,
+            Shows::Token(token) => request.bearer_auth(token),
+            Shows::Session(browser) => request
+                .header("cookie", &browser.cookie)
+                .header("x-abstractgateway-csrf", &browser.csrf),
+            Shows::Cookies(browser) => request.header("cookie", &browser.cookie),
+        }
+    }
 }
 
 pub async fn user(gateway: &Gateway, body: Value) -> String {
@@ -253,12 +286,16 @@ impl World {
         let mut wrong = other.clone();
         let last = if wrong.pop() == Some('0') { '1' } else { '0' };
         wrong.push(last);
+        let ended = Browser::by_token(g, "other", &other).await;
+        ended.call(g, Method::POST, LOGOUT, None).await.expect(200);
+        let browser = Browser::by_token(g, "admin", g.token()).await;
         let refused = vec![
-            ("nobody", None),
-            ("wrong token", Some(wrong)),
-            ("disabled user", Some(disabled)),
-            ("revoked token", Some(revoked)),
-            ("expired token", Some(expired)),
+            ("nobody", Shows::Nothing),
+            ("wrong token", Shows::Token(wrong)),
+            ("disabled user", Shows::Token(disabled)),
+            ("revoked token", Shows::Token(revoked)),
+            ("expired token", Shows::Token(expired)),
+            ("ended session", Shows::Session(ended)),
         ];
         let holding = Scripted::start().await;
         gateway
@@ -274,6 +311,7 @@ impl World {
             job_token,
             known,
             refused,
+            browser,
         }
     }
 
@@ -303,24 +341,20 @@ impl World {
                 let made = post("/api/gateway/tokens", body).await;
                 made["token_id"].as_str().unwrap().to_owned()
             }
+            "session_id" => {
+                let browser = Browser::by_token(&self.gateway, "owner", owner).await;
+                let id = browser.body["session"]["session_id"].as_str();
+                id.unwrap().to_owned()
+            }
             // Shared by all, or the administrators': one that does not exist has no effect.
             _ => "nothing".to_owned(),
         }
     }
 
     /// The status and body of one call; a stream's body is not waited for.
-    async fn status(
-        &self,
-        token: Option<&str>,
-        method: &str,
-        path: &str,
-        body: &Value,
-    ) -> (u16, Value) {
+    async fn status(&self, shows: &Shows, method: &str, path: &str, body: &Value) -> (u16, Value) {
         let method: Method = method.parse().unwrap();
-        let mut request = self.gateway.bare(method.clone(), path);
-        if let Some(token) = token {
-            request = request.bearer_auth(token);
-        }
+        let mut request = shows.on(self.gateway.bare(method.clone(), path));
         if method == Method::POST || method == Method::PUT || method == Method::PATCH {
             request = request.json(body);
         }
@@ -398,10 +432,12 @@ async fn check(
     expected: &[u16; 7],
     wrong: &mut Vec<String>,
 ) {
-    let open = matches!(
-        short,
-        "/health" | "/api/health" | "/livez" | "/readyz" | "/.well-known/jwks.json"
-    );
+    // Nobody is asked who it is: all get the same.
+    let open = match short {
+        "/health" | "/api/health" | "/livez" | "/readyz" | "/.well-known/jwks.json" => Some(200),
+        "/session/login" => Some(422),
+        _ => None,
+    };
     let place = place(path);
     let id = world.owned(place.unwrap_or("run_id")).await;
     let unknown = uuid::Uuid::now_v7().to_string();
@@ -410,24 +446,25 @@ async fn check(
         None => path.to_owned(),
     };
     let body = body_of(short, &id);
-    for (who, token) in &world.refused {
-        let (status, _) = world
-            .status(token.as_deref(), method, &named(&id), &body)
-            .await;
-        let expected = if open { 200 } else { 401 };
+    // Last of all, who is let in to read and may not write for want of the CSRF token.
+    let cookies = ("missing CSRF", Shows::Cookies(world.browser.clone()));
+    for (who, shows) in world.refused.iter().chain([&cookies]) {
+        let (status, _) = world.status(shows, method, &named(&id), &body).await;
+        let expected = match (*who, method) {
+            ("missing CSRF", "GET") => expected[6],
+            ("missing CSRF", _) => 403,
+            _ => 401,
+        };
+        let expected = open.unwrap_or(expected);
         if status != expected {
             wrong.push(format!(
                 "{method} {path} by {who}: {status}, not {expected}"
             ));
         }
     }
-    let token = Some(world.job_token.as_str());
-    let (status, answer) = world.status(token, method, &named(&id), &body).await;
-    let expected_of_job = if open {
-        200
-    } else {
-        by_job_token(method, short)
-    };
+    let token = Shows::Token(world.job_token.clone());
+    let (status, answer) = world.status(&token, method, &named(&id), &body).await;
+    let expected_of_job = open.unwrap_or_else(|| by_job_token(method, short));
     if status != expected_of_job {
         wrong.push(format!(
             "{method} {path} by another run's job token: {status}, not {expected_of_job}: {answer}"
@@ -435,8 +472,8 @@ async fn check(
     }
     // The owner comes last: what it does may be the end of the thing.
     for (who, expected) in KNOWN.iter().zip(expected).rev() {
-        let token = Some(world.known[who].as_str());
-        let (status, answer) = world.status(token, method, &named(&id), &body).await;
+        let shows = Shows::Token(world.known[who].clone());
+        let (status, answer) = world.status(&shows, method, &named(&id), &body).await;
         if status != *expected {
             wrong.push(format!(
                 "{method} {path} by {who}: {status}, not {expected}: {answer}"
@@ -447,7 +484,7 @@ async fn check(
             && (method, short) == ("GET", "/runs/{run_id}/checkpoint");
         if status == 404 && *who != "owner" && !sees && !matches!(place, Some("name" | "service")) {
             let body = body_of(short, &unknown);
-            let (other, told) = world.status(token, method, &named(&unknown), &body).await;
+            let (other, told) = world.status(&shows, method, &named(&unknown), &body).await;
             if other != status || shape(&told, &unknown) != shape(&answer, &id) {
                 wrong.push(format!(
                     "{method} {path} tells {who} what exists: {answer}, {told}"

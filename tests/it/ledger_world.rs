@@ -9,8 +9,8 @@ use rungate::domain::event::{
     CommandKind, Event, Exit, JobStopCause, RequeueCause, StartCause, StopCause,
 };
 use rungate::domain::identity::{
-    NewToken, Profile, ReserveReason, RevokeCause, Role, RuntimeKey, Scope as TokenScope,
-    TokenHash, TokenKey, UserKey,
+    NewToken, PasswordHash, Profile, ReserveReason, RevokeCause, Role, RuntimeKey,
+    Scope as TokenScope, TokenHash, TokenKey, UserKey,
 };
 use rungate::domain::ids::{Generation, PlaneId, RunId};
 use rungate::domain::record::NewRecord;
@@ -353,6 +353,7 @@ pub fn one_of_each() -> Vec<Event> {
     events.extend(instances());
     events.extend(gpus_and_data());
     events.extend(people());
+    events.extend(logins());
     events.extend(tenants());
     events
 }
@@ -733,6 +734,25 @@ pub fn source() -> Arc<Source> {
         path: Some("/services/a/stop".into()),
         query: vec!["drain".into()],
     })
+}
+
+fn logins() -> Vec<Event> {
+    let key = UserKey {
+        tenant: "acme".into(),
+        user: "ann".into(),
+    };
+    let password = PasswordHash("$argon2id$v=19$m=19456,t=2,p=1$c2FsdA$aGFzaA".to_owned());
+    vec![
+        Event::PasswordChanged {
+            key: key.clone(),
+            password: Some(password.clone()),
+        },
+        Event::PasswordRehashed {
+            key: key.clone(),
+            password,
+        },
+        Event::SessionsEnded { key },
+    ]
 }
 
 /// Tenants and quotas.

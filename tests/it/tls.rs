@@ -12,6 +12,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::rungate::{run, rungate};
+use crate::support::browser::Browser;
 use crate::support::raw::exchange;
 use crate::support::sse::EventSource;
 use crate::support::wait::until;
@@ -117,6 +118,18 @@ async fn a_gateway_with_a_certificate_speaks_tls_and_nothing_else() {
         log.contains("Rungate listens on https://127.0.0.1:"),
         "{log}"
     );
+}
+
+#[tokio::test]
+async fn who_logs_in_over_tls_gets_cookies_for_tls_alone() {
+    let files = Files::new();
+    let gateway = files.gateway(&Authority::new()).await;
+    let browser = Browser::by_token(&gateway, "admin", gateway.token()).await;
+    let is_bound = |line: &String| {
+        line.starts_with("__Host-rungate_") && line.ends_with("; SameSite=Lax; Secure; Path=/")
+    };
+    assert!(browser.lines.iter().all(is_bound), "{:?}", browser.lines);
+    assert_eq!(browser.status(&gateway).await, 200);
 }
 
 #[tokio::test]

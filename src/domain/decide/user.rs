@@ -6,8 +6,8 @@ use super::job::cancelled;
 use super::{Context, Decision};
 use crate::domain::event::{Event, JobStopCause};
 use crate::domain::identity::{
-    IdentityCommand, IdentityRejection, NewToken, Profile, ProfileChange, ReserveReason,
-    RevokeCause, Role, Runtime, RuntimeKey, TokenHash, TokenKey, UserKey,
+    IdentityCommand, IdentityRejection, NewToken, PasswordHash, Profile, ProfileChange,
+    ReserveReason, RevokeCause, Role, Runtime, RuntimeKey, TokenHash, TokenKey, UserKey,
 };
 use crate::domain::ids::PlaneId;
 use crate::domain::tenant::QuotasChange;
@@ -45,6 +45,16 @@ impl Context<'_> {
             IdentityCommand::TransferRuntime { key, to } => self.transfer_runtime(key, to),
             IdentityCommand::BeginPurge { key } => self.begin_purge(key),
             IdentityCommand::FinishPurge { key } => self.finish_purge(key),
+            IdentityCommand::SetPassword {
+                key,
+                password,
+                replaces,
+            } => self.set_password(key, password, replaces.as_ref()),
+            IdentityCommand::RehashPassword {
+                key,
+                replaces,
+                password,
+            } => self.rehash_password(key, &replaces, password),
             IdentityCommand::SetTenant {
                 tenant,
                 change,
@@ -168,6 +178,10 @@ impl Context<'_> {
                 reason: ReserveReason::RuntimeReassigned,
             });
         }
+        let disabled = user.profile.enabled && !profile.enabled;
+        if disabled || rotate.is_some() {
+            events.push(Event::SessionsEnded { key: key.clone() });
+        }
         if profile != user.profile {
             events.push(Event::UserUpdated {
                 key: key.clone(),
@@ -200,6 +214,12 @@ impl Context<'_> {
             return Err(IdentityRejection::UserProtected);
         }
         let mut events = self.revoke_all(&key, RevokeCause::UserDeleted);
+        if people.password_of(&key).is_some() {
+            events.push(Event::PasswordChanged {
+                key: key.clone(),
+                password: None,
+            });
+        }
         events.push(Event::RuntimeReserved {
             key: RuntimeKey {
                 tenant: key.tenant.clone(),
@@ -245,6 +265,42 @@ impl Context<'_> {
             None => Err(IdentityRejection::TokenNotFound),
             Some(TokenHash::Keyed(_)) => Ok(Vec::new()),
             Some(TokenHash::Pbkdf2 { .. }) => Ok(vec![Event::TokenUpgraded { key, digest }]),
+        }
+    }
+
+    fn set_password(
+        &self,
+        key: UserKey,
+        password: Option<PasswordHash>,
+        replaces: Option<&PasswordHash>,
+    ) -> Decided {
+        let people = &self.state.people;
+        if !people.users.contains_key(&key) {
+            return Err(IdentityRejection::UserNotFound);
+        }
+        if key == UserKey::first_admin() {
+            return Err(IdentityRejection::UserProtected);
+        }
+        let kept = people.password_of(&key);
+        if replaces.is_some() && replaces != kept {
+            return Err(IdentityRejection::PasswordStale);
+        }
+        if password.is_none() && kept.is_none() {
+            return Ok(Vec::new());
+        }
+        Ok(vec![Event::PasswordChanged { key, password }])
+    }
+
+    /// Of two logins at once, the second finds it done.
+    fn rehash_password(
+        &self,
+        key: UserKey,
+        replaces: &PasswordHash,
+        password: PasswordHash,
+    ) -> Decided {
+        match self.state.people.password_of(&key) {
+            Some(kept) if kept == replaces => Ok(vec![Event::PasswordRehashed { key, password }]),
+            _ => Ok(Vec::new()),
         }
     }
 

@@ -229,6 +229,9 @@ impl State {
             | Event::RuntimeAssigned { .. }
             | Event::RuntimePurging { .. }
             | Event::RuntimeReleased { .. }
+            | Event::PasswordChanged { .. }
+            | Event::PasswordRehashed { .. }
+            | Event::SessionsEnded { .. }
             | Event::TenantCreated { .. }
             | Event::TenantUpdated { .. }
             | Event::UserQuotasChanged { .. }
@@ -260,6 +263,13 @@ impl State {
             | Event::JobCancelled { .. }
             | Event::JobRevived { .. } => self.apply_job(seq, at, plane, event),
             Event::CallbackAttempted { .. } => self.apply_callback(event),
+            of_machine => self.apply_machine(at, of_machine),
+        }
+    }
+
+    /// Applies an event about services, their instances and GPUs.
+    fn apply_machine(&mut self, at: Timestamp, event: &Event) {
+        match event {
             Event::ServiceRegistered { .. }
             | Event::ServiceUpdated { .. }
             | Event::ServiceEnabled { .. }
@@ -279,6 +289,7 @@ impl State {
             | Event::RoomReleased { .. }
             | Event::GpusListed { .. }
             | Event::GpuForeignMemoryChanged { .. } => self.apply_gpu(event),
+            _ => {}
         }
     }
 

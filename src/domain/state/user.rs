@@ -8,7 +8,8 @@ use smol_str::SmolStr;
 
 use crate::domain::event::Event;
 use crate::domain::identity::{
-    Reservation, Runtime, RuntimeKey, Token, TokenHash, TokenKey, User, UserKey,
+    Credentials, PasswordHash, Reservation, Runtime, RuntimeKey, Token, TokenHash, TokenKey, User,
+    UserKey,
 };
 use crate::domain::ids::PlaneId;
 use crate::domain::tenant::{Quotas, Tenant};
@@ -20,6 +21,7 @@ pub struct People {
     pub users: BTreeMap<UserKey, User>,
     pub tokens: BTreeMap<TokenKey, Token>,
     pub runtimes: BTreeMap<RuntimeKey, Runtime>,
+    pub credentials: BTreeMap<UserKey, Credentials>,
     /// Tenants of which something was said.
     pub tenants: BTreeMap<SmolStr, Tenant>,
     /// Of users that have some.
@@ -32,6 +34,7 @@ pub enum Subject {
     User(UserKey),
     Token(TokenKey),
     Runtime(RuntimeKey),
+    Credentials(UserKey),
     Tenant(SmolStr),
     Quotas(UserKey),
 }
@@ -59,6 +62,9 @@ pub fn subject(event: &Event) -> Option<Subject> {
             tenant: tenant.clone(),
             runtime: runtime.clone(),
         }),
+        Event::PasswordChanged { key, .. }
+        | Event::PasswordRehashed { key, .. }
+        | Event::SessionsEnded { key } => Subject::Credentials(key.clone()),
         Event::TenantCreated { tenant, .. } | Event::TenantUpdated { tenant, .. } => {
             Subject::Tenant(tenant.clone())
         }
@@ -156,6 +162,39 @@ pub fn fold_runtime(runtime: Option<Runtime>, event: &Event, at: Timestamp) -> O
     Some(runtime)
 }
 
+/// A user's credentials after an event about them.
+pub fn fold_credentials(credentials: Option<Credentials>, event: &Event) -> Option<Credentials> {
+    let of = |key: &UserKey| {
+        credentials.clone().unwrap_or_else(|| Credentials {
+            key: key.clone(),
+            password: None,
+            era: 0,
+        })
+    };
+    match event {
+        Event::PasswordChanged { key, password } => {
+            let before = of(key);
+            Some(Credentials {
+                password: password.clone(),
+                era: before.era + 1,
+                ..before
+            })
+        }
+        Event::PasswordRehashed { key, password } => Some(Credentials {
+            password: Some(password.clone()),
+            ..of(key)
+        }),
+        Event::SessionsEnded { key } => {
+            let before = of(key);
+            Some(Credentials {
+                era: before.era + 1,
+                ..before
+            })
+        }
+        _ => credentials,
+    }
+}
+
 /// A tenant after an event about it.
 pub fn fold_tenant(tenant: Option<Tenant>, event: &Event, at: Timestamp) -> Option<Tenant> {
     match event {
@@ -202,6 +241,9 @@ impl People {
             Some(Subject::Runtime(key)) => {
                 fold(&mut self.runtimes, key, |r| fold_runtime(r, event, at));
             }
+            Some(Subject::Credentials(key)) => {
+                fold(&mut self.credentials, key, |c| fold_credentials(c, event));
+            }
             Some(Subject::Tenant(key)) => {
                 fold(&mut self.tenants, key, |t| fold_tenant(t, event, at));
             }
@@ -230,6 +272,11 @@ impl People {
             .range(first..)
             .map(|(_, token)| token)
             .take_while(move |token| token.key.owner == *owner)
+    }
+
+    /// The hash of a user's password.
+    pub fn password_of(&self, key: &UserKey) -> Option<&PasswordHash> {
+        self.credentials.get(key)?.password.as_ref()
     }
 
     /// Whose a runtime is.

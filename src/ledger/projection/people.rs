@@ -1,9 +1,12 @@
 //! Users, tokens and runtimes as requests read them, and the index that a token is found by.
 
 use crate::domain::event::Event;
-use crate::domain::identity::{RuntimeKey, Token, TokenHash, TokenKey, User, UserKey};
+use crate::domain::identity::{
+    PasswordHash, RuntimeKey, Token, TokenHash, TokenKey, User, UserKey,
+};
 use crate::domain::state::user::{
-    Subject, fold_quotas, fold_runtime, fold_tenant, fold_token, fold_user, subject,
+    Subject, fold_credentials, fold_quotas, fold_runtime, fold_tenant, fold_token, fold_user,
+    subject,
 };
 use crate::domain::time::Timestamp;
 use crate::ledger::error::ReadError;
@@ -16,6 +19,17 @@ use crate::ledger::store::Table;
 pub struct TokenOwner {
     pub user: User,
     pub token: Token,
+}
+
+/// What a session stands on, as of one moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SessionOwner {
+    pub user: User,
+    /// The token that it began with, if it still exists.
+    pub token: Option<Token>,
+    pub password: Option<PasswordHash>,
+    /// See `Credentials`; 0 for a user without.
+    pub era: u64,
 }
 
 /// One entry of one table; `None` removes it.
@@ -66,6 +80,12 @@ pub fn changes(
             let before = entry(get(Table::Users, &key)?, Table::Users)?;
             let after = fold_user(before, event, at);
             vec![change(Table::Users, key, after.as_ref().map(encode))]
+        }
+        Subject::Credentials(key) => {
+            let key = user_key(&key);
+            let before = entry(get(Table::Credentials, &key)?, Table::Credentials)?;
+            let after = fold_credentials(before, event);
+            vec![change(Table::Credentials, key, after.as_ref().map(encode))]
         }
         Subject::Runtime(key) => {
             let key = runtime_key(&key);

@@ -1,6 +1,7 @@
 //! A real gateway for tests: the built binary on a free port over a data directory of its own, killed when
 //! dropped together with every process that it started.
 
+pub mod browser;
 pub mod issuer;
 pub mod keys;
 pub mod raw;
