@@ -21,10 +21,23 @@ use crate::{Context, Failure, jobs};
 
 const GROUP: &str = "scheduling decision";
 
+/// Tenants of the second measurement, all of which wait for everything.
+const TENANTS: u32 = 50;
+
 /// All figures of this file.
 pub fn measure(context: &mut Context, scale: &Scale) -> Result<(), Failure> {
+    measure_with(context, scale, 1, "")?;
+    measure_with(context, scale, TENANTS, ", 50 tenants")
+}
+
+fn measure_with(
+    context: &mut Context,
+    scale: &Scale,
+    tenants: u32,
+    whose: &str,
+) -> Result<(), Failure> {
     let (few, many) = scale.queue_sizes;
-    let mut worlds = [World::new(few), World::new(many)];
+    let mut worlds = [World::new(few, tenants), World::new(many, tenants)];
     let mut figures: [Samples; 2] = Default::default();
     // The first round warms both up and is not kept.
     for round in 0..=scale.rounds {
@@ -59,11 +72,11 @@ pub fn measure(context: &mut Context, scale: &Scale) -> Result<(), Failure> {
         ),
     ];
     for (name, few_us, many_us) in pairs {
-        let name = format!("{name}, {many} waiting (floor: {few})");
+        let name = format!("{name}, {many} waiting{whose} (floor: {few})");
         let figure = Figure::of(GROUP, name, "µs", many_us).floor(many_us, few_us);
         context.add(figure.bar(Bar::AtMostRatio(3.0)));
     }
-    let worst = "longest single decision, many waiting";
+    let worst = format!("longest single decision, many waiting{whose}");
     context.add(Figure::of(GROUP, worst, "µs", &many_samples.worst));
     Ok(())
 }
@@ -96,6 +109,8 @@ struct World {
     origin: Origin,
     now: Timestamp,
     n: u64,
+    /// Each with one plane, from 0.
+    tenants: u32,
     /// What the last job that left the queue asked for.
     served: Option<JobSpec>,
     /// Running jobs, the longest first.
@@ -103,7 +118,7 @@ struct World {
 }
 
 impl World {
-    fn new(waiting: usize) -> World {
+    fn new(waiting: usize, tenants: u32) -> World {
         let settings = Settings::default();
         let mut world = World {
             state: State::new(settings.ageing_ms_per_level),
@@ -116,11 +131,17 @@ impl World {
             },
             now: jobs::START,
             n: 0,
+            tenants,
             served: None,
             running: std::collections::VecDeque::new(),
         };
-        for event in jobs::prelude() {
-            world.apply(&event);
+        let opened = (1..tenants).map(|n| Event::PlaneOpened {
+            plane: PlaneId(n),
+            tenant: format!("tenant-{n}").into(),
+            runtime: SmolStr::new_static("r"),
+        });
+        for event in jobs::prelude().into_iter().chain(opened) {
+            world.apply(PlaneId::ROOT, &event);
         }
         while world.state.queue.len() < waiting as u64 {
             let command = world.next_job();
@@ -153,9 +174,9 @@ impl World {
         }
     }
 
-    fn apply(&mut self, event: &Event) -> Option<Effect> {
+    fn apply(&mut self, plane: PlaneId, event: &Event) -> Option<Effect> {
         let seq = self.state.seq + 1;
-        self.state.apply(seq, self.now, PlaneId::ROOT, event);
+        self.state.apply(seq, self.now, plane, event);
         implied(&self.state, event)
     }
 
@@ -163,12 +184,14 @@ impl World {
     fn perform(&mut self, command: Command) {
         let decision = decide(&self.state, &self.settings, &self.origin, command, self.now)
             .expect("made-up commands are legal");
+        let turn = self.n % u64::from(self.tenants);
+        let plane = PlaneId(u32::try_from(turn).unwrap_or(0));
         for (event, _) in decision.events {
-            self.apply(&event);
+            self.apply(plane, &event);
         }
         while let Some(events) = step(&mut self.state, &self.settings, self.now) {
             for event in events {
-                self.apply(&event);
+                self.apply(PlaneId::ROOT, &event);
                 if let Event::JobDispatched { run, .. } = event {
                     self.running.push_back(run);
                     self.served = self.state.jobs.get(&run).map(|job| job.spec.clone());

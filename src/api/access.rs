@@ -111,6 +111,10 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/admin/users/{user_id}", MANAGE_USERS),
     ("PATCH", "/admin/users/{user_id}", MANAGE_USERS),
     ("DELETE", "/admin/users/{user_id}", MANAGE_USERS),
+    ("GET", "/admin/tenants", MANAGE_USERS),
+    ("POST", "/admin/tenants", MANAGE_GATEWAY),
+    ("GET", "/admin/tenants/{tenant_id}", MANAGE_USERS),
+    ("PATCH", "/admin/tenants/{tenant_id}", MANAGE_GATEWAY),
     ("GET", "/admin/runtime-reservations", MANAGE_GATEWAY),
     (
         "POST",

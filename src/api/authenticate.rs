@@ -197,7 +197,11 @@ impl Watch {
     /// What cannot be read ends nobody's stream; if it is the ledger, it ends the gateway.
     fn is_admitted(&self) -> bool {
         match readmitted(&self.app, &self.principal) {
-            Ok(Some(now)) => now.plane == self.principal.plane && grants(self.need, &now),
+            Ok(Some(now)) => {
+                // A stream may be of another plane of the tenant.
+                let reaches = now.sees_tenant() || !self.principal.sees_tenant();
+                now.plane == self.principal.plane && reaches && grants(self.need, &now)
+            }
             Ok(None) => false,
             Err(_) => true,
         }
@@ -228,6 +232,9 @@ fn readmitted(app: &App, principal: &Principal) -> Result<Option<Principal>, Api
 
 /// Somebody who came by single sign-on, with what its record gives it by now.
 fn as_recorded(app: &App, principal: &Principal) -> Result<Option<Principal>, ApiError> {
+    if !app.ledger.admits(&principal.user.tenant)? {
+        return Ok(None);
+    }
     let Some(user) = app.ledger.user(&principal.user)? else {
         return Ok(None);
     };

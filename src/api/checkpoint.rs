@@ -80,7 +80,7 @@ async fn save(
     request: Request,
 ) -> Result<Json<Saved>, ApiError> {
     let attempt = attempt_of(&caller, &headers)?;
-    let run = app.run(&caller, &id)?.run;
+    let run = app.own_run(&caller, &id)?.run;
     let content_type = headers
         .get(header::CONTENT_TYPE)
         .and_then(|value| value.to_str().ok())
@@ -119,7 +119,7 @@ async fn read(
     caller: Caller,
     PathOf(id): PathOf<String>,
 ) -> Result<Response, ApiError> {
-    let run = app.run(&caller, &id)?;
+    let run = app.run(&caller, &id).await?;
     let none = || {
         ApiError::new(
             ErrorCode::CheckpointNotFound,

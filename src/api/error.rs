@@ -85,6 +85,7 @@ error_codes! {
     PasswordStale = "password_stale", CONFLICT, "The password was changed meanwhile";
     PasswordWrong = "password_wrong", FORBIDDEN, "The current password is wrong";
     Purged = "purged", GONE, "The run's payloads were purged";
+    QuotaExceeded = "quota_exceeded", TOO_MANY_REQUESTS, "A quota is used up";
     RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests a minute";
     RoleRequired = "role_required", FORBIDDEN, "Another role is needed";
     RunEnded = "run_ended", CONFLICT, "The run has ended";
@@ -106,10 +107,14 @@ error_codes! {
     StaleAttempt = "stale_attempt", CONFLICT, "The attempt is over";
     StartFailed = "start_failed", BAD_GATEWAY, "The service ended before it was healthy";
     Stopping = "stopping", SERVICE_UNAVAILABLE, "The gateway is stopping";
+    TenantExists = "tenant_exists", BAD_REQUEST, "The tenant exists already";
+    TenantNotFound = "tenant_not_found", NOT_FOUND, "No such tenant";
+    TenantProtected = "tenant_protected", BAD_REQUEST, "The default tenant stays enabled";
     TokenExists = "token_exists", CONFLICT, "The token exists already";
     TokenNotFound = "token_not_found", NOT_FOUND, "No such token";
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS, "Too many requests at once";
     TooManyStreams = "too_many_streams", TOO_MANY_REQUESTS, "Too many streams at once";
+    TooManyTenants = "too_many_tenants", CONFLICT, "There are too many tenants";
     TooManyTokens = "too_many_tokens", CONFLICT, "The user has too many tokens";
     TooManyUsers = "too_many_users", CONFLICT, "There are too many users";
     Unauthorized = "unauthorized", UNAUTHORIZED, "No valid credentials";
@@ -330,6 +335,9 @@ impl From<ReadError> for ApiError {
     }
 }
 
+/// When it is worth asking again after a quota was used up: runs end in seconds to hours.
+const QUOTA_RETRY_S: u32 = 10;
+
 impl From<Rejection> for ApiError {
     fn from(rejection: Rejection) -> Self {
         let detail = match &rejection {
@@ -355,6 +363,11 @@ impl From<Rejection> for ApiError {
         let error = ApiError::new(rejection_code(&rejection), detail);
         match rejection {
             Rejection::Stopping => error.retry_after(5),
+            Rejection::QuotaExceeded(hit) => error
+                .with("quota", hit.quota)
+                .with("limit", hit.limit)
+                .with("used", hit.used)
+                .retry_after(QUOTA_RETRY_S),
             Rejection::NoEngine(_) => error.with(
                 "hint",
                 format!("{rejection}; register it with a `command` or a `url`"),
@@ -390,6 +403,7 @@ fn rejection_code(rejection: &Rejection) -> ErrorCode {
         Rejection::CommandReused(_) => ErrorCode::CommandReused,
         Rejection::KeyReused => ErrorCode::IdempotencyKeyReused,
         Rejection::Stopping => ErrorCode::Stopping,
+        Rejection::QuotaExceeded(_) => ErrorCode::QuotaExceeded,
         Rejection::Identity(rejection) => identity_code(rejection),
     }
 }
@@ -410,6 +424,10 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::TokenExists(_) => ErrorCode::TokenExists,
         IdentityRejection::TooManyTokens(_) => ErrorCode::TooManyTokens,
         IdentityRejection::PasswordStale => ErrorCode::PasswordStale,
+        IdentityRejection::TenantExists(_) => ErrorCode::TenantExists,
+        IdentityRejection::TenantNotFound => ErrorCode::TenantNotFound,
+        IdentityRejection::TenantProtected => ErrorCode::TenantProtected,
+        IdentityRejection::TooManyTenants(_) => ErrorCode::TooManyTenants,
     }
 }
 
@@ -445,6 +463,7 @@ mod tests {
             IdentityRejection::RunsEnding { runs: 1 }.into(),
             IdentityRejection::TokenExists("t".into()).into(),
             IdentityRejection::PasswordStale.into(),
+            IdentityRejection::TenantNotFound.into(),
         ] {
             let code = rejection.code();
             assert_eq!(ApiError::from(rejection).code.as_str(), code);

@@ -9,7 +9,7 @@
 //! | `authenticate`, `access` | credentials to a principal; what each route needs |
 //! | `session`, `login`, `sessions` | logging in and out with a browser; listing and ending sessions |
 //! | `cookies`, `csrf`, `slow` | a session's cookies; requests of other sites; slow hashes |
-//! | `users`, `tokens`, `passwords`, `runtimes` | people, their tokens and passwords, and the planes they leave |
+//! | `users`, `tenants`, `tokens`, `passwords`, `runtimes` | people, their tokens and passwords, and the planes they leave |
 //! | `limits`, `buckets`, `shares` | how much callers may ask: a minute, and at once |
 //! | `headers` | what every answer tells browsers |
 //! | `error`, `redact` | every refusal and its status; what it tells back |
@@ -75,6 +75,7 @@ mod slow;
 mod sse;
 mod sso;
 mod state;
+mod tenants;
 pub mod tls;
 mod tokens;
 mod users;

@@ -114,6 +114,17 @@ impl Query {
         }
     }
 
+    /// One of some words.
+    pub fn one_of(&self, name: &str, words: &[&str]) -> Option<&str> {
+        let text = self.get(name)?;
+        if words.contains(&text) {
+            return Some(text);
+        }
+        let message = format!("Input should be one of {}", words.join(", "));
+        self.fault(name, "enum", message, text);
+        None
+    }
+
     /// `true`/`false` in the spellings the contract's validator knows; the bare name is true.
     pub fn boolean(&self, name: &str) -> Option<bool> {
         let text = self.get(name)?;

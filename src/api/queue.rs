@@ -178,6 +178,13 @@ pub fn job_not_found(id: &str) -> ApiError {
     ApiError::new(ErrorCode::RunNotFound, format!("Job not found: {id}"))
 }
 
+/// A job that the caller may see.
+async fn seen_job(app: &App, caller: &Caller, id: &str) -> Result<RunSummary, ApiError> {
+    let run: RunId = id.parse().map_err(|_| job_not_found(id))?;
+    let found = app.find_run(caller, run).await?;
+    found.ok_or_else(|| job_not_found(id))
+}
+
 /// A job of the caller's plane.
 pub fn find_job(app: &App, caller: &Caller, id: &str) -> Result<RunSummary, ApiError> {
     let run: RunId = id.parse().map_err(|_| job_not_found(id))?;
@@ -202,11 +209,11 @@ async fn read(
     caller: Caller,
     PathOf(id): PathOf<String>,
 ) -> Result<Json<JobRecord>, ApiError> {
-    let run = find_job(&app, &caller, &id)?;
+    let run = seen_job(&app, &caller, &id).await?;
     let position = match run.status {
         RunStatus::Queued | RunStatus::Backoff => app
             .handle
-            .why(caller.plane(), run.run)
+            .why(run.plane, run.run)
             .await?
             .and_then(|why| why.position),
         _ => None,
@@ -250,8 +257,9 @@ async fn cancel(
     caller: Caller,
     PathOf(id): PathOf<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let run = find_job(&app, &caller, &id)?.run;
-    app.submit(&caller, Command::CancelQueued { run }).await?;
+    let RunSummary { plane, run, .. } = seen_job(&app, &caller, &id).await?;
+    app.submit_in(plane, &caller, Command::CancelQueued { run })
+        .await?;
     Ok(Json(json!({"job_id": run.to_string(), "cancelled": true})))
 }
 
@@ -276,7 +284,7 @@ async fn progress(
     caller: Caller,
     PathOf(id): PathOf<String>,
 ) -> Result<Json<Progress>, ApiError> {
-    let run = find_job(&app, &caller, &id)?;
+    let run = seen_job(&app, &caller, &id).await?;
     let text = text_at(&app, run.progress)?;
     Ok(Json(Progress {
         job_id: run.run.to_string(),

@@ -12,7 +12,7 @@ use super::state::App;
 use super::{
     audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, passwords,
     preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services, session,
-    sessions, signing_keys, tokens, users,
+    sessions, signing_keys, tenants, tokens, users,
 };
 
 /// The GPU dialect: the same handlers in both places.
@@ -41,6 +41,7 @@ fn gateway() -> OpenApiRouter<App> {
         .merge(passwords::router())
         .merge(tokens::router())
         .merge(users::router())
+        .merge(tenants::router())
         .merge(runtimes::router())
         .merge(signing_keys::router())
         .merge(dialect())

@@ -24,7 +24,7 @@ use super::query::Query;
 use super::sse::{self, Resume, Source};
 use super::state::App;
 use crate::domain::ids::{Cursor, PlaneId, RunId};
-use crate::ledger::{Ledger, ReadError};
+use crate::ledger::{Ledger, ReadError, RunSummary};
 
 /// Most runs of one batch.
 const MAX_BATCH_RUNS: usize = 200;
@@ -85,8 +85,8 @@ async fn read(
         query.finish()?;
         (after, limit as usize)
     };
-    let run = app.run(&caller, &id)?;
-    let plane = caller.plane();
+    let run = app.run(&caller, &id).await?;
+    let plane = run.plane;
     let records = app
         .scan(move |ledger| ledger.run_records_json(plane, run.run, after, limit))
         .await?;
@@ -149,15 +149,20 @@ async fn batch(
 ) -> Result<Json<BatchPages>, ApiError> {
     let request = BatchRequest::read(&body.fields()?)?;
     let plane = caller.plane();
+    let principal = &caller.principal;
+    let tenant = principal
+        .sees_tenant()
+        .then(|| principal.user.tenant.clone());
     let runs = app
-        .scan(move |ledger| read_batch(ledger, plane, &request))
+        .scan(move |ledger| read_batch(ledger, plane, tenant.as_deref(), &request))
         .await?;
     Ok(Json(BatchPages { runs }))
 }
 
 fn read_batch(
     ledger: &Ledger,
-    plane: PlaneId,
+    own: PlaneId,
+    tenant: Option<&str>,
     request: &BatchRequest,
 ) -> Result<BTreeMap<String, RecordPage>, ReadError> {
     let limit = request.limit.unwrap_or(200) as usize;
@@ -167,9 +172,13 @@ fn read_batch(
         let Ok(run) = asked.run_id.parse::<RunId>() else {
             continue;
         };
-        if ledger.run(plane, run)?.is_none() {
+        let found = match (ledger.run(own, run)?, tenant) {
+            (None, Some(tenant)) => ledger.run_of_tenant(tenant, run)?,
+            (found, _) => found,
+        };
+        let Some(RunSummary { plane, .. }) = found else {
             continue;
-        }
+        };
         let records: Vec<(Cursor, Vec<u8>)> = match left {
             0 => Vec::new(),
             _ => ledger.run_records_json(plane, run, asked.after, limit)?,
@@ -203,12 +212,9 @@ async fn stream(
 ) -> Result<Response, ApiError> {
     let resume = Resume::read(&query, &headers, "after")?;
     drop(query);
-    let run = app.run(&caller, &id)?.run;
+    let RunSummary { plane, run, .. } = app.run(&caller, &id).await?;
     let place = app.limits.stream(&caller.principal)?;
-    let source = Source::Run {
-        plane: caller.plane(),
-        run,
-    };
+    let source = Source::Run { plane, run };
     let watch = Watch::new(&app, &caller);
     sse::stream(app, place, source, resume, watch)
 }

@@ -28,6 +28,9 @@ pub struct RunView {
     #[schema(value_type = String)]
     pub updated_at: Timestamp,
     pub actor_id: &'static str,
+    /// Whose it is, where the runs of a whole tenant are listed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub runtime_id: Option<String>,
     pub session_id: String,
     pub parent_run_id: Option<String>,
     pub error: Option<String>,
@@ -149,6 +152,7 @@ impl RunView {
             created_at: run.created_at,
             updated_at: run.updated_at,
             actor_id: "gateway",
+            runtime_id: None,
             session_id: run
                 .session
                 .as_ref()

@@ -1,5 +1,7 @@
 //! Runs: start, list, read, and why one waits.
 
+use std::collections::BTreeMap;
+
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -12,6 +14,7 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::access::lacks_role;
 use super::body::{JsonBody, PathOf};
 use super::cursor;
 use super::error::{ApiError, ErrorCode};
@@ -22,8 +25,9 @@ use super::idempotency::{IdempotencyKey, replayed};
 use super::job::{JobRequest, MAX_ID_CHARS, read_labels};
 use super::query::Query;
 use super::run_view::{RunView, statuses_named, workflow_id};
-use super::state::{App, parse_run};
+use super::state::App;
 use crate::domain::command::{Command, Reply};
+use crate::domain::identity::{Role, Runtime};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::time::Timestamp;
 use crate::ledger::{Ledger, ReadError, RunFilter, RunPage, RunSummary};
@@ -166,6 +170,8 @@ pub struct RunList {
 /// What a listing asks for.
 pub(super) struct Listing {
     limit: usize,
+    /// Runs of all planes of the tenant.
+    tenant_wide: bool,
     filter: RunFilter,
     include_ledger_len: bool,
     include_metrics: bool,
@@ -186,6 +192,7 @@ pub(super) struct Listing {
         ("root_only" = Option<bool>, Query, description = "Job runs have no parents: all are roots"),
         ("include_ledger_len" = Option<bool>, Query),
         ("include_metrics" = Option<bool>, Query),
+        ("scope" = Option<String>, Query, description = "`own`, or `tenant` for all runs of the tenant; operators and higher"),
         ("after" = Option<String>, Query, description = "`next_cursor` of the page before"),
     ),
     responses((status = 200, description = "With `Link: rel=next` when there is more", body = RunList, example = json!(examples::runs())),
@@ -199,10 +206,16 @@ async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Re
     };
     let (plane, limit) = (caller.plane(), listing.limit);
     let (filter, workflow) = (listing.filter, listing.workflow);
+    let runtimes = match listing.tenant_wide {
+        true => runtimes_of_tenant(&app, &caller).await?,
+        false => BTreeMap::from([(plane, None)]),
+    };
+    let planes: Vec<PlaneId> = runtimes.keys().copied().collect();
     let page = app
-        .scan(move |ledger| read_page(ledger, plane, &filter, workflow.as_deref(), before, limit))
+        .scan(move |ledger| read_page(ledger, &planes, &filter, workflow.as_deref(), before, limit))
         .await?;
     let show = |run: &RunSummary| RunView {
+        runtime_id: runtimes.get(&run.plane).cloned().flatten(),
         ledger_len: listing.include_ledger_len.then_some(run.ledger_len),
         metrics: listing.include_metrics.then(|| metrics_of(run)),
         ..RunView::of(run)
@@ -221,6 +234,22 @@ async fn list(State(app): State<App>, caller: Caller, query: Query) -> Result<Re
     Ok(response)
 }
 
+/// The planes of the caller's tenant and how their runtimes are called.
+async fn runtimes_of_tenant(
+    app: &App,
+    caller: &Caller,
+) -> Result<BTreeMap<PlaneId, Option<String>>, ApiError> {
+    if !caller.principal.sees_tenant() {
+        return Err(lacks_role(Role::Operator)
+            .with("resource_class", "runs")
+            .with("action", "read"));
+    }
+    let tenant = caller.principal.user.tenant.clone();
+    let runtimes = app.scan(move |ledger| ledger.runtimes_of(&tenant)).await?;
+    let named = |runtime: Runtime| (runtime.plane, Some(runtime.key.runtime.to_string()));
+    Ok(runtimes.into_iter().map(named).collect())
+}
+
 pub(super) fn read_listing(query: &Query) -> Result<Listing, ApiError> {
     let limit = query.int("limit", 1..=500, 50) as usize;
     let session = query.text("session_id").map(SmolStr::new);
@@ -232,6 +261,7 @@ pub(super) fn read_listing(query: &Query) -> Result<Listing, ApiError> {
         query.boolean(flag);
     }
     let after = query.text("after").map(str::to_owned);
+    let scope = query.one_of("scope", &["own", "tenant"]);
     query.finish()?;
     let statuses = match &status {
         None => Vec::new(),
@@ -247,6 +277,7 @@ pub(super) fn read_listing(query: &Query) -> Result<Listing, ApiError> {
         ("status", status.as_deref()),
         ("session_id", session.as_deref()),
         ("workflow_id", workflow.as_deref()),
+        ("scope", scope.filter(|scope| *scope == "tenant")),
     ];
     for (name, value) in filters {
         if let Some(value) = value {
@@ -255,6 +286,7 @@ pub(super) fn read_listing(query: &Query) -> Result<Listing, ApiError> {
     }
     Ok(Listing {
         limit,
+        tenant_wide: scope == Some("tenant"),
         filter: RunFilter {
             statuses,
             session,
@@ -274,7 +306,7 @@ const MAX_PAGES: usize = 20;
 /// A page of the runs that pass the filter and belong to `workflow`, if one is asked for.
 fn read_page(
     ledger: &Ledger,
-    plane: PlaneId,
+    planes: &[PlaneId],
     filter: &RunFilter,
     workflow: Option<&str>,
     mut before: Option<RunId>,
@@ -282,7 +314,7 @@ fn read_page(
 ) -> Result<RunPage, ReadError> {
     let mut page = RunPage::default();
     for _ in 0..MAX_PAGES {
-        let found = ledger.runs(plane, filter, before, limit)?;
+        let found = ledger.runs_of(planes, filter, before, limit)?;
         page.next = found.next;
         let mut runs = found.items.into_iter().peekable();
         while let Some(run) = runs.next() {
@@ -324,7 +356,7 @@ async fn read(
     caller: Caller,
     PathOf(id): PathOf<String>,
 ) -> Result<Json<RunView>, ApiError> {
-    let run = app.run(&caller, &id)?;
+    let run = app.run(&caller, &id).await?;
     Ok(Json(RunView::with_output(&app, &run)?))
 }
 
@@ -353,7 +385,7 @@ async fn input_data(
     caller: Caller,
     PathOf(id): PathOf<String>,
 ) -> Result<Json<InputData>, ApiError> {
-    let run = app.run(&caller, &id)?;
+    let run = app.run(&caller, &id).await?;
     if run.purged {
         return Err(ApiError::new(
             ErrorCode::Purged,
@@ -380,7 +412,7 @@ pub struct WhyView {
     pub state: String,
     /// What keeps it from running; empty when nothing does.
     pub blocking: Vec<BlockingView>,
-    /// Its place in its queue, from 1.
+    /// Its place among its tenant's runs that want the same, from 1.
     pub position: Option<u64>,
     #[schema(value_type = String)]
     pub since: Timestamp,
@@ -389,7 +421,7 @@ pub struct WhyView {
 /// One cause of waiting.
 #[derive(Serialize, ToSchema)]
 pub struct BlockingView {
-    /// `vram`, `service_unhealthy`, `concurrency`, `paused`, `higher_priority`, `no_service`, …
+    /// `vram`, `service_unhealthy`, `concurrency`, `paused`, `higher_priority`, `fair_share`, `quota`, `no_service`, …
     pub cause: String,
     /// The same for people, with what would unblock it.
     pub detail: String,
@@ -409,8 +441,8 @@ async fn why(
     caller: Caller,
     PathOf(id): PathOf<String>,
 ) -> Result<Json<WhyView>, ApiError> {
-    let run = app.run(&caller, &id)?;
-    let why = app.handle.why(caller.plane(), parse_run(&id)?).await?;
+    let run = app.run(&caller, &id).await?;
+    let why = app.handle.why(run.plane, run.run).await?;
     let run_id = run.run.to_string();
     Ok(Json(match why {
         Some(why) => WhyView {
@@ -456,7 +488,7 @@ async fn purge(
     caller: Caller,
     PathOf(id): PathOf<String>,
 ) -> Result<Json<Purged>, ApiError> {
-    let run = app.run(&caller, &id)?.run;
+    let run = app.own_run(&caller, &id)?.run;
     app.submit(&caller, Command::PurgeRun { run }).await?;
     Ok(Json(Purged {
         run_id: run.to_string(),

@@ -13,6 +13,7 @@ use crate::domain::identity::{
     IdentityCommand, IdentityRejection, Profile, ProfileChange, Role, User,
 };
 use crate::domain::ids::PlaneId;
+use crate::domain::tenant::QuotasChange;
 use crate::domain::time::Timestamp;
 
 /// Who shows a token of the issuer; `None` when it is not accepted, or names nobody who is let in.
@@ -31,6 +32,9 @@ pub async fn principal(
     let Some(person) = person else {
         return Ok(None);
     };
+    if !app.ledger.admits(&person.key.tenant)? {
+        return Ok(None);
+    }
     let user = match app.ledger.user(&person.key)? {
         Some(user) => in_step(app, user, &person, at).await?,
         None => make_known(app, &person, at).await?,
@@ -90,6 +94,7 @@ async fn in_step(
             roles: Some(roles.clone()),
             ..ProfileChange::default()
         },
+        quotas: QuotasChange::default(),
         rotate: None,
     };
     match submit(app, person, command, at).await {

@@ -14,8 +14,8 @@ use crate::auth::Authenticator;
 use crate::auth::checkpoint_key::CheckpointKey;
 use crate::auth::logins::Logins;
 use crate::coordinator::{Answered, Handle, Once, SubmitError};
-use crate::domain::command::{Command, Reply};
-use crate::domain::ids::RunId;
+use crate::domain::command::{Command, Origin, Reply};
+use crate::domain::ids::{PlaneId, RunId};
 use crate::driver::Logs;
 use crate::ledger::{Ledger, ReadError, RunSummary};
 use crate::telemetry::Metrics;
@@ -104,8 +104,18 @@ impl App {
         command: Command,
         once: Option<Once>,
     ) -> Result<Reply, SubmitError> {
+        self.put_as(caller.origin(), caller, command, once).await
+    }
+
+    async fn put_as(
+        &self,
+        origin: Origin,
+        caller: &Caller,
+        command: Command,
+        once: Option<Once>,
+    ) -> Result<Reply, SubmitError> {
         let source = caller.trail.as_ref().and_then(Trail::to_carry);
-        let answered = self.handle.put(caller.origin(), command, once, source);
+        let answered = self.handle.put(origin, command, once, source);
         let Answered { reply, recorded } = answered.await?;
         if let (true, Some(trail)) = (recorded, &caller.trail) {
             trail.note_recorded();
@@ -128,12 +138,48 @@ impl App {
         }
     }
 
-    /// A run of the caller's plane by the id in the path; anything else is 404.
-    pub fn run(&self, caller: &Caller, id: &str) -> Result<RunSummary, ApiError> {
+    /// The same, about something of another plane that the caller may steer.
+    pub async fn submit_in(
+        &self,
+        plane: PlaneId,
+        caller: &Caller,
+        command: Command,
+    ) -> Result<Reply, ApiError> {
+        let origin = Origin {
+            plane,
+            ..caller.origin()
+        };
+        Ok(self.put_as(origin, caller, command, None).await?)
+    }
+
+    /// A run of the caller's own plane by the id in the path; anything else is 404.
+    pub fn own_run(&self, caller: &Caller, id: &str) -> Result<RunSummary, ApiError> {
         let run = parse_run(id)?;
         self.ledger
             .run(caller.plane(), run)?
             .ok_or_else(|| ApiError::run_not_found(id))
+    }
+
+    /// A run that the caller may see, by the id in the path; anything else is 404.
+    pub async fn run(&self, caller: &Caller, id: &str) -> Result<RunSummary, ApiError> {
+        self.find_run(caller, parse_run(id)?)
+            .await?
+            .ok_or_else(|| ApiError::run_not_found(id))
+    }
+
+    /// A run of the caller's plane or, for those who see their whole tenant, of any plane of it.
+    pub async fn find_run(
+        &self,
+        caller: &Caller,
+        run: RunId,
+    ) -> Result<Option<RunSummary>, ApiError> {
+        let own = self.ledger.run(caller.plane(), run)?;
+        if own.is_some() || !caller.principal.sees_tenant() {
+            return Ok(own);
+        }
+        let tenant = caller.principal.user.tenant.clone();
+        self.scan(move |ledger| ledger.run_of_tenant(&tenant, run))
+            .await
     }
 }
 

@@ -17,6 +17,7 @@ use super::fields::{Fields, TextRule};
 use super::guard::Caller;
 use super::query::Query;
 use super::state::App;
+use super::tenants::{QuotasView, read_quotas};
 use super::tokens::token_id;
 use crate::auth::secret::parse_imported;
 use crate::domain::command::{Command, Rejection};
@@ -57,15 +58,29 @@ pub struct UserView {
     pub scopes: Vec<Scope>,
     pub enabled: bool,
     pub runtime_id: String,
+    /// How much it may have at once; absent where nothing is limited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quotas: Option<QuotasView>,
     #[schema(value_type = String)]
     pub created_at: Timestamp,
     #[schema(value_type = String)]
     pub updated_at: Timestamp,
 }
 
+impl UserView {
+    fn read(app: &App, user: User) -> Result<UserView, ApiError> {
+        let quotas = app.ledger.quotas(&user.key)?;
+        Ok(UserView {
+            quotas: (!quotas.is_unlimited()).then(|| quotas.into()),
+            ..UserView::from(user)
+        })
+    }
+}
+
 impl From<User> for UserView {
     fn from(user: User) -> Self {
         UserView {
+            quotas: None,
             user_id: user.key.user.to_string(),
             tenant_id: user.key.tenant.to_string(),
             email: user.profile.email,
@@ -143,7 +158,9 @@ async fn list(State(app): State<App>, caller: Caller) -> Result<Json<UserList>, 
     let users = app.scan(|ledger| ledger.users()).await?;
     let seen = users.into_iter().filter(|u| sees(&caller, &u.key.tenant));
     Ok(Json(UserList {
-        users: seen.map(UserView::from).collect(),
+        users: seen
+            .map(|user| UserView::read(&app, user))
+            .collect::<Result<_, _>>()?,
     }))
 }
 
@@ -167,7 +184,7 @@ pub struct NewUser {
 }
 
 /// An id; empty when it is missing or nothing of it is left, with the fault recorded.
-fn id(fields: &Fields, name: &str) -> Option<SmolStr> {
+pub(super) fn id(fields: &Fields, name: &str) -> Option<SmolStr> {
     let text = fields.text(name, TextRule::name(MAX_ID_CHARS))?;
     let id = sanitised(&text);
     if id.is_empty() {
@@ -299,7 +316,7 @@ async fn create(
         token: first_token(hash),
     };
     submit(&app, &caller, command).await?;
-    let user = find(&app, &caller, &key)?.into();
+    let user = UserView::read(&app, find(&app, &caller, &key)?)?;
     Ok(Json(UserAnswer {
         user,
         token: secret.map(shown),
@@ -360,7 +377,7 @@ async fn read(
     query: Query,
 ) -> Result<Json<UserAnswer>, ApiError> {
     let key = named(&caller, &id, &query)?;
-    let user = find(&app, &caller, &key)?.into();
+    let user = UserView::read(&app, find(&app, &caller, &key)?)?;
     Ok(Json(UserAnswer { user, token: None }))
 }
 
@@ -378,7 +395,7 @@ async fn update(
 ) -> Result<Json<UserAnswer>, ApiError> {
     let key = named(&caller, &id, &query)?;
     drop(query);
-    let (change, chosen, rotate) = {
+    let (change, quotas, chosen, rotate) = {
         let fields = body.fields()?;
         fields.forbid_others(&[
             "email",
@@ -388,12 +405,14 @@ async fn update(
             "runtime_id",
             "token",
             "rotate_token",
+            "quotas",
         ]);
         let change = read_profile(&fields);
+        let quotas = read_quotas(&fields);
         let chosen = read_token(&app, &fields);
         let rotate = fields.boolean("rotate_token").unwrap_or(false);
         fields.finish()?;
-        (change, chosen, rotate)
+        (change, quotas, chosen, rotate)
     };
     let user = find(&app, &caller, &key)?;
     may_grant(&caller, user.power())?;
@@ -409,10 +428,11 @@ async fn update(
     let command = IdentityCommand::UpdateUser {
         key: key.clone(),
         change,
+        quotas,
         rotate: hash.map(first_token),
     };
     submit(&app, &caller, command).await?;
-    let user = find(&app, &caller, &key)?.into();
+    let user = UserView::read(&app, find(&app, &caller, &key)?)?;
     Ok(Json(UserAnswer {
         user,
         token: secret.map(shown),

@@ -101,6 +101,12 @@ impl Principal {
         power(&self.roles)
     }
 
+    /// Whether it reads and steers all runs of its tenant.
+    pub fn sees_tenant(&self) -> bool {
+        let works = matches!(self.signed, Some(Signed::Work(_)));
+        self.power() >= Role::Operator && !works
+    }
+
     /// Whether neither the token nor its user is kept from something.
     pub fn has_scope(&self, scope: Scope) -> bool {
         let within = |scopes: &[Scope]| scopes.contains(&Scope::All) || scopes.contains(&scope);

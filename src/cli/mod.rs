@@ -23,6 +23,7 @@ mod serve;
 mod service;
 mod session;
 mod stream;
+mod tenant;
 mod token;
 mod user;
 mod watch;
@@ -135,6 +136,9 @@ enum Noun {
     /// Manage users: create, disable, delete, give new tokens
     #[command(subcommand)]
     User(user::User),
+    /// Manage tenants: their weights and quotas
+    #[command(subcommand)]
+    Tenant(tenant::Tenant),
     /// Manage your own tokens
     #[command(subcommand)]
     Token(token::Token),
@@ -262,6 +266,7 @@ async fn talk(noun: Noun, context: &Context) -> Result<Exit, CliError> {
         Noun::Command(verb) => verb.perform(context).await,
         Noun::Ledger(verb) => verb.perform(context).await,
         Noun::User(verb) => verb.perform(context).await,
+        Noun::Tenant(verb) => verb.perform(context).await,
         Noun::Token(verb) => verb.perform(context).await,
         Noun::Audit(audit) => audit.perform(context).await,
         Noun::Session(verb) => verb.perform(context).await,

@@ -136,6 +136,8 @@ settings! {
         "Milliseconds that an attempt runs before it may be preempted, where its service sets none.";
     ageing_ms_per_level: u64, "RUNGATE_AGEING_MS_PER_LEVEL", &[], SPAN, defaults().ageing_ms_per_level.to_string(),
         "Milliseconds of waiting that count as one level of priority.";
+    share_half_life_ms: u64, "RUNGATE_SHARE_HALF_LIFE_MS", &[], SPAN, defaults().share_half_life_ms.to_string(),
+        "Milliseconds after which what a tenant used counts half as much in the fair share.";
     swap_max_wait_ms: u64, "RUNGATE_SWAP_MAX_WAIT_MS", &[], SPAN_OR_NONE, defaults().swap_max_wait_ms.to_string(),
         "Milliseconds that a job waits at most for its service to be loaded while others keep the memory busy.";
     idle_timeout_ms: u64, "RUNGATE_IDLE_TIMEOUT_MS", &[("IDLE_TIMEOUT_SECONDS", 1_000)], SPAN, defaults().idle_timeout_ms.to_string(),
@@ -211,6 +213,7 @@ impl Config {
             crash_loop_deaths: u32::try_from(self.crash_loop_deaths).unwrap_or(u32::MAX),
             min_runtime_ms: self.min_runtime_ms,
             ageing_ms_per_level: self.ageing_ms_per_level,
+            share_half_life_ms: self.share_half_life_ms,
             swap_max_wait_ms: self.swap_max_wait_ms,
             idle_timeout_ms: self.idle_timeout_ms,
             drain_ms: self.drain_ms,

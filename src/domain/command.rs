@@ -9,6 +9,7 @@ use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::spec::{GpuFacts, JobSpec, Priority, ServiceSpec};
+use super::tenant::QuotaHit;
 use super::time::Timestamp;
 
 /// Something asked of the coordinator.
@@ -338,6 +339,8 @@ pub enum Rejection {
     KeyReused,
     #[error("The gateway is stopping")]
     Stopping,
+    #[error("{0}; wait until some have started or ended, or ask an administrator for more")]
+    QuotaExceeded(Box<QuotaHit>),
     #[error(transparent)]
     Identity(#[from] IdentityRejection),
 }
@@ -369,6 +372,7 @@ impl Rejection {
             Rejection::CommandReused(_) => "command_reused",
             Rejection::KeyReused => "idempotency_key_reused",
             Rejection::Stopping => "stopping",
+            Rejection::QuotaExceeded(_) => "quota_exceeded",
             Rejection::Identity(rejection) => rejection.code(),
         }
     }

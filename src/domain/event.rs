@@ -14,6 +14,7 @@ use super::identity::{
 };
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
+use super::tenant::{Quotas, TenantProfile};
 use super::time::Timestamp;
 
 /// Something that happened. In JSON: `{"job_queued": {…}}`.
@@ -384,6 +385,27 @@ pub enum Event {
     /// All of a user's sessions ended: it was disabled, or its tokens were rotated.
     SessionsEnded {
         key: UserKey,
+    },
+
+    // --- tenants -------------------------------------------------------------------------------
+    /// Something was said of a tenant for the first time; until then it had the defaults.
+    TenantCreated {
+        tenant: SmolStr,
+        profile: TenantProfile,
+    },
+    /// The whole new profile.
+    TenantUpdated {
+        tenant: SmolStr,
+        profile: TenantProfile,
+    },
+    /// The whole new quotas of a user.
+    UserQuotasChanged {
+        key: UserKey,
+        quotas: Quotas,
+    },
+    /// From now on tenants' past usage fades at another pace.
+    ShareHalfLifeChanged {
+        half_life_ms: u64,
     },
 }
 

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::ids::PlaneId;
+use super::tenant::{QuotasChange, TenantChange};
 use super::time::Timestamp;
 
 /// What somebody may do, from most to least. A user has the powers of the highest of its roles.
@@ -332,6 +333,7 @@ pub enum IdentityCommand {
     UpdateUser {
         key: UserKey,
         change: ProfileChange,
+        quotas: QuotasChange,
         rotate: Option<NewToken>,
     },
     DeleteUser {
@@ -374,6 +376,12 @@ pub enum IdentityCommand {
         replaces: PasswordHash,
         password: PasswordHash,
     },
+    /// Says something of a tenant. With `create` it must not have been said before.
+    SetTenant {
+        tenant: SmolStr,
+        change: TenantChange,
+        create: bool,
+    },
 }
 
 /// Why nothing was changed about people. `Display` is what the caller reads.
@@ -410,6 +418,14 @@ pub enum IdentityRejection {
     TooManyTokens(usize),
     #[error("The password was changed meanwhile; log in with the new one")]
     PasswordStale,
+    #[error("Tenant already exists: {0}")]
+    TenantExists(SmolStr),
+    #[error("Tenant not found")]
+    TenantNotFound,
+    #[error("The tenant 'default' cannot be disabled: it is the first administrator's")]
+    TenantProtected,
+    #[error("The gateway holds as many tenants as it may ({0})")]
+    TooManyTenants(usize),
 }
 
 impl IdentityRejection {
@@ -430,6 +446,10 @@ impl IdentityRejection {
             IdentityRejection::TokenExists(_) => "token_exists",
             IdentityRejection::TooManyTokens(_) => "too_many_tokens",
             IdentityRejection::PasswordStale => "password_stale",
+            IdentityRejection::TenantExists(_) => "tenant_exists",
+            IdentityRejection::TenantNotFound => "tenant_not_found",
+            IdentityRejection::TenantProtected => "tenant_protected",
+            IdentityRejection::TooManyTenants(_) => "too_many_tenants",
         }
     }
 }

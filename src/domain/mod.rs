@@ -18,4 +18,5 @@ pub mod scheduler;
 pub mod settings;
 pub mod spec;
 pub mod state;
+pub mod tenant;
 pub mod time;

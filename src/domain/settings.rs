@@ -1,6 +1,8 @@
 //! The numbers that scheduling and retrying go by. They steer decisions only: what was decided is in
 //! the events, so that a replay under other settings gives the same state.
 
+use super::state::account::DEFAULT_HALF_LIFE_MS;
+
 /// Limits and delays of `decide` and `plan`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Settings {
@@ -10,6 +12,8 @@ pub struct Settings {
     pub min_runtime_ms: u64,
     /// Milliseconds of waiting that count as one level of priority.
     pub ageing_ms_per_level: u64,
+    /// Milliseconds after which what a tenant used counts half as much in the fair share.
+    pub share_half_life_ms: u64,
     /// Milliseconds that a job may wait for its service to be loaded while others keep the memory busy.
     pub swap_max_wait_ms: u64,
     /// Milliseconds without work after which an instance that the scheduler started is stopped.
@@ -39,6 +43,7 @@ impl Default for Settings {
             preempt_priority_gap: 2,
             min_runtime_ms: 1_000,
             ageing_ms_per_level: 10 * 60_000,
+            share_half_life_ms: DEFAULT_HALF_LIFE_MS,
             swap_max_wait_ms: 60_000,
             idle_timeout_ms: 300_000,
             drain_ms: 30_000,

@@ -59,6 +59,7 @@ pub struct RunPage {
 
 /// One index's run ids, newest first, fetched a stretch at a time.
 struct Source {
+    plane: PlaneId,
     table: Table,
     prefix: Vec<u8>,
     /// Ids found and not yet taken, newest last.
@@ -106,22 +107,24 @@ impl Source {
     }
 }
 
-/// Runs of a plane that pass the filter and are older than `before`.
+/// Runs of some planes that pass the filter and are older than `before`.
 pub fn runs(
     snapshot: &dyn Snapshot,
-    plane: PlaneId,
+    planes: &[PlaneId],
     filter: &RunFilter,
     before: Option<RunId>,
     limit: usize,
 ) -> Result<RunPage, ReadError> {
-    let mut sources = sources(plane, filter, before);
+    let of_plane = |plane: &PlaneId| sources(*plane, filter, before);
+    let mut sources: Vec<Source> = planes.iter().flat_map(of_plane).collect();
     let mut page = RunPage::default();
     for _ in 0..MAX_EXAMINED {
-        let mut newest: Option<RunId> = None;
+        let mut newest: Option<(RunId, PlaneId)> = None;
         for source in &mut sources {
-            newest = newest.max(source.peek(snapshot)?);
+            let run = source.peek(snapshot)?;
+            newest = newest.max(run.map(|run| (run, source.plane)));
         }
-        let Some(run) = newest else {
+        let Some((run, plane)) = newest else {
             page.next = None;
             return Ok(page);
         };
@@ -129,7 +132,7 @@ pub fn runs(
             return Ok(page);
         }
         for source in &mut sources {
-            if source.ready.last() == Some(&run) {
+            if source.plane == plane && source.ready.last() == Some(&run) {
                 source.ready.pop();
             }
         }
@@ -147,6 +150,7 @@ fn sources(plane: PlaneId, filter: &RunFilter, before: Option<RunId>) -> Vec<Sou
     let before = before.into_iter().chain(until).min().unwrap_or(highest);
     let from = filter.created_from.map_or(RunId(Uuid::nil()), first_id_at);
     let source = |table, prefix: &[u8]| Source {
+        plane,
         table,
         prefix: prefix.to_vec(),
         ready: Vec::new(),

@@ -222,8 +222,19 @@ impl Ledger {
         before: Option<RunId>,
         limit: usize,
     ) -> Result<RunPage, ReadError> {
+        self.runs_of(&[plane], filter, before, limit)
+    }
+
+    /// The same of several planes.
+    pub fn runs_of(
+        &self,
+        planes: &[PlaneId],
+        filter: &RunFilter,
+        before: Option<RunId>,
+        limit: usize,
+    ) -> Result<RunPage, ReadError> {
         let snapshot = self.inner.store.snapshot()?;
-        let RunPage { items, next } = listing::runs(&*snapshot, plane, filter, before, limit)?;
+        let RunPage { items, next } = listing::runs(&*snapshot, planes, filter, before, limit)?;
         let items = items.into_iter().map(|run| hide_foreign(&*snapshot, run));
         let items = items.collect::<Result<_, _>>()?;
         Ok(RunPage { items, next })

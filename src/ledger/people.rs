@@ -1,13 +1,17 @@
-//! Reads of users, tokens and runtimes.
+//! Reads of users, tokens, runtimes, tenants and quotas.
 
 use std::ops::{Bound, ControlFlow};
 
 use crate::domain::identity::{Credentials, Runtime, RuntimeKey, Token, TokenKey, User, UserKey};
+use crate::domain::ids::RunId;
+use crate::domain::tenant::{Quotas, Tenant};
 
 use super::error::ReadError;
+use super::projection::inbox::InboxEntry;
 use super::projection::people::{self, SessionOwner, TokenOwner};
-use super::store::{Direction, Table};
-use super::{Ledger, read};
+use super::projection::run::RunSummary;
+use super::store::{Direction, Snapshot, Table};
+use super::{Ledger, hide_foreign, read};
 
 impl Ledger {
     /// Whose token has this keyed hash. One snapshot and three look-ups: what is committed counts at once.
@@ -19,19 +23,71 @@ impl Ledger {
         let Some(token) = read::get::<Token>(&*snapshot, Table::Tokens, &key)? else {
             return Ok(None);
         };
-        let owner = people::user_key(&token.key.owner);
-        let user = read::get::<User>(&*snapshot, Table::Users, &owner)?;
-        Ok(user.map(|user| TokenOwner { user, token }))
+        owned(&*snapshot, token)
     }
 
     /// A token and its user, by the token's public key.
     pub fn token(&self, key: &TokenKey) -> Result<Option<TokenOwner>, ReadError> {
         let snapshot = self.inner.store.snapshot()?;
-        let token = read::get::<Token>(&*snapshot, Table::Tokens, &people::token_key(key))?;
-        let user = read::get::<User>(&*snapshot, Table::Users, &people::user_key(&key.owner))?;
-        Ok(user
-            .zip(token)
-            .map(|(user, token)| TokenOwner { user, token }))
+        match read::get::<Token>(&*snapshot, Table::Tokens, &people::token_key(key))? {
+            Some(token) => owned(&*snapshot, token),
+            None => Ok(None),
+        }
+    }
+
+    /// What was said of a tenant.
+    pub fn tenant(&self, tenant: &str) -> Result<Option<Tenant>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        read::get(&*snapshot, Table::Tenants, tenant.as_bytes())
+    }
+
+    /// Whether a tenant's users are let in: it is not disabled.
+    pub fn admits(&self, tenant: &str) -> Result<bool, ReadError> {
+        admits(&*self.inner.store.snapshot()?, tenant)
+    }
+
+    /// All tenants of which something was said, by id.
+    pub fn tenants(&self) -> Result<Vec<Tenant>, ReadError> {
+        read::all(&*self.inner.store.snapshot()?, Table::Tenants)
+    }
+
+    /// A user's quotas.
+    pub fn quotas(&self, key: &UserKey) -> Result<Quotas, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        let quotas = read::get(&*snapshot, Table::UserQuotas, &people::user_key(key))?;
+        Ok(quotas.unwrap_or_default())
+    }
+
+    /// A tenant's runtimes, by name.
+    pub fn runtimes_of(&self, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
+        runtimes_of(&*self.inner.store.snapshot()?, tenant)
+    }
+
+    /// A run of any of a tenant's planes. Looks at each of them until it is found: an id of another tenant's takes
+    /// as long as one that does not exist.
+    pub fn run_of_tenant(&self, tenant: &str, run: RunId) -> Result<Option<RunSummary>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        for runtime in runtimes_of(&*snapshot, tenant)? {
+            if let Some(found) = read::run(&*snapshot, runtime.plane, run)? {
+                return hide_foreign(&*snapshot, found).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
+    /// A command of any of a tenant's planes.
+    pub fn command_of_tenant(
+        &self,
+        tenant: &str,
+        id: &str,
+    ) -> Result<Option<InboxEntry>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        for runtime in runtimes_of(&*snapshot, tenant)? {
+            if let Some(found) = read::command(&*snapshot, runtime.plane, id)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
     /// A user, what it logs in with, and one of its tokens: all as of one moment.
@@ -42,6 +98,9 @@ impl Ledger {
     ) -> Result<Option<SessionOwner>, ReadError> {
         let snapshot = self.inner.store.snapshot()?;
         let row = people::user_key(key);
+        if !admits(&*snapshot, &key.tenant)? {
+            return Ok(None);
+        }
         let Some(user) = read::get::<User>(&*snapshot, Table::Users, &row)? else {
             return Ok(None);
         };
@@ -97,4 +156,35 @@ impl Ledger {
         })?;
         tokens.into_iter().collect()
     }
+}
+
+/// A token with its user; a disabled tenant's is as good as none.
+fn owned(snapshot: &dyn Snapshot, token: Token) -> Result<Option<TokenOwner>, ReadError> {
+    let owner = &token.key.owner;
+    let user = read::get::<User>(snapshot, Table::Users, &people::user_key(owner))?;
+    let admitted = admits(snapshot, &owner.tenant)?;
+    let user = user.filter(|_| admitted);
+    Ok(user.map(|user| TokenOwner { user, token }))
+}
+
+fn admits(snapshot: &dyn Snapshot, tenant: &str) -> Result<bool, ReadError> {
+    let tenant = read::get::<Tenant>(snapshot, Table::Tenants, tenant.as_bytes())?;
+    Ok(tenant.is_none_or(|tenant| tenant.profile.enabled))
+}
+
+fn runtimes_of(snapshot: &dyn Snapshot, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
+    let first = people::runtime_key(&RuntimeKey {
+        tenant: tenant.into(),
+        runtime: "".into(),
+    });
+    let mut runtimes = Vec::new();
+    let bounds = (Bound::Included(&first[..]), Bound::Unbounded);
+    snapshot.scan(Table::Runtimes, bounds, Direction::Up, &mut |key, bytes| {
+        if !key.starts_with(&first) {
+            return ControlFlow::Break(());
+        }
+        runtimes.push(read::entry(Table::Runtimes, bytes));
+        ControlFlow::Continue(())
+    })?;
+    runtimes.into_iter().collect()
 }

@@ -42,10 +42,14 @@ pub enum Table {
     Runtimes,
     /// (tenant, user) → credentials.
     Credentials,
+    /// tenant → tenant, of those that something was said of.
+    Tenants,
+    /// (tenant, user) → quotas, of users that have some.
+    UserQuotas,
 }
 
 impl Table {
-    pub const ALL: [Table; 18] = [
+    pub const ALL: [Table; 20] = [
         Table::Events,
         Table::RunRecords,
         Table::Runs,
@@ -64,6 +68,8 @@ impl Table {
         Table::TokenDigests,
         Table::Runtimes,
         Table::Credentials,
+        Table::Tenants,
+        Table::UserQuotas,
     ];
 
     /// Its name on disk.
@@ -87,6 +93,8 @@ impl Table {
             Table::TokenDigests => "token_digests",
             Table::Runtimes => "runtimes",
             Table::Credentials => "credentials",
+            Table::Tenants => "tenants",
+            Table::UserQuotas => "user_quotas",
         }
     }
 }

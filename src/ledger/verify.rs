@@ -10,6 +10,7 @@ use crate::domain::event::Event;
 use crate::domain::identity::{Credentials, Runtime, Token, User};
 use crate::domain::ids::{PlaneId, RunId, Seq, ServiceName};
 use crate::domain::state::user::People;
+use crate::domain::tenant::{Quotas, Tenant};
 
 use super::error::{ReadError, StoreError};
 use super::projection::inbox::{self, InboxEntry, InboxState};
@@ -371,7 +372,7 @@ impl Fold {
     }
 }
 
-/// That users, tokens and runtimes are what the events give, and each token is found by its hash.
+/// That users, tokens, runtimes, tenants and quotas are what the events give, and each token is found by its hash.
 fn check_people(snapshot: &dyn Snapshot, people: &People) -> Result<(), VerifyError> {
     let differs = |table: Table| {
         let detail = "it differs from what the events give".to_owned();
@@ -400,6 +401,18 @@ fn check_people(snapshot: &dyn Snapshot, people: &People) -> Result<(), VerifyEr
         .eq(people.credentials.values())
     {
         return differs(Table::Credentials);
+    }
+    if !read::all::<Tenant>(snapshot, Table::Tenants)?
+        .iter()
+        .eq(people.tenants.values())
+    {
+        return differs(Table::Tenants);
+    }
+    if !read::all::<Quotas>(snapshot, Table::UserQuotas)?
+        .iter()
+        .eq(people.quotas.values())
+    {
+        return differs(Table::UserQuotas);
     }
     for token in people.tokens.values() {
         let key = people_projection::digest_key(&token.hash);

@@ -311,6 +311,7 @@ async fn no_path_trick_names_anything() {
                 let known = [
                     "run_not_found",
                     "service_not_found",
+                    "tenant_not_found",
                     "command_not_found",
                     "user_not_found",
                     "token_not_found",

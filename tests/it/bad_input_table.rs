@@ -24,6 +24,7 @@ impl Fixture {
             .replace("{token_id}", "tok_0")
             .replace("{session_id}", "ses_0")
             .replace("{runtime_id}", "nothing")
+            .replace("{tenant_id}", "nobody")
     }
 }
 

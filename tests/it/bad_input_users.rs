@@ -1,9 +1,10 @@
-//! The rows of `bad_input` about users, tokens and runtimes.
+//! The rows of `bad_input` about users, tokens, runtimes and tenants.
 
 use crate::bad_input_table::{Case, bodies};
 
 const USERS: &str = "/api/gateway/admin/users";
 const TOKENS: &str = "/api/gateway/tokens";
+const TENANTS: &str = "/api/gateway/admin/tenants";
 const RESERVATIONS: &str = "/api/gateway/admin/runtime-reservations";
 
 /// All of them.
@@ -21,6 +22,41 @@ pub fn rows() -> Vec<Case> {
     rows.extend(one_user());
     rows.extend(tokens());
     rows.extend(runtimes());
+    rows.extend(tenants());
+    rows
+}
+
+fn tenants() -> Vec<Case> {
+    let case = Case::new("GET", TENANTS, TENANTS);
+    let mut rows = vec![case.without_token().fails(401, "unauthorized")];
+    rows.extend(bodies("POST", TENANTS, TENANTS));
+    for body in [
+        "{}",
+        r#"{"tenant_id":"__"}"#,
+        r#"{"tenant_id":"t","weight":0}"#,
+        r#"{"tenant_id":"t","weight":10001}"#,
+        r#"{"tenant_id":"t","weight":1.5}"#,
+        r#"{"tenant_id":"t","name":""}"#,
+        r#"{"tenant_id":"t","quotas":[]}"#,
+        r#"{"tenant_id":"t","quotas":{"gpus":-1}}"#,
+        r#"{"tenant_id":"t","quotas":{"gpus":"2"}}"#,
+        r#"{"tenant_id":"t","quotas":{"artifact_bytes":1}}"#,
+        r#"{"tenant_id":"t","enabled":1}"#,
+        r#"{"tenant_id":"t","extra":1}"#,
+    ] {
+        let case = Case::new("POST", TENANTS, TENANTS).json(body);
+        rows.push(case.fails(422, "validation_failed"));
+    }
+    let template = format!("{TENANTS}/{{tenant_id}}");
+    let path = |id: &str| format!("{TENANTS}/{id}");
+    rows.extend(bodies("PATCH", &template, &path("default")));
+    let case = Case::new("GET", &template, &path("nobody"));
+    rows.push(case.fails(404, "tenant_not_found"));
+    let patch = |id: &str, body: &str| Case::new("PATCH", &template, &path(id)).json(body);
+    rows.push(patch("nobody", "{}").fails(404, "tenant_not_found"));
+    rows.push(patch("default", r#"{"enabled":false}"#).fails(400, "tenant_protected"));
+    rows.push(patch("default", r#"{"tenant_id":"t"}"#).fails(422, "validation_failed"));
+    rows.push(patch("default", r#"{"weight":0}"#).fails(422, "validation_failed"));
     rows
 }
 
@@ -76,6 +112,7 @@ fn one_user() -> Vec<Case> {
     }
     let patch = |body: &str| Case::new("PATCH", &template, &path("admin")).json(body);
     rows.push(patch(r#"{"user_id":"b"}"#).fails(422, "validation_failed"));
+    rows.push(patch(r#"{"quotas":{"queued_runs":true}}"#).fails(422, "validation_failed"));
     rows.push(patch(r#"{"rotate_token":1}"#).fails(422, "validation_failed"));
     rows.push(patch(r#"{"enabled":false}"#).fails(400, "user_protected"));
     rows.push(patch(r#"{"rotate_token":true}"#).fails(400, "user_protected"));

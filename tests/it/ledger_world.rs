@@ -17,6 +17,7 @@ use rungate::domain::record::NewRecord;
 use rungate::domain::spec::{
     GpuFacts, GpuSource, Grant, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
 };
+use rungate::domain::tenant::{Quotas, TenantProfile};
 use rungate::domain::time::Timestamp;
 use rungate::ledger::{CommitError, Hash, Writer};
 use smol_str::SmolStr;
@@ -353,6 +354,7 @@ pub fn one_of_each() -> Vec<Event> {
     events.extend(gpus_and_data());
     events.extend(people());
     events.extend(logins());
+    events.extend(tenants());
     events
 }
 
@@ -750,5 +752,38 @@ fn logins() -> Vec<Event> {
             password,
         },
         Event::SessionsEnded { key },
+    ]
+}
+
+/// Tenants and quotas.
+fn tenants() -> Vec<Event> {
+    let quotas = Quotas {
+        queued_runs: Some(1_000),
+        vram_mib: Some(0),
+        ..Quotas::default()
+    };
+    let profile = TenantProfile {
+        name: "Acme Labs".to_owned(),
+        weight: 250,
+        quotas,
+        enabled: false,
+    };
+    let key = UserKey {
+        tenant: "acme".into(),
+        user: "ann".into(),
+    };
+    vec![
+        Event::TenantCreated {
+            tenant: "acme".into(),
+            profile: profile.clone(),
+        },
+        Event::TenantUpdated {
+            tenant: "acme".into(),
+            profile,
+        },
+        Event::UserQuotasChanged { key, quotas },
+        Event::ShareHalfLifeChanged {
+            half_life_ms: 60_000,
+        },
     ]
 }

@@ -61,6 +61,7 @@ mod ssrf;
 mod startup;
 mod streams;
 mod support;
+mod tenants;
 mod tidy;
 mod tls;
 mod users;

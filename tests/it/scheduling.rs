@@ -8,6 +8,7 @@ mod ops;
 mod play;
 mod properties;
 mod script;
+mod tenants;
 mod text;
 
 mod words;

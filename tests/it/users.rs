@@ -417,7 +417,7 @@ async fn imported_tokens_go_on_working() {
 }
 
 /// Runs a command as the administrator.
-async fn cli(gateway: &Gateway, words: &[&str]) -> (i32, String, String) {
+pub async fn cli(gateway: &Gateway, words: &[&str]) -> (i32, String, String) {
     let (url, token) = (gateway.url(""), gateway.token().to_owned());
     let words: Vec<String> = words.iter().map(|&word| word.to_owned()).collect();
     let ran = tokio::task::spawn_blocking(move || {

@@ -21,6 +21,10 @@ impl Context<'_> {
             });
         }
         events.extend(self.first_admin());
+        let half_life_ms = self.settings.share_half_life_ms;
+        if half_life_ms != self.state.accounts.half_life_ms {
+            events.push(Event::ShareHalfLifeChanged { half_life_ms });
+        }
         for run in self.active_runs() {
             let Some(job) = self.state.jobs.get(run) else {
                 continue;

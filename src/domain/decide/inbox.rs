@@ -9,6 +9,7 @@ use crate::domain::command::{EndedJob, InboxAction, InboxCommand, Rejection, Rep
 use crate::domain::event::{CommandKind, Event, JobStopCause};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::scheduler::candidates;
+use crate::domain::scheduler::fair::Fair;
 use crate::domain::state::job::{Job, Phase};
 
 impl Context<'_> {
@@ -72,7 +73,7 @@ impl Context<'_> {
     ) -> Result<Vec<Event>, Rejection> {
         let Some(job) = self.state.job(plane, run) else {
             let ended = command.ended.as_deref();
-            return self.act_on_ended(run, ended, command.action.kind());
+            return self.act_on_ended(plane, run, ended, command.action.kind());
         };
         match &command.action {
             InboxAction::Pause { reason } => pause(self, run, job, reason.clone()),
@@ -89,6 +90,7 @@ impl Context<'_> {
 
     fn act_on_ended(
         &self,
+        plane: PlaneId,
         run: RunId,
         ended: Option<&EndedJob>,
         kind: CommandKind,
@@ -100,6 +102,7 @@ impl Context<'_> {
         if ended.purged {
             return Err(Rejection::Purged(run));
         }
+        self.may_queue(plane)?;
         Ok(vec![Event::JobRevived {
             run,
             spec: ended.spec.clone(),
@@ -154,10 +157,12 @@ impl Context<'_> {
     /// The run that would be served next on a service, if it is one of the plane.
     pub(super) fn first_waiting_for(&self, plane: PlaneId, service: &SmolStr) -> Option<RunId> {
         let service = self.state.services.get(service)?;
+        let fair = Fair::new(self.state, self.settings, self.now);
         service
             .targets()
             .iter()
-            .filter_map(|target| self.state.queue.shape(target)?.waiting.first())
+            .filter_map(|target| fair.serving(target).next())
+            .map(|(_, key)| key)
             .min()
             .map(|(_, run)| run)
             .filter(|run| self.state.job(plane, *run).is_some())

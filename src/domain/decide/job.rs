@@ -15,33 +15,40 @@ use crate::domain::time::Timestamp;
 impl Context<'_> {
     pub(super) fn start_job(
         &self,
+        plane: PlaneId,
         run: RunId,
         spec: JobSpec,
         session: Option<SmolStr>,
         labels: Vec<(SmolStr, SmolStr)>,
         payload: Bytes,
-    ) -> Decision {
+    ) -> Result<Decision, Rejection> {
+        self.may_queue(plane)?;
         let queue = &self.state.queue;
         let key = queue.key(run, self.now, spec.priority);
-        let ahead = queue
-            .shape(&spec.target)
-            .map_or(0, |shape| shape.waiting.rank(&key));
+        let shape = queue.shape(&spec.target);
+        let lane = shape.and_then(|shape| shape.lane(&self.state.lane_of(plane)));
+        let ahead = lane.map_or(0, |lane| lane.waiting.rank(&key));
         let position = u64::try_from(ahead).unwrap_or(u64::MAX - 1) + 1;
         let reply = Reply::Started {
             run,
             position,
             duplicate: false,
         };
-        Decision::with(
-            Event::JobQueued {
-                run,
-                spec,
-                session,
-                labels,
-            },
-            payload,
-            reply,
-        )
+        let event = Event::JobQueued {
+            run,
+            spec,
+            session,
+            labels,
+        };
+        Ok(Decision::with(event, payload, reply))
+    }
+
+    /// Whether quotas let one run more of a plane wait.
+    pub(super) fn may_queue(&self, plane: PlaneId) -> Result<(), Rejection> {
+        match self.state.limits_of_plane(plane).queued_hit() {
+            Some(hit) => Err(Rejection::QuotaExceeded(Box::new(hit))),
+            None => Ok(()),
+        }
     }
 
     /// The live job, or why there is none.

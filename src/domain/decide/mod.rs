@@ -5,6 +5,7 @@ mod inbox;
 mod instance;
 mod job;
 mod service;
+mod tenant;
 mod tick;
 mod user;
 
@@ -72,7 +73,7 @@ pub fn decide(
             session,
             labels,
             payload,
-        } => Ok(cx.start_job(run, spec, session, labels, payload)),
+        } => cx.start_job(origin.plane, run, spec, session, labels, payload),
         Command::Inbox(command) => Ok(cx.inbox(origin.plane, command)),
         Command::CancelQueued { run } => cx.cancel_queued(origin.plane, run),
         Command::PushProgress { run, attempt, body } => {

@@ -10,6 +10,7 @@ use crate::domain::identity::{
     ReserveReason, RevokeCause, Role, Runtime, RuntimeKey, TokenHash, TokenKey, UserKey,
 };
 use crate::domain::ids::PlaneId;
+use crate::domain::tenant::QuotasChange;
 
 /// Users at most: each costs memory in State.
 const MAX_USERS: usize = 100_000;
@@ -20,7 +21,7 @@ const MAX_TOKENS: usize = 50;
 /// Why a purge ends the runs of its plane.
 const PURGE_REASON: &str = "The runtime is being purged";
 
-type Decided = Result<Vec<Event>, IdentityRejection>;
+pub(super) type Decided = Result<Vec<Event>, IdentityRejection>;
 
 impl Context<'_> {
     pub(super) fn identity(&self, command: IdentityCommand) -> Result<Decision, IdentityRejection> {
@@ -34,8 +35,9 @@ impl Context<'_> {
             IdentityCommand::UpdateUser {
                 key,
                 change,
+                quotas,
                 rotate,
-            } => self.update_user(key, change, rotate),
+            } => self.update_user(key, change, quotas, rotate),
             IdentityCommand::DeleteUser { key } => self.delete_user(key),
             IdentityCommand::IssueToken { owner, token } => self.issue_token(owner, token),
             IdentityCommand::RevokeToken { key } => self.revoke_token(key),
@@ -53,6 +55,11 @@ impl Context<'_> {
                 replaces,
                 password,
             } => self.rehash_password(key, &replaces, password),
+            IdentityCommand::SetTenant {
+                tenant,
+                change,
+                create,
+            } => self.set_tenant(tenant, change, create),
         };
         events.map(Decision::done)
     }
@@ -144,6 +151,7 @@ impl Context<'_> {
         &self,
         key: UserKey,
         change: ProfileChange,
+        quotas: QuotasChange,
         rotate: Option<NewToken>,
     ) -> Decided {
         let people = &self.state.people;
@@ -181,6 +189,7 @@ impl Context<'_> {
                 plane,
             });
         }
+        events.extend(self.change_quotas(&key, quotas));
         if let Some(token) = rotate {
             self.check_hash(&token)?;
             events.extend(self.revoke_all(&key, RevokeCause::Rotated));
@@ -219,6 +228,7 @@ impl Context<'_> {
             owner: key.user.clone(),
             reason: ReserveReason::DeletedUser,
         });
+        events.extend(self.lift_quotas(&key));
         events.push(Event::UserDeleted { key });
         Ok(events)
     }

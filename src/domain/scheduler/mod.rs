@@ -1,6 +1,7 @@
 //! The scheduler: what follows from State as it is. `step` gives the next decision as events, or `None`
 //! when there is nothing to do until something changes. It changes nothing but its own parking marks.
 
+pub mod fair;
 pub mod placement;
 pub mod queue;
 pub mod room;
@@ -8,6 +9,7 @@ pub mod status;
 pub mod upkeep;
 pub mod why;
 
+use self::fair::Fair;
 use self::queue::OrderKey;
 use self::room::{Leave, Request, Spared, may_preempt};
 use super::event::{Event, JobStopCause, StartCause, StopCause};
@@ -23,25 +25,30 @@ use super::time::Timestamp;
 /// The next decision. Call it after each batch of events, apply what it gives, and call it again until
 /// it gives `None`.
 pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Vec<Event>> {
-    loop {
-        if let Some(events) = upkeep::step(state, settings, now) {
-            return Some(events);
-        }
-        let Some(target) = state.queue.next_open() else {
-            return upkeep::free_stranded(state, now);
-        };
-        match try_shape(state, settings, now, &target) {
-            Outcome::Act(events) => return Some(events),
+    if let Some(events) = upkeep::step(state, settings, now) {
+        return Some(events);
+    }
+    let open = state.queue.open().clone();
+    // Parking changes nobody's turn: the order holds until something is decided.
+    let fair = Fair::new(state, settings, now);
+    let mut order = fair.order(open);
+    let mut parked = Vec::new();
+    let mut decided = None;
+    while let Some(target) = order.pop().filter(|_| decided.is_none()) {
+        match try_shape(&fair, settings, now, &target) {
+            Outcome::Act(events) => decided = Some(events),
             Outcome::Park {
                 tried,
                 wake_at,
                 enough_for,
-            } => {
-                state.queue.park(&target, tried, enough_for);
-                state.timers.set(TimerKey::Shape(target), wake_at);
-            }
+            } => parked.push((target, tried, wake_at, enough_for)),
         }
     }
+    for (target, tried, wake_at, enough_for) in parked {
+        state.queue.park(&target, tried, enough_for);
+        state.timers.set(TimerKey::Shape(target), wake_at);
+    }
+    decided.or_else(|| upkeep::free_stranded(state, now))
 }
 
 /// What trying a shape came to.
@@ -59,23 +66,62 @@ enum Outcome {
 
 /// Tries the first job of a shape. Those to which a place was promised wait for it, so behind them the next
 /// one is tried.
-fn try_shape(state: &State, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
+///
+/// A lane that quotas keep from some of the services is passed over when it gets nowhere with the others.
+fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
+    let state = fair.state;
     let all = candidates(state, target);
-    let waiting = state.queue.shape(target).map(|shape| &shape.waiting);
-    for (key, run) in waiting.into_iter().flat_map(|waiting| waiting.iter()) {
+    let mut serving = fair.serving(target);
+    // It may be another tenant's turn by then, where a turn is worth something.
+    let may_serve = |service: &&Service| {
+        let may_start = may_start(service, now) && placement::could_fit(state, service);
+        service.instance.is_some() || may_start
+    };
+    let matters = serving.is_contested() && all.iter().any(may_serve);
+    let next_look = matters.then(|| fair.next_look());
+    // Of this shape, with places promised, and served before.
+    let mut before = Vec::new();
+    let (mut first_tried, mut earliest) = (None, next_look);
+    while let Some((lane, key)) = serving.next() {
+        let run = key.1;
         let Some(job) = state.jobs.get(&run) else {
             continue;
         };
-        if let Some(service) = free_place(&all, state, run) {
+        let usable = state.usable(lane, &all);
+        if let Some(service) = free_place(&usable, state, run, &before) {
             return Outcome::Act(vec![dispatch(run, job, service)]);
         }
-        if !state.promises.contains_key(&run) {
-            return try_harder(state, settings, now, (key, run), job, &all);
+        if let Some(place) = state.promises.get(&run) {
+            // A place that quotas keep it from is not kept for it.
+            if usable.iter().any(|service| service.spec.name == *place) {
+                before.push(run);
+            }
+            continue;
         }
+        let everything = usable.len() == all.len();
+        match try_harder(state, settings, now, key, job, &usable, fair) {
+            Outcome::Park {
+                wake_at,
+                enough_for: None,
+                ..
+            } => {
+                first_tried.get_or_insert(key);
+                earliest = earliest.into_iter().chain(wake_at).min();
+            }
+            outcome if everything => return outcome,
+            Outcome::Act(events) => return Outcome::Act(events),
+            Outcome::Park { .. } => {
+                first_tried.get_or_insert(key);
+            }
+        }
+        if everything {
+            break;
+        }
+        serving.pass(lane);
     }
     Outcome::Park {
-        tried: None,
-        wake_at: None,
+        tried: first_tried,
+        wake_at: earliest.filter(|_| first_tried.is_some()),
         enough_for: None,
     }
 }
@@ -89,9 +135,10 @@ fn try_harder(
     key: OrderKey,
     job: &Job,
     all: &[&Service],
+    fair: &Fair,
 ) -> Outcome {
     let (_, run) = key;
-    let enough_for = places_coming(state, &job.spec.target, all);
+    let enough_for = places_coming(state, &job.spec.target, all, fair);
     if enough_for.is_some() {
         return Outcome::Park {
             tried: Some(key),
@@ -153,11 +200,16 @@ pub fn candidates<'a>(state: &'a State, target: &Target) -> Vec<&'a Service> {
 }
 
 /// The ready service with a place for `run`: the one promised to it, else the least busy.
-fn free_place<'a>(all: &[&'a Service], state: &State, run: RunId) -> Option<&'a Service> {
+fn free_place<'a>(
+    all: &[&'a Service],
+    state: &State,
+    run: RunId,
+    before: &[RunId],
+) -> Option<&'a Service> {
     let promised = state.promises.get(&run);
     all.iter()
         .copied()
-        .filter(|service| state.free_places(service, run) > 0)
+        .filter(|service| state.free_places(service, run, |by| before.contains(&by)) > 0)
         .min_by_key(|service| {
             let busy = service.ready().map_or(0, |instance| instance.active.len());
             (Some(&service.spec.name) != promised, busy)
@@ -178,9 +230,9 @@ fn dispatch(run: RunId, job: &Job, service: &Service) -> Event {
 }
 
 /// How many jobs of this shape have places on their way: on instances that come up, in room being made, or
-/// promised. `None` when more jobs wait than that.
-fn places_coming(state: &State, target: &Target, all: &[&Service]) -> Option<usize> {
-    let waiting = state.queue.shape(target)?.waiting.len();
+/// promised. `None` when more jobs wait than that, of those that quotas let run.
+fn places_coming(state: &State, target: &Target, all: &[&Service], fair: &Fair) -> Option<usize> {
+    let waiting = fair.demand(state.queue.shape(target)?);
     let coming: usize = all
         .iter()
         .filter(|service| {
@@ -320,7 +372,7 @@ fn hasten(
             .collect();
         let may = |victim: &&Service| {
             running_on(state, victim)
-                .all(|(_, other)| may_preempt(settings, job, other, victim, now).is_ok())
+                .all(|(_, other)| may_preempt(state, settings, job, other, victim, now).is_ok())
         };
         if !victims.iter().all(may) {
             return None;
@@ -346,7 +398,7 @@ fn preempt_place(
         all,
         state,
         |service, victim| {
-            may_preempt(settings, job, victim, service, now)
+            may_preempt(state, settings, job, victim, service, now)
                 .is_ok()
                 .then_some(())
         },
@@ -422,7 +474,7 @@ fn wake_at(
         .flat_map(|(service, instance)| instance.active.iter().map(move |run| (service, run)))
         .filter_map(|(service, run)| {
             let victim = state.jobs.get(run)?;
-            match may_preempt(settings, job, victim, service, now) {
+            match may_preempt(state, settings, job, victim, service, now) {
                 Err(Spared::Until(at)) => Some(at),
                 _ => None,
             }

@@ -1,11 +1,14 @@
-//! Waiting jobs in buckets by what they need, each in the order in which it will be served.
+//! Waiting jobs in buckets by what they need; in each of these a lane for each tenant, in the order in which its
+//! jobs will be served. `fair` says whose turn it is.
 //!
-//! Order: `queued_at + priority × ageing`, a key that never changes while a job waits, so that ageing
+//! Order in a lane: `queued_at + priority × ageing`, a key that never changes while a job waits, so that ageing
 //! costs nothing: a job gains one level on all later ones by waiting `ageing_ms_per_level`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use crate::domain::ids::RunId;
+use smol_str::SmolStr;
+
+use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::spec::{Priority, Target};
 use crate::domain::time::Timestamp;
 
@@ -19,6 +22,9 @@ pub struct OrderedRuns {
     chunks: Vec<Vec<OrderKey>>,
     len: usize,
 }
+
+/// Runs in order.
+pub type RunsIter<'a> = std::iter::Copied<std::iter::Flatten<std::slice::Iter<'a, Vec<OrderKey>>>>;
 
 /// Longest chunk: 32 KiB of keys, half of a usual first-level cache.
 const CHUNK: usize = 1024;
@@ -36,7 +42,7 @@ impl OrderedRuns {
         self.chunks.first().and_then(|chunk| chunk.first()).copied()
     }
 
-    pub fn iter(&self) -> impl Iterator<Item = OrderKey> + '_ {
+    pub fn iter(&self) -> RunsIter<'_> {
         self.chunks.iter().flatten().copied()
     }
 
@@ -107,16 +113,39 @@ impl OrderedRuns {
     }
 }
 
+/// Whose jobs a lane holds: a tenant's, without those of users that have quotas of their own, who wait apart.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LaneKey {
+    pub tenant: SmolStr,
+    /// The plane of a user with quotas of its own.
+    pub user: Option<PlaneId>,
+}
+
+/// Jobs of one shape and one tenant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lane {
+    pub waiting: OrderedRuns,
+    /// Waiting jobs by priority level, index 0 is priority 1.
+    pub by_priority: [u64; 5],
+}
+
+impl Lane {
+    /// The level of the most urgent waiting job, index 0 is priority 1.
+    pub fn most_urgent(&self) -> Option<usize> {
+        self.by_priority.iter().position(|count| *count > 0)
+    }
+}
+
 /// One shape: the jobs that need the same thing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Shape {
-    pub waiting: OrderedRuns,
+    /// Those with waiting jobs.
+    lanes: BTreeMap<LaneKey, Lane>,
+    waiting: usize,
     /// Jobs of this shape that will want a place later: paused, preempted, or backing off.
     pub held: u64,
     /// Waiting jobs by priority level, index 0 is priority 1.
     pub by_priority: [u64; 5],
-    /// Worth trying: its chances have changed since it was last tried.
-    open: bool,
     /// The job that was tried last; those before it have places promised. `None` when all have.
     tried: Option<OrderKey>,
     /// Parked because so many jobs have places on their way: one more opens it.
@@ -128,16 +157,65 @@ impl Shape {
     pub fn most_urgent(&self) -> Option<usize> {
         self.by_priority.iter().position(|count| *count > 0)
     }
+
+    /// Waiting jobs in all lanes.
+    pub fn len(&self) -> usize {
+        self.waiting
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.waiting == 0
+    }
+
+    pub fn lanes(&self) -> &BTreeMap<LaneKey, Lane> {
+        &self.lanes
+    }
+
+    pub fn lane(&self, key: &LaneKey) -> Option<&Lane> {
+        self.lanes.get(key)
+    }
+
+    /// Whether any job of a tenant waits here.
+    pub fn awaits(&self, tenant: &SmolStr) -> bool {
+        let first = LaneKey {
+            tenant: tenant.clone(),
+            user: None,
+        };
+        let next = self.lanes.range(first..).next();
+        next.is_some_and(|(key, _)| key.tenant == *tenant)
+    }
+
+    /// Of all lanes' first jobs the one with the smallest key.
+    pub fn first(&self) -> Option<OrderKey> {
+        let firsts = self.lanes.values().filter_map(|lane| lane.waiting.first());
+        firsts.min()
+    }
+
+    /// Whether jobs of several lanes wait, so that whose turn it is changes with what their tenants use.
+    pub fn is_contested(&self) -> bool {
+        self.lanes.len() > 1
+    }
+
+    fn lane_mut(&mut self, key: &LaneKey) -> &mut Lane {
+        if !self.lanes.contains_key(key) {
+            self.lanes.insert(key.clone(), Lane::default());
+        }
+        self.lanes.entry(key.clone()).or_default()
+    }
 }
 
 /// All waiting jobs.
 #[derive(Clone, Debug, Default)]
 pub struct Queue {
     shapes: BTreeMap<Target, Shape>,
-    /// The open shapes by their first job's place.
-    open: BTreeMap<OrderKey, Target>,
+    /// Shapes worth trying: their chances have changed since they were last tried.
+    open: BTreeSet<Target>,
+    /// Shapes in which several lanes wait.
+    contested: BTreeSet<Target>,
     /// Something changed that may matter to any shape: all are opened before the next one is looked for.
     open_all: bool,
+    /// Somebody has quotas: the most urgent job of a shape may be one that has to wait for them.
+    limited: bool,
     ageing_us_per_level: i64,
     waiting: u64,
 }
@@ -177,41 +255,55 @@ impl Queue {
         self.waiting == 0
     }
 
-    /// Adds a waiting job. Its shape is tried again when the job comes before the one that was tried, or is
+    /// Adds a waiting job. Its shape is tried again when the job comes before the one that was tried, or may, or is
     /// one more than have places on their way.
-    pub fn push(&mut self, target: &Target, key: OrderKey, priority: Priority) {
-        self.change(target, |shape| {
-            shape.waiting.insert(key);
+    pub fn push(&mut self, target: &Target, lane: &LaneKey, key: OrderKey, priority: Priority) {
+        self.change(target, Some(lane), |shape| {
+            let list = shape.lane_mut(lane);
+            list.waiting.insert(key);
+            list.by_priority[usize::from(priority.get() - 1)] += 1;
             shape.by_priority[usize::from(priority.get() - 1)] += 1;
-            let one_more = shape.enough_for.is_some_and(|n| shape.waiting.len() > n);
-            one_more || shape.tried.is_none_or(|tried| key < tried)
+            shape.waiting += 1;
+            let one_more = shape.enough_for.is_some_and(|n| shape.waiting > n);
+            one_more || shape.is_contested() || shape.tried.is_none_or(|tried| key < tried)
         });
         self.waiting += 1;
     }
 
-    /// Takes a waiting job out. The next of its shape is tried when it was the one that was tried.
-    /// Puts many waiting jobs, in any order, into a shape that has none yet.
-    pub fn fill(&mut self, target: &Target, jobs: &[(OrderKey, Priority)]) {
+    /// Puts many waiting jobs, in any order, into a lane that has none yet.
+    pub fn fill(&mut self, target: &Target, lane: &LaneKey, jobs: &[(OrderKey, Priority)]) {
         let mut keys: Vec<OrderKey> = jobs.iter().map(|(key, _)| *key).collect();
         keys.sort_unstable();
-        self.change(target, |shape| {
+        self.change(target, Some(lane), |shape| {
             for (_, priority) in jobs {
                 shape.by_priority[usize::from(priority.get() - 1)] += 1;
+                shape.lane_mut(lane).by_priority[usize::from(priority.get() - 1)] += 1;
             }
-            shape.waiting = OrderedRuns::from_sorted(&keys);
+            shape.lane_mut(lane).waiting = OrderedRuns::from_sorted(&keys);
+            shape.waiting += keys.len();
             true
         });
         self.waiting += jobs.len() as u64;
     }
 
-    pub fn take(&mut self, target: &Target, key: &OrderKey, priority: Priority) {
+    /// Takes a waiting job out. The next of its shape is tried when it was the one that was tried, or may be.
+    pub fn take(&mut self, target: &Target, lane: &LaneKey, key: &OrderKey, priority: Priority) {
         let mut taken = false;
-        self.change(target, |shape| {
-            taken = shape.waiting.remove(key);
+        self.change(target, Some(lane), |shape| {
+            let contested = shape.is_contested();
+            let list = shape.lane_mut(lane);
+            taken = list.waiting.remove(key);
+            if taken {
+                list.by_priority[usize::from(priority.get() - 1)] -= 1;
+            }
+            if list.waiting.is_empty() {
+                shape.lanes.remove(lane);
+            }
             if taken {
                 shape.by_priority[usize::from(priority.get() - 1)] -= 1;
+                shape.waiting -= 1;
             }
-            shape.tried.is_none_or(|tried| *key <= tried)
+            contested || shape.tried.is_none_or(|tried| *key <= tried)
         });
         if taken {
             self.waiting -= 1;
@@ -220,44 +312,55 @@ impl Queue {
 
     /// Counts a job of this shape that waits outside the queue.
     pub fn hold(&mut self, target: &Target) {
-        self.change(target, |shape| {
+        self.change(target, None, |shape| {
             shape.held += 1;
             false
         });
     }
 
     pub fn unhold(&mut self, target: &Target) {
-        self.change(target, |shape| {
+        self.change(target, None, |shape| {
             shape.held = shape.held.saturating_sub(1);
             false
         });
     }
 
-    /// Changes one shape and keeps the order of open shapes true. `change` says whether to open it.
-    fn change(&mut self, target: &Target, change: impl FnOnce(&mut Shape) -> bool) {
+    /// Changes one shape, and one lane of it. `change` says whether to open it.
+    fn change(
+        &mut self,
+        target: &Target,
+        lane: Option<&LaneKey>,
+        change: impl FnOnce(&mut Shape) -> bool,
+    ) {
         if !self.shapes.contains_key(target) {
             self.shapes.insert(target.clone(), Shape::default());
         }
         let Some(shape) = self.shapes.get_mut(target) else {
             return;
         };
-        let first = shape.waiting.first();
-        let most_urgent = shape.most_urgent();
+        let limited = self.limited;
+        let most_urgent = |shape: &Shape| {
+            let lane = lane.filter(|_| limited).and_then(|key| shape.lane(key));
+            (shape.most_urgent(), lane.and_then(Lane::most_urgent))
+        };
+        let before = most_urgent(shape);
         let opens = change(shape);
-        if shape.most_urgent() != most_urgent {
+        if most_urgent(shape) != before {
             // Who may push whom aside depends on it.
             self.open_all = true;
         }
-        let was_open = shape.open;
-        shape.open = (was_open || opens) && !shape.waiting.is_empty();
-        let (now_open, now_first) = (shape.open, shape.waiting.first());
-        if was_open && (!now_open || now_first != first) {
-            first.map(|key| self.open.remove(&key));
+        if shape.is_empty() {
+            self.open.remove(target);
+        } else if opens && !self.open.contains(target) {
+            self.open.insert(target.clone());
         }
-        if now_open && (!was_open || now_first != first) {
-            now_first.map(|key| self.open.insert(key, target.clone()));
+        if shape.is_contested() != self.contested.contains(target) {
+            match shape.is_contested() {
+                true => self.contested.insert(target.clone()),
+                false => self.contested.remove(target),
+            };
         }
-        if shape.waiting.is_empty() && shape.held == 0 {
+        if shape.is_empty() && shape.held == 0 {
             self.shapes.remove(target);
         }
     }
@@ -266,21 +369,17 @@ impl Queue {
     /// `enough_for` as many jobs have places on their way, so that one more is a reason to try again.
     pub fn park(&mut self, target: &Target, tried: Option<OrderKey>, enough_for: Option<usize>) {
         if let Some(shape) = self.shapes.get_mut(target) {
-            shape.open = false;
+            self.open.remove(target);
             shape.tried = tried;
             shape.enough_for = enough_for;
-            shape.waiting.first().map(|key| self.open.remove(&key));
         }
     }
 
     /// Lets a shape be tried again.
     pub fn unpark(&mut self, target: &Target) {
-        if let Some(shape) = self.shapes.get_mut(target)
-            && let Some(key) = shape.waiting.first()
-            && !shape.open
-        {
-            shape.open = true;
-            self.open.insert(key, target.clone());
+        let waits = self.shapes.get(target).is_some_and(|s| !s.is_empty());
+        if waits && !self.open.contains(target) {
+            self.open.insert(target.clone());
         }
     }
 
@@ -289,21 +388,24 @@ impl Queue {
         self.open_all = true;
     }
 
-    /// The open shape whose first job is served first.
-    pub fn next_open(&mut self) -> Option<Target> {
+    /// Lets the shapes be tried again in which it may be another tenant's turn now.
+    pub fn unpark_contested(&mut self) {
+        self.open.extend(self.contested.iter().cloned());
+    }
+
+    /// Whether anybody has quotas.
+    pub fn set_limited(&mut self, limited: bool) {
+        self.limited = limited;
+        self.open_all = true;
+    }
+
+    /// The shapes worth trying, by name; `fair` puts them in order.
+    pub fn open(&mut self) -> &BTreeSet<Target> {
         if std::mem::take(&mut self.open_all) {
-            for (target, shape) in &mut self.shapes {
-                if let Some(key) = shape.waiting.first()
-                    && !shape.open
-                {
-                    shape.open = true;
-                    self.open.insert(key, target.clone());
-                }
-            }
+            let waiting = self.shapes.iter().filter(|(_, shape)| !shape.is_empty());
+            self.open = waiting.map(|(target, _)| target.clone()).collect();
         }
-        self.open
-            .first_key_value()
-            .map(|(_, target)| target.clone())
+        &self.open
     }
 }
 

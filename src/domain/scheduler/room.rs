@@ -251,7 +251,8 @@ impl Request<'_> {
         instance.active.iter().all(|victim| {
             self.state.jobs.get(victim).is_some_and(|victim| {
                 matches!(victim.phase, Phase::Stopping { .. })
-                    || may_preempt(self.settings, self.job, victim, other, self.now).is_ok()
+                    || may_preempt(self.state, self.settings, self.job, victim, other, self.now)
+                        .is_ok()
             })
         })
     }
@@ -259,13 +260,10 @@ impl Request<'_> {
 
 /// The most urgent priority among the jobs that wait for `service`.
 fn best_waiting(state: &State, service: &Service) -> Option<crate::domain::spec::Priority> {
-    service
-        .targets()
+    let targets = service.targets();
+    targets
         .iter()
-        .filter_map(|target| state.queue.shape(target))
-        .filter_map(|shape| {
-            crate::domain::spec::Priority::new(u8::try_from(shape.most_urgent()? + 1).ok()?)
-        })
+        .filter_map(|target| state.most_urgent(target))
         .min()
 }
 
@@ -283,6 +281,7 @@ pub enum Spared {
 /// Whether `job` may preempt `victim`, which runs on `service`: more urgent by the gap, and not served after
 /// it anyway. A job that has waited until it came first by its age would otherwise never get further.
 pub fn may_preempt(
+    state: &State,
     settings: &Settings,
     job: &Job,
     victim: &Job,
@@ -291,7 +290,11 @@ pub fn may_preempt(
 ) -> Result<(), Spared> {
     let gap = job.spec.priority.gap_to(victim.spec.priority);
     let ageing_ms = u64::from(gap).saturating_mul(settings.ageing_ms_per_level);
-    let aged = victim.queued_at + ageing_ms <= job.queued_at;
+    let aged = match state.tenant_of(job.plane) == state.tenant_of(victim.plane) {
+        true => victim.queued_at + ageing_ms <= job.queued_at,
+        // Another tenant's long queue makes none of its jobs urgent; that it was not served for so long does.
+        false => victim.waited_ms >= ageing_ms,
+    };
     if gap < settings.preempt_priority_gap.max(1) || aged {
         return Err(Spared::Priority);
     }

@@ -39,7 +39,7 @@ pub fn queue_stats(state: &State) -> QueueStats {
         ..QueueStats::default()
     };
     for (target, shape) in state.queue.shapes() {
-        let waiting = shape.waiting.len();
+        let waiting = shape.len();
         if waiting > 0 {
             let name = type_of(state, target);
             *stats.by_type.entry(name).or_default() += u64::try_from(waiting).unwrap_or(u64::MAX);

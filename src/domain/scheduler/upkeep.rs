@@ -81,10 +81,12 @@ fn has_prospect(state: &State, now: Timestamp, run: RunId, job: &Job) -> bool {
         let again = service.retry_at.is_some_and(|at| at > now) && service.crash_looped.is_none();
         service.instance.is_some() || again || state.holds.contains_key(&service.spec.name)
     };
-    state.promises.contains_key(&run)
-        || super::candidates(state, &job.spec.target)
-            .iter()
-            .any(may_come)
+    // At a quota it waits for its own tenant's or user's runs, not for a place.
+    !state.is_at_quota(&state.lane_of(job.plane))
+        && (state.promises.contains_key(&run)
+            || super::candidates(state, &job.spec.target)
+                .iter()
+                .any(may_come))
 }
 
 fn requeue(victims: &BTreeSet<RunId>) -> Vec<Event> {
@@ -262,10 +264,11 @@ fn holds_upkeep(state: &State, now: Timestamp) -> Option<Vec<Event>> {
 
 /// Whether a hold is still for a run that waits, and of what its service needs now.
 fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bool {
-    let waits = state
-        .jobs
-        .get(&hold.run)
-        .is_some_and(|job| matches!(job.phase, Phase::Queued) && service.serves(&job.spec.target));
+    let waits = state.jobs.get(&hold.run).is_some_and(|job| {
+        matches!(job.phase, Phase::Queued)
+            && service.serves(&job.spec.target)
+            && state.may_use(job.plane, service)
+    });
     let need = service.need_mib();
     let gpus = usize::try_from(service.spec.gpus).unwrap_or(usize::MAX);
     let fits = match hold.grants.as_slice() {

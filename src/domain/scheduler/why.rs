@@ -1,14 +1,17 @@
 //! Why a run is where it is: what blocks it, and its place in the queue. Reads the same State by the same
 //! rules as `step`, and decides nothing.
 
+use super::fair::Fair;
 use super::{candidates, placement};
 use crate::domain::event::JobStopCause;
 use crate::domain::ids::RunId;
 use crate::domain::settings::Settings;
 use crate::domain::spec::{Target, Worker};
 use crate::domain::state::State;
+use crate::domain::state::account::Amount;
 use crate::domain::state::job::{Job, Phase};
 use crate::domain::state::service::{InstancePhase, Service};
+use crate::domain::tenant::QuotaHit;
 use crate::domain::time::Timestamp;
 
 /// The answer to "why does it wait?".
@@ -18,7 +21,7 @@ pub struct Why {
     pub state: &'static str,
     /// Everything that stands in its way, the nearest first; empty when nothing does.
     pub blocking: Vec<Blocking>,
-    /// Its place among the jobs that want the same, from 1; `None` when it does not wait in the queue.
+    /// Its place among its tenant's jobs that want the same, from 1; `None` when it does not wait in the queue.
     pub position: Option<u64>,
     /// Since when it is in this state.
     pub since: Timestamp,
@@ -76,14 +79,20 @@ pub fn why(state: &State, settings: &Settings, run: RunId, now: Timestamp) -> Op
     })
 }
 
-/// A waiting run's place in its shape, from 1.
+/// A waiting run's place in its lane, from 1: how many of other tenants come between cannot be known.
 pub fn position(state: &State, run: RunId) -> Option<u64> {
     let job = state
         .jobs
         .get(&run)
         .filter(|job| matches!(job.phase, Phase::Queued))?;
     let key = state.queue.key(run, job.queued_at, job.spec.priority);
-    let rank = state.queue.shape(&job.spec.target)?.waiting.rank(&key);
+    let lane = state.lane_of(job.plane);
+    let rank = state
+        .queue
+        .shape(&job.spec.target)?
+        .lane(&lane)?
+        .waiting
+        .rank(&key);
     u64::try_from(rank).ok().map(|rank| rank + 1)
 }
 
@@ -114,12 +123,60 @@ fn queued(
     now: Timestamp,
 ) -> Vec<Blocking> {
     let mut found = Vec::new();
-    if let Some(ahead) = position(state, run).filter(|place| *place > 1) {
-        let ahead = ahead - 1;
-        let first = state
-            .queue
-            .shape(&job.spec.target)
-            .and_then(|s| s.waiting.first());
+    let limits = state.limits_of_plane(job.plane);
+    if let Some(hit) = limits.running_hit() {
+        found.push(at_quota(&hit));
+    }
+    found.extend(behind(state, settings, run, job, now));
+    let all = candidates(state, &job.spec.target);
+    if all.is_empty() {
+        found.push(no_service(state, &job.spec.target));
+    }
+    let key = state.queue.key(run, job.queued_at, job.spec.priority);
+    let earlier = |by: RunId| {
+        let other = state.jobs.get(&by);
+        other.is_some_and(|o| state.queue.key(by, o.queued_at, o.spec.priority) < key)
+    };
+    let usable = state.usable(&state.lane_of(job.plane), &all).into_owned();
+    if found.is_empty() && usable.is_empty() && !all.is_empty() {
+        let hits = all
+            .iter()
+            .filter_map(|service| limits.hit(Amount::of_run(service)));
+        found.extend(hits.take(1).map(|hit| at_quota(&hit)));
+    }
+    let places = usable
+        .iter()
+        .any(|service| state.free_places(service, run, earlier) > 0);
+    if !places {
+        found.extend(
+            usable
+                .iter()
+                .map(|service| of_service(state, settings, job, service, now)),
+        );
+    }
+    found
+}
+
+fn at_quota(hit: &QuotaHit) -> Blocking {
+    blocking(
+        "quota",
+        format!("{hit}; it goes on when one of these runs ends or the quota is raised"),
+    )
+}
+
+/// Who is served before it: its own tenant's jobs, or other tenants.
+fn behind(
+    state: &State,
+    settings: &Settings,
+    run: RunId,
+    job: &Job,
+    now: Timestamp,
+) -> Option<Blocking> {
+    let lane = state.lane_of(job.plane);
+    let ahead = position(state, run)?.saturating_sub(1);
+    let shape = state.queue.shape(&job.spec.target)?;
+    if ahead > 0 {
+        let first = shape.lane(&lane)?.waiting.first();
         let priority = first
             .and_then(|(_, run)| state.jobs.get(&run))
             .map_or(job.spec.priority, |job| job.spec.priority);
@@ -128,25 +185,21 @@ fn queued(
         } else {
             "queue"
         };
-        found.push(blocking(
+        return Some(blocking(
             cause,
             format!("{ahead} runs that want the same are served first"),
         ));
     }
-    let all = candidates(state, &job.spec.target);
-    if all.is_empty() {
-        found.push(no_service(state, &job.spec.target));
+    let fair = Fair::new(state, settings, now);
+    let (first, _) = fair.serving(&job.spec.target).next()?;
+    if first.tenant == lane.tenant || state.is_at_quota(&lane) {
+        return None;
     }
-    let places = all
-        .iter()
-        .any(|service| state.free_places(service, run) > 0);
-    if !places {
-        found.extend(
-            all.iter()
-                .map(|service| of_service(state, settings, job, service, now)),
-        );
-    }
-    found
+    Some(blocking(
+        "fair_share",
+        "another tenant is served first: what it waits for is more urgent, or it has used less of what it is due"
+            .to_owned(),
+    ))
 }
 
 fn no_service(state: &State, target: &Target) -> Blocking {

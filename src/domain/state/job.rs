@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::State;
+use super::account::Amount;
 use crate::domain::event::{Event, JobStopCause};
 use crate::domain::ids::{Attempt, Generation, PlaneId, RunId, Seq, ServiceName};
-use crate::domain::scheduler::queue::OrderKey;
+use crate::domain::scheduler::queue::{LaneKey, OrderKey};
 use crate::domain::spec::{JobSpec, Priority, Target};
 use crate::domain::time::Timestamp;
 
@@ -37,6 +38,10 @@ pub struct Job {
     pub progress: Option<Seq>,
     /// When it fails as expired if it was never dispatched.
     pub expires_at: Option<Timestamp>,
+    /// What it holds since its last dispatch, for as long as it has a place.
+    pub charge: Amount,
+    /// Milliseconds that it had waited when it was last dispatched and no other run of its tenant and shape was.
+    pub waited_ms: u64,
 }
 
 /// Where a live run stands.
@@ -96,6 +101,14 @@ impl Job {
         }
     }
 
+    /// What it holds now.
+    fn holds(&self) -> Amount {
+        match self.place() {
+            Some(_) => self.charge,
+            None => Amount::default(),
+        }
+    }
+
     /// Whether it waits outside the queue for its turn to come again.
     fn is_held(&self) -> bool {
         matches!(
@@ -120,10 +133,12 @@ impl State {
             return;
         };
         let before = std::mem::discriminant(&job.phase);
+        let held = job.holds();
         edit(&mut job);
         if std::mem::discriminant(&job.phase) != before {
             job.since = at;
         }
+        self.change_holding(job.plane, held, job.holds(), at);
         let target = job.spec.target.clone();
         self.index_job(run, job);
         self.look_at_served(&target);
@@ -146,7 +161,7 @@ impl State {
     }
 
     /// Takes a job out, with all that indexes it.
-    fn unindex_job(&mut self, run: RunId) -> Option<Box<Job>> {
+    pub(super) fn unindex_job(&mut self, run: RunId) -> Option<Box<Job>> {
         let job = self.jobs.remove(&run)?;
         if let Some(at) = job.due_at() {
             self.timers.disarm_job(at, run);
@@ -157,7 +172,10 @@ impl State {
         match &job.phase {
             Phase::Queued => {
                 let key = self.queue.key(run, job.queued_at, job.spec.priority);
-                self.queue.take(&job.spec.target, &key, job.spec.priority);
+                let lane = self.lane_of(job.plane);
+                let target = &job.spec.target;
+                self.queue.take(target, &lane, &key, job.spec.priority);
+                self.forget_served(job.plane, &job.spec.target);
             }
             Phase::Preempted { by } => {
                 if let Some(victims) = self.preempted_by.get_mut(by) {
@@ -176,7 +194,7 @@ impl State {
     }
 
     /// Puts a job in, with all that indexes it.
-    fn index_job(&mut self, run: RunId, job: Box<Job>) {
+    pub(super) fn index_job(&mut self, run: RunId, job: Box<Job>) {
         if let Some(at) = job.due_at() {
             self.timers.arm_job(at, run);
         }
@@ -187,7 +205,9 @@ impl State {
         match &job.phase {
             Phase::Queued => {
                 let key = self.queue.key(run, job.queued_at, job.spec.priority);
-                self.queue.push(&job.spec.target, key, job.spec.priority);
+                let lane = self.lane_of(job.plane);
+                self.queue
+                    .push(&job.spec.target, &lane, key, job.spec.priority);
             }
             Phase::Preempted { by } => {
                 self.preempted_by.entry(*by).or_default().insert(run);
@@ -221,20 +241,28 @@ impl State {
     /// Makes the indexes of all jobs anew, as a snapshot has none. Waiting jobs, which may be a million, are
     /// sorted and laid down in order; the others go the usual way.
     pub(super) fn index_all_jobs(&mut self) {
-        let mut waiting: BTreeMap<&Target, Vec<(OrderKey, Priority)>> = BTreeMap::new();
+        let mut planes: BTreeMap<(&Target, PlaneId), Vec<(OrderKey, Priority)>> = BTreeMap::new();
         let (mut due, mut others) = (Vec::new(), Vec::new());
         for (run, job) in &self.jobs {
             if matches!(job.phase, Phase::Queued) {
                 due.extend(job.due_at().map(|at| (at, *run)));
                 let key = self.queue.key(*run, job.queued_at, job.spec.priority);
-                let same = waiting.entry(&job.spec.target).or_default();
+                let same = planes.entry((&job.spec.target, job.plane)).or_default();
                 same.push((key, job.spec.priority));
             } else {
                 others.push(*run);
             }
         }
-        for (target, jobs) in waiting {
-            self.queue.fill(target, &jobs);
+        let mut waiting: BTreeMap<(&Target, LaneKey), Vec<(OrderKey, Priority)>> = BTreeMap::new();
+        for ((target, plane), mut jobs) in planes {
+            let same = waiting.entry((target, self.lane_of(plane))).or_default();
+            match same.is_empty() {
+                true => *same = jobs,
+                false => same.append(&mut jobs),
+            }
+        }
+        for ((target, lane), jobs) in waiting {
+            self.queue.fill(target, &lane, &jobs);
         }
         self.timers.arm_jobs(due);
         for run in others {
@@ -260,6 +288,8 @@ impl State {
         let Some(job) = self.unindex_job(run) else {
             return;
         };
+        self.change_holding(job.plane, job.holds(), Amount::default(), at);
+        self.count_live(job.plane, false);
         if let Some(url) = job.spec.callback_url.clone() {
             // A try for an earlier end of this run may still be under way: its number is not used again.
             let number = self.callbacks.get(&run).map_or(0, |last| last.number + 1);
@@ -277,6 +307,7 @@ impl State {
             Event::JobQueued { run, spec, .. } => {
                 let expires_at = spec.ttl_ms.map(|ms| at + ms);
                 let job = Job::queued(plane, spec.clone(), at, seq, expires_at);
+                self.count_live(plane, true);
                 self.index_job(*run, Box::new(job));
             }
             Event::JobRevived {
@@ -295,6 +326,7 @@ impl State {
                 job.attempt = *attempt;
                 job.checkpoint = *checkpoint;
                 job.preempt_count = *preempt_count;
+                self.count_live(plane, true);
                 self.index_job(*run, Box::new(job));
             }
             Event::JobDispatched {
@@ -304,13 +336,21 @@ impl State {
                 generation,
                 ..
             } => {
+                let charge = self.services.get(service).map(Amount::of_run);
+                let waited_ms = self.jobs.get(run).map(|job| self.waited_ms(job, at));
                 self.edit_job(*run, at, |job| {
                     job.attempt = *attempt;
+                    job.charge = charge.unwrap_or_default();
+                    job.waited_ms = waited_ms.unwrap_or_default();
                     job.phase = Phase::Running {
                         service: service.clone(),
                         generation: *generation,
                     };
                 });
+                if let Some(job) = self.jobs.get(run) {
+                    let (plane, target, charge) = (job.plane, job.spec.target.clone(), job.charge);
+                    self.serve(plane, &target, charge, at);
+                }
                 self.trim_promises(service);
             }
             Event::JobProgressed { run, .. } => {
@@ -412,6 +452,8 @@ impl Job {
             checkpoint_at: None,
             progress: None,
             expires_at,
+            charge: Amount::default(),
+            waited_ms: 0,
         }
     }
 }

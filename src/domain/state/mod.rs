@@ -1,9 +1,11 @@
 //! State: what is live, as the events so far have made it. `apply` is the only way to change it, so that
 //! a replay gives the same State; ended runs are not in it.
 
+pub mod account;
 pub mod gpu;
 pub mod job;
 pub mod service;
+mod tenancy;
 pub mod timers;
 pub mod user;
 
@@ -13,14 +15,17 @@ use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
+use self::account::Accounts;
 use self::gpu::{Gpu, Hold};
 use self::job::{Callback, Job};
 use self::service::Service;
 use self::timers::Timers;
 use self::user::People;
 use super::event::Event;
+use super::identity::UserKey;
 use super::ids::{Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::scheduler::queue::Queue;
+use super::tenant::Quotas;
 use super::time::Timestamp;
 
 /// Everything that decisions depend on.
@@ -46,6 +51,8 @@ pub struct State {
     pub callbacks: BTreeMap<RunId, Callback>,
     /// Users, their tokens and runtimes.
     pub people: People,
+    /// What tenants and users have, and had lately.
+    pub accounts: Accounts,
 
     // Indexes, made from the above: not part of a snapshot, nor of equality.
     pub queue: Queue,
@@ -58,6 +65,10 @@ pub struct State {
     pub promises: BTreeMap<RunId, ServiceName>,
     /// Services that changed since the scheduler last looked.
     pub touched: BTreeSet<ServiceName>,
+    /// Users with quotas, by their planes.
+    pub user_limits: BTreeMap<PlaneId, (UserKey, Quotas)>,
+    /// Whether any quota may make a waiting run wait.
+    limited: bool,
 }
 
 /// One user's data plane.
@@ -80,6 +91,7 @@ impl PartialEq for State {
             && self.retired == other.retired
             && self.callbacks == other.callbacks
             && self.people == other.people
+            && self.accounts == other.accounts
     }
 }
 
@@ -97,6 +109,7 @@ struct SnapshotRef<'a> {
     retired: &'a BTreeMap<ServiceName, Generation>,
     callbacks: &'a BTreeMap<RunId, Callback>,
     people: &'a People,
+    accounts: &'a Accounts,
 }
 
 /// The same, owned, as it is read.
@@ -113,7 +126,11 @@ struct SnapshotOwned {
     retired: BTreeMap<ServiceName, Generation>,
     callbacks: BTreeMap<RunId, Callback>,
     people: People,
+    accounts: Accounts,
 }
+
+/// What a snapshot's bytes begin with. One of another form is passed over: the events say the same.
+const SNAPSHOT_FORM: &[u8; 8] = b"rgstate2";
 
 impl State {
     /// An empty State. `ageing_ms_per_level` orders the queue (`Settings`).
@@ -126,7 +143,7 @@ impl State {
 
     /// The bytes of a snapshot.
     pub fn to_snapshot(&self) -> Result<Vec<u8>, postcard::Error> {
-        postcard::to_stdvec(&SnapshotRef {
+        let snapshot = SnapshotRef {
             seq: self.seq,
             now: self.now,
             epoch: self.epoch,
@@ -138,11 +155,15 @@ impl State {
             retired: &self.retired,
             callbacks: &self.callbacks,
             people: &self.people,
-        })
+            accounts: &self.accounts,
+        };
+        postcard::to_extend(&snapshot, SNAPSHOT_FORM.to_vec())
     }
 
     /// State from a snapshot's bytes, its indexes made anew.
     pub fn from_snapshot(bytes: &[u8], ageing_ms_per_level: u64) -> Result<State, postcard::Error> {
+        let bytes = bytes.strip_prefix(SNAPSHOT_FORM);
+        let bytes = bytes.ok_or(postcard::Error::DeserializeBadEncoding)?;
         let snapshot: SnapshotOwned = postcard::from_bytes(bytes)?;
         let mut state = State::new(ageing_ms_per_level);
         state.seq = snapshot.seq;
@@ -154,6 +175,8 @@ impl State {
         state.retired = snapshot.retired;
         state.callbacks = snapshot.callbacks;
         state.people = snapshot.people;
+        state.accounts = snapshot.accounts;
+        state.index_limits();
         for (name, service) in &snapshot.services {
             if let Some(instance) = &service.instance {
                 for run in &instance.promised {
@@ -208,7 +231,11 @@ impl State {
             | Event::RuntimeReleased { .. }
             | Event::PasswordChanged { .. }
             | Event::PasswordRehashed { .. }
-            | Event::SessionsEnded { .. } => self.apply_people(at, event),
+            | Event::SessionsEnded { .. }
+            | Event::TenantCreated { .. }
+            | Event::TenantUpdated { .. }
+            | Event::UserQuotasChanged { .. }
+            | Event::ShareHalfLifeChanged { .. } => self.apply_people(at, event),
             Event::GatewayStopped { .. }
             | Event::CommandAccepted { .. }
             | Event::CommandApplied { .. }
@@ -236,6 +263,13 @@ impl State {
             | Event::JobCancelled { .. }
             | Event::JobRevived { .. } => self.apply_job(seq, at, plane, event),
             Event::CallbackAttempted { .. } => self.apply_callback(event),
+            of_machine => self.apply_machine(at, of_machine),
+        }
+    }
+
+    /// Applies an event about services, their instances and GPUs.
+    fn apply_machine(&mut self, at: Timestamp, event: &Event) {
+        match event {
             Event::ServiceRegistered { .. }
             | Event::ServiceUpdated { .. }
             | Event::ServiceEnabled { .. }
@@ -255,6 +289,7 @@ impl State {
             | Event::RoomReleased { .. }
             | Event::GpusListed { .. }
             | Event::GpuForeignMemoryChanged { .. } => self.apply_gpu(event),
+            _ => {}
         }
     }
 
@@ -271,7 +306,7 @@ impl State {
             };
             self.planes.insert(*plane, value);
         }
-        self.people.apply(event, at);
+        self.apply_tenancy(at, event);
     }
 
     fn apply_callback(&mut self, event: &Event) {

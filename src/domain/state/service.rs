@@ -189,23 +189,28 @@ impl State {
         }
     }
 
-    /// Places on `service` that `run` may take now: those promised to others are not among them, except to
-    /// jobs of the same shape that are served later anyway.
-    pub fn free_places(&self, service: &Service, run: RunId) -> usize {
+    /// Places on `service` that `run` may take now: those promised to others are not among them, except to jobs of
+    /// the same shape that are served later anyway; `before` knows the others. A place promised to a run that has to
+    /// wait for a quota is free meanwhile.
+    pub fn free_places(
+        &self,
+        service: &Service,
+        run: RunId,
+        before: impl Fn(RunId) -> bool,
+    ) -> usize {
         let (Some(instance), Some(job)) = (service.ready(), self.jobs.get(&run)) else {
             return 0;
         };
-        let key = self.queue.key(run, job.queued_at, job.spec.priority);
-        let goes_first = |by: &&RunId| {
-            let other = self
-                .jobs
-                .get(by)
-                .filter(|other| other.spec.target == job.spec.target);
-            other.is_none_or(|other| {
-                self.queue.key(**by, other.queued_at, other.spec.priority) < key
-            })
+        let keeps = |by: &&RunId| {
+            let Some(other) = self.jobs.get(by) else {
+                return true;
+            };
+            match other.spec.target == job.spec.target {
+                true => **by != run && before(**by),
+                false => self.may_use(other.plane, service),
+            }
         };
-        let others = instance.promised.iter().filter(goes_first).count();
+        let others = instance.promised.iter().filter(keeps).count();
         service
             .places()
             .saturating_sub(instance.active.len() + others)

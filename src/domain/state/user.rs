@@ -12,6 +12,7 @@ use crate::domain::identity::{
     UserKey,
 };
 use crate::domain::ids::PlaneId;
+use crate::domain::tenant::{Quotas, Tenant};
 use crate::domain::time::Timestamp;
 
 /// All people.
@@ -21,6 +22,10 @@ pub struct People {
     pub tokens: BTreeMap<TokenKey, Token>,
     pub runtimes: BTreeMap<RuntimeKey, Runtime>,
     pub credentials: BTreeMap<UserKey, Credentials>,
+    /// Tenants of which something was said.
+    pub tenants: BTreeMap<SmolStr, Tenant>,
+    /// Of users that have some.
+    pub quotas: BTreeMap<UserKey, Quotas>,
 }
 
 /// The entry that an event is about.
@@ -30,6 +35,8 @@ pub enum Subject {
     Token(TokenKey),
     Runtime(RuntimeKey),
     Credentials(UserKey),
+    Tenant(SmolStr),
+    Quotas(UserKey),
 }
 
 /// Which entry an event changes, if any.
@@ -58,6 +65,10 @@ pub fn subject(event: &Event) -> Option<Subject> {
         Event::PasswordChanged { key, .. }
         | Event::PasswordRehashed { key, .. }
         | Event::SessionsEnded { key } => Subject::Credentials(key.clone()),
+        Event::TenantCreated { tenant, .. } | Event::TenantUpdated { tenant, .. } => {
+            Subject::Tenant(tenant.clone())
+        }
+        Event::UserQuotasChanged { key, .. } => Subject::Quotas(key.clone()),
         _ => return None,
     })
 }
@@ -184,6 +195,32 @@ pub fn fold_credentials(credentials: Option<Credentials>, event: &Event) -> Opti
     }
 }
 
+/// A tenant after an event about it.
+pub fn fold_tenant(tenant: Option<Tenant>, event: &Event, at: Timestamp) -> Option<Tenant> {
+    match event {
+        Event::TenantCreated { tenant, profile } => Some(Tenant {
+            tenant: tenant.clone(),
+            profile: profile.clone(),
+            created_at: at,
+            updated_at: at,
+        }),
+        Event::TenantUpdated { profile, .. } => tenant.map(|tenant| Tenant {
+            profile: profile.clone(),
+            updated_at: at,
+            ..tenant
+        }),
+        _ => tenant,
+    }
+}
+
+/// A user's quotas after an event about them; without any limit there are none.
+pub fn fold_quotas(quotas: Option<Quotas>, event: &Event) -> Option<Quotas> {
+    match event {
+        Event::UserQuotasChanged { quotas, .. } => Some(*quotas).filter(|q| !q.is_unlimited()),
+        _ => quotas,
+    }
+}
+
 fn fold<K: Ord, V>(
     entries: &mut BTreeMap<K, V>,
     key: K,
@@ -207,8 +244,22 @@ impl People {
             Some(Subject::Credentials(key)) => {
                 fold(&mut self.credentials, key, |c| fold_credentials(c, event));
             }
+            Some(Subject::Tenant(key)) => {
+                fold(&mut self.tenants, key, |t| fold_tenant(t, event, at));
+            }
+            Some(Subject::Quotas(key)) => fold(&mut self.quotas, key, |q| fold_quotas(q, event)),
             None => {}
         }
+    }
+
+    /// A tenant's users, by id.
+    pub fn users_of<'a>(&'a self, tenant: &'a SmolStr) -> impl Iterator<Item = &'a User> {
+        let first = UserKey {
+            tenant: tenant.clone(),
+            user: SmolStr::default(),
+        };
+        let users = self.users.range(first..).map(|(_, user)| user);
+        users.take_while(move |user| user.key.tenant == *tenant)
     }
 
     /// A user's tokens, by id.

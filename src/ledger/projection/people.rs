@@ -5,7 +5,8 @@ use crate::domain::identity::{
     PasswordHash, RuntimeKey, Token, TokenHash, TokenKey, User, UserKey,
 };
 use crate::domain::state::user::{
-    Subject, fold_credentials, fold_runtime, fold_token, fold_user, subject,
+    Subject, fold_credentials, fold_quotas, fold_runtime, fold_tenant, fold_token, fold_user,
+    subject,
 };
 use crate::domain::time::Timestamp;
 use crate::ledger::error::ReadError;
@@ -106,6 +107,18 @@ pub fn changes(
             }
             changes.push(change(Table::Tokens, key, after.as_ref().map(encode)));
             changes
+        }
+        Subject::Tenant(tenant) => {
+            let key = tenant.as_bytes().to_vec();
+            let before = entry(get(Table::Tenants, &key)?, Table::Tenants)?;
+            let after = fold_tenant(before, event, at);
+            vec![change(Table::Tenants, key, after.as_ref().map(encode))]
+        }
+        Subject::Quotas(key) => {
+            let key = user_key(&key);
+            let before = entry(get(Table::UserQuotas, &key)?, Table::UserQuotas)?;
+            let after = fold_quotas(before, event);
+            vec![change(Table::UserQuotas, key, after.as_ref().map(encode))]
         }
     })
 }

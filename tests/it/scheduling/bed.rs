@@ -30,6 +30,7 @@ const FOLLOW_UP_EACH: usize = 8;
 pub struct Entry {
     pub seq: Seq,
     pub at: Timestamp,
+    pub plane: PlaneId,
     pub event: Event,
 }
 
@@ -44,6 +45,8 @@ pub struct Bed {
     pub effects: Vec<Effect>,
     /// Ended runs, as the store would know them.
     pub ended: BTreeMap<RunId, EndedJob>,
+    /// Whose each run is.
+    pub planes: BTreeMap<RunId, PlaneId>,
     pub watch: Watch,
     /// The gateway is leaving: nothing follows any more.
     pub quiet: bool,
@@ -58,27 +61,40 @@ impl Bed {
             log: Vec::new(),
             effects: Vec::new(),
             ended: BTreeMap::new(),
+            planes: BTreeMap::new(),
             watch: Watch::default(),
             quiet: false,
         }
     }
 
-    /// One command, then all that follows from it at this instant.
+    /// One command, by whose run it is about, then all that follows from it at this instant.
     pub fn submit(&mut self, command: Command) -> Result<Reply, Rejection> {
+        let plane = self.plane_of(&command);
+        self.submit_as(plane, command)
+    }
+
+    /// Whose run a command is about.
+    pub fn plane_of(&self, command: &Command) -> PlaneId {
+        let plane = run_of(command).and_then(|run| self.planes.get(&run).copied());
+        plane.unwrap_or(PlaneId::ROOT)
+    }
+
+    /// The same, by the user of a plane.
+    pub fn submit_as(&mut self, plane: PlaneId, command: Command) -> Result<Reply, Rejection> {
         let command = self.with_ended(command);
         let started = matches!(command, Command::GatewayStarted { .. });
         self.quiet = matches!(command, Command::GatewayStopped) || (self.quiet && !started);
         let by_hand = matches!(command, Command::Inbox(_) | Command::PreemptExecute { .. });
         self.watch.by_hand = by_hand;
         let origin = Origin {
-            plane: PlaneId::ROOT,
+            plane,
             actor: SmolStr::new_static("test"),
             request_id: None,
             at: self.now,
         };
         let decision = decide(&self.state, &self.settings, &origin, command, self.now)?;
         for (event, _) in decision.events {
-            self.apply(event);
+            self.apply(plane, event);
         }
         self.watch.by_hand = false;
         if started {
@@ -114,7 +130,7 @@ impl Bed {
                 return;
             };
             for event in events {
-                self.apply(event);
+                self.apply(PlaneId::ROOT, event);
             }
         }
     }
@@ -134,11 +150,18 @@ impl Bed {
         self.state.timers.next().filter(|_| !self.quiet)
     }
 
-    fn apply(&mut self, event: Event) {
+    fn apply(&mut self, plane: PlaneId, event: Event) {
         self.remember_ended(&event);
-        let before = self.watch.before(&self.state, &event);
+        let before = self
+            .watch
+            .before(&self.state, &self.settings, self.now, &event);
         let seq = self.state.seq + 1;
-        self.state.apply(seq, self.now, PlaneId::ROOT, &event);
+        let job = event.run().and_then(|run| self.state.jobs.get(&run));
+        let plane = job.map_or(plane, |job| job.plane);
+        if let Event::JobQueued { run, .. } = &event {
+            self.planes.insert(*run, plane);
+        }
+        self.state.apply(seq, self.now, plane, &event);
         if let Some(effect) = implied(&self.state, &event) {
             assert!(
                 invariants::is_fenced(&event, &effect),
@@ -149,6 +172,7 @@ impl Bed {
         self.log.push(Entry {
             seq,
             at: self.now,
+            plane,
             event: event.clone(),
         });
         if let Err(broken) = self
@@ -236,9 +260,20 @@ impl Bed {
 /// Applies a stretch of the log.
 pub fn replay(mut state: State, log: &[Entry]) -> State {
     for entry in log {
-        state.apply(entry.seq, entry.at, PlaneId::ROOT, &entry.event);
+        state.apply(entry.seq, entry.at, entry.plane, &entry.event);
     }
     state
+}
+
+/// The run that somebody says something to.
+fn run_of(command: &Command) -> Option<RunId> {
+    match command {
+        Command::Inbox(inbox) => inbox.run,
+        Command::CancelQueued { run }
+        | Command::SaveCheckpoint { run, .. }
+        | Command::PreemptExecute { preemptor: run, .. } => Some(*run),
+        _ => None,
+    }
 }
 
 /// A job's payload: what it says does not matter here.

@@ -4,15 +4,18 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use rungate::domain::effect::Effect;
 use rungate::domain::event::{Event, JobStopCause};
-use rungate::domain::ids::{Generation, GpuUuid, RunId, ServiceName};
+use rungate::domain::ids::{Generation, GpuUuid, PlaneId, RunId, ServiceName};
+use rungate::domain::scheduler::fair::Fair;
 use rungate::domain::scheduler::step;
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{Target, Worker};
 use rungate::domain::state::State;
+use rungate::domain::state::account::Amount;
 use rungate::domain::state::gpu::{Hold, mib_on};
 use rungate::domain::state::job::Phase;
 use rungate::domain::state::service::{InstancePhase, Service};
 use rungate::domain::time::Timestamp;
+use smol_str::SmolStr;
 
 /// A broken invariant, in words.
 pub type Broken = String;
@@ -48,16 +51,20 @@ pub struct Before {
 }
 
 impl Watch {
-    pub fn before(&self, state: &State, event: &Event) -> Before {
+    pub fn before(
+        &self,
+        state: &State,
+        settings: &Settings,
+        now: Timestamp,
+        event: &Event,
+    ) -> Before {
         let mut before = Before::default();
         match event {
-            Event::JobDispatched { run, .. } => {
+            Event::JobDispatched { run, service, .. } => {
                 before.first_of_shape = state
                     .jobs
                     .get(run)
-                    .and_then(|job| state.queue.shape(&job.spec.target))
-                    .and_then(|shape| shape.waiting.first())
-                    .map(|(_, run)| run);
+                    .and_then(|job| first_of(state, settings, now, &job.spec.target, service));
             }
             Event::JobStopRequested {
                 run,
@@ -93,6 +100,7 @@ impl Watch {
                 generation,
                 ..
             } => {
+                within_quotas(state, *run)?;
                 let first = before.first_of_shape;
                 hold!(first == Some(*run), "{run} starts ahead of {first:?}");
                 let entry = state
@@ -116,6 +124,7 @@ impl Watch {
             Event::RoomHeld { service, .. } => room_will_be_free(state, service)?,
             _ => {}
         }
+        accounts_agree(state)?;
         places_agree(state)
     }
 
@@ -402,6 +411,90 @@ fn room_will_be_free(state: &State, service: &ServiceName) -> Result<(), Broken>
     Ok(())
 }
 
+/// The run whose turn it is on a service: those that quotas keep from it are passed over.
+fn first_of(
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    target: &Target,
+    service: &ServiceName,
+) -> Option<RunId> {
+    let service = state.services.get(service)?;
+    let fair = Fair::new(state, settings, now);
+    let mut turns = fair
+        .serving(target)
+        .filter(|(_, key)| state.may_use(state.jobs[&key.1].plane, service));
+    turns.next().map(|(_, key)| key.1)
+}
+
+/// Accounts are what jobs amount to, and no running quota is exceeded.
+fn accounts_agree(state: &State) -> Result<(), Broken> {
+    let mut held: BTreeMap<SmolStr, (u64, Amount)> = BTreeMap::new();
+    let mut of_planes: BTreeMap<PlaneId, (u64, Amount)> = BTreeMap::new();
+    for job in state.jobs.values() {
+        let tenant = held.entry(state.tenant_of(job.plane).clone()).or_default();
+        let plane = of_planes.entry(job.plane).or_default();
+        for sum in [tenant, plane] {
+            sum.0 += 1;
+            if job.place().is_some() {
+                sum.1 = sum.1.plus(job.charge);
+            }
+        }
+    }
+    for (plane, (live, sum)) in of_planes {
+        let has = state.accounts.plane(plane);
+        hold!(
+            (has.live, has.held) == (live, sum),
+            "{plane:?} has {has:?}, not {live}, {sum:?}"
+        );
+    }
+    for (tenant, (live, sum)) in held {
+        let has = state
+            .accounts
+            .tenant(&tenant)
+            .map(|account| account.holding);
+        let has = has.ok_or("a tenant with runs has no account")?;
+        hold!(
+            (has.live, has.held) == (live, sum),
+            "{tenant} has {has:?}, not {live}, {sum:?}"
+        );
+    }
+    Ok(())
+}
+
+/// Whoever was dispatched was within all quotas of its tenant and user.
+fn within_quotas(state: &State, run: RunId) -> Result<(), Broken> {
+    let job = state.jobs.get(&run).ok_or("an unknown run is dispatched")?;
+    let (plane, charge) = (job.plane, job.charge);
+    let tenant = state.tenant_of(plane);
+    let has_tenant = state
+        .accounts
+        .tenant(tenant)
+        .map(|account| account.holding.held);
+    let tenant = state
+        .people
+        .tenants
+        .get(tenant)
+        .map(|tenant| tenant.profile.quotas);
+    let user = state.user_limits.get(&plane).map(|(_, quotas)| *quotas);
+    let has_user = state.accounts.plane(plane).held;
+    for (quotas, has) in [(tenant, has_tenant.unwrap_or_default()), (user, has_user)] {
+        let Some(quotas) = quotas else { continue };
+        // A quota may have been lowered below what is held: of what the run does not need there may be too much.
+        let gpus = quotas.gpus.map(|gpus| gpus * 1_000);
+        let members = [
+            (quotas.running_runs, has.places, charge.places),
+            (quotas.vram_mib, has.vram_mib, charge.vram_mib),
+            (gpus, has.gpus_milli, charge.gpus_milli),
+        ];
+        for (quota, has, needed) in members {
+            let within = needed == 0 || quota.is_none_or(|quota| has <= quota);
+            hold!(within, "{run} needs {charge:?}: {has} of {quotas:?}");
+        }
+    }
+    Ok(())
+}
+
 /// Jobs, places and promises say the same.
 fn places_agree(state: &State) -> Result<(), Broken> {
     let mut promised = BTreeMap::new();
@@ -470,8 +563,8 @@ pub fn at_rest(state: &State, settings: &Settings, now: Timestamp) -> Result<(),
         hold!(pending, "room for {name} is held and nobody leaves");
     }
     for (target, shape) in state.queue.shapes() {
-        if !shape.waiting.is_empty() {
-            nothing_idle(state, now, target, shape.waiting.len())?;
+        if !shape.is_empty() {
+            nothing_idle(state, settings, now, target)?;
         }
     }
     Ok(())
@@ -480,24 +573,45 @@ pub fn at_rest(state: &State, settings: &Settings, now: Timestamp) -> Result<(),
 /// No free place, and no room for another instance, while jobs of this shape wait. By brute force.
 fn nothing_idle(
     state: &State,
+    settings: &Settings,
     now: Timestamp,
     target: &Target,
-    waiting: usize,
 ) -> Result<(), Broken> {
-    let mut coming = 0;
+    let fair = Fair::new(state, settings, now);
+    let waiting = fair.demand(state.queue.shape(target).ok_or("no shape")?);
     let all: Vec<&Service> = state
         .services
         .values()
         .filter(|s| s.enabled && s.serves(target))
         .collect();
-    for service in &all {
+    for (lane, _) in fair.serving(target) {
+        // What the lane's quotas let it use.
+        let usable = state.usable(lane, &all).into_owned();
+        no_idle_place(state, now, target, waiting, &usable)?;
+        if usable.len() == all.len() {
+            break;
+        }
+    }
+    Ok(())
+}
+
+fn no_idle_place(
+    state: &State,
+    now: Timestamp,
+    target: &Target,
+    waiting: usize,
+    all: &[&Service],
+) -> Result<(), Broken> {
+    let mut coming = 0;
+    for service in all {
         let places = service.spec.concurrency as usize;
         if let Some(instance) = service
             .instance
             .as_ref()
             .filter(|i| i.phase == InstancePhase::Ready)
         {
-            let taken = instance.active.len() + instance.promised.len();
+            let keeps = |run: &&RunId| state.may_use(state.jobs[*run].plane, service);
+            let taken = instance.active.len() + instance.promised.iter().filter(keeps).count();
             hold!(
                 taken >= places,
                 "{} has a free place and {target:?} waits",

@@ -2,7 +2,7 @@
 //! from a snapshot on the way and must do the same ever after.
 
 use rungate::domain::command::{Command, InboxAction, InboxCommand};
-use rungate::domain::ids::{RunId, ServiceName};
+use rungate::domain::ids::{PlaneId, RunId, ServiceName};
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{GpuFacts, GpuSource, JobSpec, Priority, ServiceSpec, Target, Worker};
 use rungate::domain::state::job::Phase;
@@ -31,6 +31,8 @@ pub struct Play {
     pub world: World,
     pub twin: Option<Bed>,
     pub runs: Vec<RunId>,
+    /// Whose runs are started, in turns; without any the first administrator's.
+    pub starters: Vec<PlaneId>,
 }
 
 impl Play {
@@ -40,6 +42,7 @@ impl Play {
             world: World::default(),
             twin: None,
             runs: Vec::new(),
+            starters: Vec::new(),
         };
         play.submit(Command::GatewayStarted {
             epoch: 1,
@@ -51,10 +54,16 @@ impl Play {
 
     /// Submits to the gateway and to its twin, which must do the same.
     pub fn submit(&mut self, command: Command) {
+        let plane = self.bed.plane_of(&command);
+        self.submit_as(plane, command);
+    }
+
+    /// The same, by the user of a plane.
+    fn submit_as(&mut self, plane: PlaneId, command: Command) {
         let from = self.bed.log.len();
-        let reply = self.bed.submit(command.clone());
+        let reply = self.bed.submit_as(plane, command.clone());
         if let Some(twin) = &mut self.twin {
-            let other = twin.submit(command.clone());
+            let other = twin.submit_as(plane, command.clone());
             assert_eq!(
                 reply, other,
                 "replies differ after a snapshot to {command:?}"
@@ -186,13 +195,16 @@ impl Play {
             timeout_ms: 300_000,
             callback_url: callback.then(|| SmolStr::new_static("http://c")),
         };
-        self.submit(Command::StartJob {
+        let turn = (self.runs.len() + usize::from(priority)) % self.starters.len().max(1);
+        let plane = self.starters.get(turn).copied().unwrap_or(PlaneId::ROOT);
+        let command = Command::StartJob {
             run,
             spec,
             session: None,
             labels: Vec::new(),
             payload: payload(),
-        });
+        };
+        self.submit_as(plane, command);
         run
     }
 

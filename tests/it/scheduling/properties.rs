@@ -17,7 +17,7 @@ use super::play::Play;
 /// Cases of each property, unless `PROPTEST_CASES` says otherwise: about ten seconds each on one core.
 const CASES: u32 = 250;
 
-fn config() -> Config {
+pub fn config() -> Config {
     let cases = std::env::var("PROPTEST_CASES")
         .ok()
         .and_then(|n| n.parse().ok())

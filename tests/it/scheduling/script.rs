@@ -6,12 +6,16 @@ use bytes::Bytes;
 use rungate::domain::command::{Command, InboxAction, InboxCommand, JobFailure};
 use rungate::domain::effect::Effect;
 use rungate::domain::event::Exit;
-use rungate::domain::ids::{Attempt, Generation, RunId};
+use rungate::domain::identity::{
+    IdentityCommand, NewToken, Profile, ProfileChange, Role, TokenHash, UserKey,
+};
+use rungate::domain::ids::{Attempt, Generation, PlaneId, RunId};
 use rungate::domain::scheduler::why::why;
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{
     GpuFacts, GpuSource, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
 };
+use rungate::domain::tenant::{QuotasChange, TenantChange};
 use rungate::domain::time::Timestamp;
 use smol_str::{SmolStr, format_smolstr};
 use uuid::Uuid;
@@ -102,7 +106,11 @@ impl Script {
             .or_else(|| self.of_service(line))
             .or_else(|| self.outcome(line));
         if let Some(command) = command {
-            let reply = self.bed.submit(command);
+            let by = line.keyed.get("by").filter(|_| line.verb == "start");
+            let reply = match by {
+                Some(user) => self.bed.submit_as(self.plane_of(user), command),
+                None => self.bed.submit(command),
+            };
             return reply
                 .err()
                 .map(|rejection| text::with_names(&self.names, &rejection.to_string()));
@@ -135,6 +143,7 @@ impl Script {
             let field = match *key {
                 "ageing" => &mut settings.ageing_ms_per_level,
                 "min_runtime" => &mut settings.min_runtime_ms,
+                "half_life" => &mut settings.share_half_life_ms,
                 "swap" => &mut settings.swap_max_wait_ms,
                 "idle" => &mut settings.idle_timeout_ms,
                 "drain" => &mut settings.drain_ms,
@@ -168,6 +177,7 @@ impl Script {
             .unwrap();
     }
 
+    /// What the machine and its administrators say.
     fn of_settings(&mut self, line: &Line) -> Option<Command> {
         Some(match line.verb {
             "gpus" => {
@@ -194,8 +204,45 @@ impl Script {
                 mib: mib(line.plain[1]),
             },
             "shutdown" => Command::GatewayStopped,
+            "tenant" => Command::Identity(Box::new(self.tenant(line))),
+            "user" => Command::Identity(Box::new(self.user(line))),
             _ => return None,
         })
+    }
+
+    fn tenant(&self, line: &Line) -> IdentityCommand {
+        let tenant = SmolStr::new(line.name());
+        let change = TenantChange {
+            weight: line.number("weight"),
+            quotas: quotas(line),
+            ..TenantChange::default()
+        };
+        let create = !self.bed.state.people.tenants.contains_key(&tenant);
+        IdentityCommand::SetTenant {
+            tenant,
+            change,
+            create,
+        }
+    }
+
+    /// A user `tenant/name` with a plane of its own: created, or its quotas changed.
+    fn user(&self, line: &Line) -> IdentityCommand {
+        let key = user_key(line.name());
+        if self.bed.state.people.users.contains_key(&key) {
+            return IdentityCommand::UpdateUser {
+                key,
+                change: ProfileChange::default(),
+                quotas: quotas(line),
+                rotate: None,
+            };
+        }
+        create_user(key)
+    }
+
+    fn plane_of(&self, user: &str) -> PlaneId {
+        let user = self.bed.state.people.users.get(&user_key(user));
+        user.unwrap_or_else(|| panic!("there is no such user"))
+            .plane
     }
 
     fn run(&self, name: &str) -> RunId {
@@ -472,6 +519,54 @@ impl Script {
         let names = &self.names;
         let told = |effect: Effect| format!("{clock}  effect: {}", text::effect(names, &effect));
         self.effects.drain(..).map(told).collect()
+    }
+}
+
+/// `acme/ann`.
+pub fn user_key(name: &str) -> UserKey {
+    let (tenant, user) = name.split_once('/').unwrap_or(("default", name));
+    UserKey {
+        tenant: tenant.into(),
+        user: user.into(),
+    }
+}
+
+/// A user with a plane of its own.
+pub fn create_user(key: UserKey) -> IdentityCommand {
+    let mut digest = [0; 32];
+    let name = key.to_string();
+    digest[..name.len()].copy_from_slice(name.as_bytes());
+    IdentityCommand::CreateUser {
+        profile: Profile {
+            email: String::new(),
+            roles: vec![Role::User],
+            scopes: Vec::new(),
+            enabled: true,
+            runtime: key.user.clone(),
+        },
+        token: NewToken {
+            token: SmolStr::new_static("t"),
+            name: SmolStr::new_static("t"),
+            scopes: Vec::new(),
+            hash: TokenHash::Keyed(digest),
+            expires_at: None,
+        },
+        key,
+    }
+}
+
+/// `queued=`, `running=`, `gpus=`, `vram=`; `none` lifts one.
+fn quotas(line: &Line) -> QuotasChange {
+    let of = |key: &str, read: &dyn Fn(&str) -> u64| {
+        let text = line.keyed.get(key)?;
+        Some((*text != "none").then(|| read(text)))
+    };
+    let number = |text: &str| text.parse().unwrap();
+    QuotasChange {
+        queued_runs: of("queued", &number),
+        running_runs: of("running", &number),
+        gpus: of("gpus", &number),
+        vram_mib: of("vram", &mib),
     }
 }
 

@@ -1,0 +1,273 @@
+//! Tenants, for administrators: their weight in the fair share and their quotas. A tenant's own administrators see
+//! theirs and change nothing of it.
+
+use std::collections::BTreeMap;
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use smol_str::SmolStr;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use super::body::{JsonBody, PathOf};
+use super::error::ApiError;
+use super::fields::{Fields, TextRule};
+use super::guard::Caller;
+use super::state::App;
+use super::users::{id, sees, submit};
+use crate::domain::command::Rejection;
+use crate::domain::identity::{IdentityCommand, IdentityRejection, sanitised};
+use crate::domain::tenant::{
+    DEFAULT_TENANT, MAX_WEIGHT, Quotas, QuotasChange, Tenant, TenantChange, TenantProfile,
+};
+use crate::domain::time::Timestamp;
+use crate::ledger::{Ledger, ReadError};
+
+/// Longest name.
+const MAX_NAME_CHARS: usize = 100;
+
+/// Largest quota: beyond it there is no difference to none.
+const MAX_QUOTA: u64 = 1_000_000_000;
+
+/// The routes of this file, under `/api/gateway`.
+pub fn router() -> OpenApiRouter<App> {
+    OpenApiRouter::new()
+        .routes(routes!(list, create))
+        .routes(routes!(read, update))
+}
+
+/// How much somebody may have at once; null is unlimited.
+#[derive(Serialize, ToSchema)]
+pub struct QuotasView {
+    /// Runs that wait, are paused, preempted or backing off.
+    pub queued_runs: Option<u64>,
+    /// Runs that hold a place on an instance.
+    pub running_runs: Option<u64>,
+    /// Whole GPUs under its runs.
+    pub gpus: Option<u64>,
+    /// MiB of GPU memory under its runs.
+    pub vram_mib: Option<u64>,
+}
+
+impl From<Quotas> for QuotasView {
+    fn from(quotas: Quotas) -> Self {
+        QuotasView {
+            queued_runs: quotas.queued_runs,
+            running_runs: quotas.running_runs,
+            gpus: quotas.gpus,
+            vram_mib: quotas.vram_mib,
+        }
+    }
+}
+
+/// A tenant.
+#[derive(Serialize, ToSchema)]
+pub struct TenantView {
+    pub tenant_id: String,
+    /// For people.
+    pub name: String,
+    /// Of two tenants that both wait, one of twice the weight gets twice as much.
+    pub weight: u32,
+    pub quotas: QuotasView,
+    /// The users of one that is not are refused.
+    pub enabled: bool,
+    pub users: u64,
+    /// Null for a tenant that only exists through its users.
+    #[schema(value_type = Option<String>)]
+    pub created_at: Option<Timestamp>,
+    #[schema(value_type = Option<String>)]
+    pub updated_at: Option<Timestamp>,
+}
+
+impl TenantView {
+    fn of(tenant: &SmolStr, known: Option<Tenant>, users: u64) -> TenantView {
+        let times = known
+            .as_ref()
+            .map(|known| (known.created_at, known.updated_at));
+        let profile = known.map_or_else(|| TenantProfile::plain(tenant), |known| known.profile);
+        TenantView {
+            tenant_id: tenant.to_string(),
+            name: profile.name,
+            weight: profile.weight,
+            quotas: profile.quotas.into(),
+            enabled: profile.enabled,
+            users,
+            created_at: times.map(|(created, _)| created),
+            updated_at: times.map(|(_, updated)| updated),
+        }
+    }
+}
+
+/// Tenants.
+#[derive(Serialize, ToSchema)]
+pub struct TenantList {
+    pub tenants: Vec<TenantView>,
+}
+
+/// One tenant.
+#[derive(Serialize, ToSchema)]
+pub struct TenantAnswer {
+    pub tenant: TenantView,
+}
+
+/// All tenants: those of which something was said, and those that have users.
+fn all(ledger: &Ledger) -> Result<Vec<TenantView>, ReadError> {
+    let mut users: BTreeMap<SmolStr, u64> = BTreeMap::new();
+    for user in ledger.users()? {
+        *users.entry(user.key.tenant).or_default() += 1;
+    }
+    let known = ledger.tenants()?.into_iter();
+    let mut known: BTreeMap<SmolStr, Tenant> = known.map(|t| (t.tenant.clone(), t)).collect();
+    for tenant in known.keys() {
+        users.entry(tenant.clone()).or_default();
+    }
+    let view = |(tenant, count)| TenantView::of(&tenant, known.remove(&tenant), count);
+    Ok(users.into_iter().map(view).collect())
+}
+
+/// List tenants.
+#[utoipa::path(get, path = "/admin/tenants", tag = "users", responses((status = 200, body = TenantList, example = json!({"tenants": [{"tenant_id": "acme", "name": "Acme Labs", "weight": 200, "quotas": {"queued_runs": 1000, "running_runs": null, "gpus": null, "vram_mib": 49152}, "enabled": true, "users": 3, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}]}))))]
+async fn list(State(app): State<App>, caller: Caller) -> Result<Json<TenantList>, ApiError> {
+    let mut tenants = app.scan(all).await?;
+    tenants.retain(|tenant| sees(&caller, &tenant.tenant_id));
+    Ok(Json(TenantList { tenants }))
+}
+
+/// A tenant that the caller sees; another is as good as none.
+async fn find(app: &App, caller: &Caller, tenant: &SmolStr) -> Result<TenantView, ApiError> {
+    let seen = sees(caller, tenant);
+    let wanted = tenant.clone();
+    let found = app.scan(move |ledger| {
+        let known = ledger.tenant(&wanted)?;
+        let users = ledger.users()?;
+        let users = users
+            .iter()
+            .filter(|user| user.key.tenant == wanted)
+            .count();
+        let is_there = known.is_some() || users > 0 || wanted == DEFAULT_TENANT;
+        Ok(is_there.then(|| TenantView::of(&wanted, known, users as u64)))
+    });
+    let none = || ApiError::from(Rejection::from(IdentityRejection::TenantNotFound));
+    found.await?.filter(|_| seen).ok_or_else(none)
+}
+
+/// A new tenant.
+#[derive(Serialize, ToSchema)]
+pub struct NewTenant {
+    /// Characters outside `[A-Za-z0-9_.@-]` become `_`.
+    pub tenant_id: String,
+    /// The id when absent.
+    pub name: Option<String>,
+    /// 1 to 10000; 100 when absent.
+    pub weight: Option<u32>,
+    pub quotas: Option<QuotasView>,
+    pub enabled: Option<bool>,
+}
+
+/// The members of `quotas`: a number, or null for unlimited; absent ones stay as they are.
+pub fn read_quotas(fields: &Fields) -> QuotasChange {
+    let whole = fields.is_null("quotas").then_some(None);
+    let Some(quotas) = fields.object("quotas") else {
+        return QuotasChange {
+            queued_runs: whole,
+            running_runs: whole,
+            gpus: whole,
+            vram_mib: whole,
+        };
+    };
+    quotas.forbid_others(&["queued_runs", "running_runs", "gpus", "vram_mib"]);
+    let quota = |name: &str| match quotas.is_null(name) {
+        true => Some(None),
+        false => quotas.int(name, 0..=MAX_QUOTA).map(Some),
+    };
+    QuotasChange {
+        queued_runs: quota("queued_runs"),
+        running_runs: quota("running_runs"),
+        gpus: quota("gpus"),
+        vram_mib: quota("vram_mib"),
+    }
+}
+
+fn read_change(fields: &Fields) -> TenantChange {
+    let weight = fields.int("weight", 1..=u64::from(MAX_WEIGHT));
+    TenantChange {
+        name: fields.text("name", TextRule::name(MAX_NAME_CHARS)),
+        weight: weight.and_then(|weight| u32::try_from(weight).ok()),
+        quotas: read_quotas(fields),
+        enabled: fields.boolean("enabled"),
+    }
+}
+
+/// Create a tenant, or say something of one that only exists through its users.
+#[utoipa::path(post, path = "/admin/tenants", tag = "users",
+    request_body(content = NewTenant, example = json!({"tenant_id": "acme", "name": "Acme Labs", "weight": 200, "quotas": {"queued_runs": 1000}})),
+    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "Acme Labs", "weight": 200, "quotas": {"queued_runs": 1000, "running_runs": null, "gpus": null, "vram_mib": null}, "enabled": true, "users": 0, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 400, description = "Tenant already exists: t")))]
+async fn create(
+    State(app): State<App>,
+    caller: Caller,
+    body: JsonBody,
+) -> Result<Json<TenantAnswer>, ApiError> {
+    let (tenant, change) = {
+        let fields = body.fields()?;
+        fields.forbid_others(&["tenant_id", "name", "weight", "quotas", "enabled"]);
+        if !fields.has("tenant_id") {
+            fields.missing("tenant_id");
+        }
+        let tenant = id(&fields, "tenant_id").unwrap_or_default();
+        let change = read_change(&fields);
+        fields.finish()?;
+        (tenant, change)
+    };
+    set(&app, &caller, tenant, change, true).await
+}
+
+async fn set(
+    app: &App,
+    caller: &Caller,
+    tenant: SmolStr,
+    change: TenantChange,
+    create: bool,
+) -> Result<Json<TenantAnswer>, ApiError> {
+    let command = IdentityCommand::SetTenant {
+        tenant: tenant.clone(),
+        change,
+        create,
+    };
+    submit(app, caller, command).await?;
+    let tenant = find(app, caller, &tenant).await?;
+    Ok(Json(TenantAnswer { tenant }))
+}
+
+/// Read a tenant.
+#[utoipa::path(get, path = "/admin/tenants/{tenant_id}", tag = "users",
+    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "acme", "weight": 100, "quotas": {"queued_runs": null, "running_runs": null, "gpus": null, "vram_mib": null}, "enabled": true, "users": 3, "created_at": null, "updated_at": null}})), (status = 404, description = "Tenant not found")))]
+async fn read(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(tenant): PathOf<String>,
+) -> Result<Json<TenantAnswer>, ApiError> {
+    let tenant = find(&app, &caller, &sanitised(&tenant)).await?;
+    Ok(Json(TenantAnswer { tenant }))
+}
+
+/// Change a tenant. Absent members stay as they are; a quota that is null is lifted.
+#[utoipa::path(patch, path = "/admin/tenants/{tenant_id}", tag = "users",
+    request_body(content = Object, example = json!({"weight": 200, "quotas": {"running_runs": 8, "gpus": null}, "enabled": true})),
+    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "acme", "weight": 200, "quotas": {"queued_runs": null, "running_runs": 8, "gpus": null, "vram_mib": null}, "enabled": true, "users": 3, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 404, description = "Tenant not found")))]
+async fn update(
+    State(app): State<App>,
+    caller: Caller,
+    PathOf(tenant): PathOf<String>,
+    body: JsonBody,
+) -> Result<Json<TenantAnswer>, ApiError> {
+    let change = {
+        let fields = body.fields()?;
+        fields.forbid_others(&["name", "weight", "quotas", "enabled"]);
+        let change = read_change(&fields);
+        fields.finish()?;
+        change
+    };
+    set(&app, &caller, sanitised(&tenant), change, false).await
+}

@@ -1,0 +1,174 @@
+//! Which tenant a plane belongs to, what its runs amount to, and how events change tenants' and users' quotas.
+
+use std::collections::BTreeSet;
+
+use smol_str::SmolStr;
+
+use super::State;
+use super::account::{Account, Amount};
+use super::job::{Job, Phase};
+use super::user::People;
+use crate::domain::event::Event;
+use crate::domain::identity::UserKey;
+use crate::domain::ids::{PlaneId, RunId};
+use crate::domain::spec::Target;
+use crate::domain::tenant::{DEFAULT_TENANT, DEFAULT_WEIGHT, TenantProfile};
+use crate::domain::time::Timestamp;
+
+impl People {
+    /// A tenant's weight in the fair share.
+    pub fn weight_of(&self, tenant: &str) -> u32 {
+        let tenant = self.tenants.get(tenant);
+        tenant.map_or(DEFAULT_WEIGHT, |tenant| tenant.profile.weight)
+    }
+
+    /// What was decided about a tenant, or the defaults.
+    pub fn tenant_profile(&self, tenant: &SmolStr) -> TenantProfile {
+        let known = self.tenants.get(tenant);
+        known.map_or_else(
+            || TenantProfile::plain(tenant),
+            |known| known.profile.clone(),
+        )
+    }
+}
+
+impl State {
+    /// Whose a plane is.
+    pub fn tenant_of(&self, plane: PlaneId) -> &SmolStr {
+        let plane = self.planes.get(&plane);
+        plane.map_or(&DEFAULT_TENANT, |plane| &plane.tenant)
+    }
+
+    /// Whether anybody has quotas that a waiting run may have to wait for.
+    pub fn is_limited(&self) -> bool {
+        self.limited
+    }
+
+    /// What a run of a plane holds becomes another amount: whose turn it is may change, and who is at a quota.
+    pub(super) fn change_holding(
+        &mut self,
+        plane: PlaneId,
+        before: Amount,
+        after: Amount,
+        at: Timestamp,
+    ) {
+        if before == after {
+            return;
+        }
+        let tenant = self.tenant_of(plane).clone();
+        self.accounts.hold((&tenant, plane), (before, after), at);
+        match self.limited {
+            true => self.queue.unpark_all(),
+            false => self.queue.unpark_contested(),
+        }
+    }
+
+    /// Counts a run that begins to live, or has ended.
+    pub(super) fn count_live(&mut self, plane: PlaneId, begins: bool) {
+        let tenant = self.tenant_of(plane).clone();
+        match begins {
+            true => self.accounts.begin(&tenant, plane),
+            false => self.accounts.end(&tenant, plane),
+        }
+    }
+
+    /// A run was dispatched: its tenant has been served.
+    pub(super) fn serve(&mut self, plane: PlaneId, target: &Target, charge: Amount, at: Timestamp) {
+        let tenant = self.tenant_of(plane).clone();
+        let waits = self.awaits(&tenant, target);
+        self.accounts.serve(&tenant, target, charge, at, waits);
+    }
+
+    /// Milliseconds at `at` since a run was queued, or its tenant was served with one like it.
+    pub(super) fn waited_ms(&self, job: &Job, at: Timestamp) -> u64 {
+        let account = self.accounts.tenant(self.tenant_of(job.plane));
+        let served = account.and_then(|account| account.served.get(&job.spec.target));
+        at.millis_since(served.map_or(job.queued_at, |served| job.queued_at.max(*served)))
+    }
+
+    /// The last run of a tenant that waited for this may be gone.
+    pub(super) fn forget_served(&mut self, plane: PlaneId, target: &Target) {
+        let tenant = self.tenant_of(plane);
+        let known = |account: &Account| account.served.contains_key(target);
+        if self.accounts.tenant(tenant).is_some_and(known) && !self.awaits(tenant, target) {
+            let tenant = tenant.clone();
+            self.accounts.forget_served(&tenant, target);
+        }
+    }
+
+    fn awaits(&self, tenant: &SmolStr, target: &Target) -> bool {
+        let shape = self.queue.shape(target);
+        shape.is_some_and(|shape| shape.awaits(tenant))
+    }
+
+    /// Applies an event about people or tenants.
+    pub(super) fn apply_tenancy(&mut self, at: Timestamp, event: &Event) {
+        if let Event::ShareHalfLifeChanged { half_life_ms } = event {
+            self.accounts.set_half_life(*half_life_ms, at);
+            self.queue.unpark_all();
+        }
+        self.people.apply(event, at);
+        match event {
+            Event::TenantCreated { .. } | Event::TenantUpdated { .. } => self.limits_changed(),
+            Event::UserCreated { key, .. }
+            | Event::UserUpdated { key, .. }
+            | Event::UserDeleted { key }
+            | Event::UserQuotasChanged { key, .. } => self.user_limits_changed(key),
+            _ => {}
+        }
+    }
+
+    /// Makes the indexes of quotas anew.
+    pub(super) fn index_limits(&mut self) {
+        let people = &self.people;
+        let limits = people.quotas.iter().filter_map(|(key, quotas)| {
+            let plane = people.users.get(key)?.plane;
+            Some((plane, (key.clone(), *quotas)))
+        });
+        self.user_limits = limits.collect();
+        self.limits_changed();
+    }
+
+    fn limits_changed(&mut self) {
+        let mut tenants = self.people.tenants.values();
+        let mut users = self.user_limits.values();
+        self.limited = tenants.any(|tenant| tenant.profile.quotas.limits_running())
+            || users.any(|(_, quotas)| quotas.limits_running());
+        self.queue.set_limited(self.limited);
+    }
+
+    /// A user's quotas or plane may have changed. Its waiting runs change lanes with them, which takes a look at
+    /// all live runs; administrators do this rarely.
+    fn user_limits_changed(&mut self, key: &UserKey) {
+        let quotas = self.people.quotas.get(key).copied();
+        let now = quotas.and_then(|quotas| Some((self.people.users.get(key)?.plane, quotas)));
+        let mut before = self.user_limits.iter().filter(|(_, (of, _))| of == key);
+        let before = before.next().map(|(plane, (_, quotas))| (*plane, *quotas));
+        if before == now {
+            return;
+        }
+        let planes = [before, now].into_iter().flatten().map(|(plane, _)| plane);
+        let planes: BTreeSet<PlaneId> = planes.collect();
+        let mut waiting: Vec<RunId> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| matches!(job.phase, Phase::Queued) && planes.contains(&job.plane))
+            .map(|(run, _)| *run)
+            .collect();
+        waiting.sort_unstable();
+        let waiting: Vec<(RunId, Box<Job>)> = waiting
+            .into_iter()
+            .filter_map(|run| Some((run, self.unindex_job(run)?)))
+            .collect();
+        if let Some((plane, _)) = before {
+            self.user_limits.remove(&plane);
+        }
+        if let Some((plane, quotas)) = now {
+            self.user_limits.insert(plane, (key.clone(), quotas));
+        }
+        for (run, job) in waiting {
+            self.index_job(run, job);
+        }
+        self.limits_changed();
+    }
+}

@@ -1,0 +1,410 @@
+//! Several tenants: the invariants hold with quotas and shares too, long-run shares come to what the weights say, and
+//! nobody waits for another's long queue.
+
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use proptest::test_runner::Config;
+use rungate::domain::command::{Command, Origin};
+use rungate::domain::decide::decide;
+use rungate::domain::engine::follow_up;
+use rungate::domain::event::Event;
+use rungate::domain::identity::{IdentityCommand, ProfileChange};
+use rungate::domain::ids::{Generation, PlaneId, RunId};
+use rungate::domain::settings::Settings;
+use rungate::domain::spec::{JobSpec, Priority, ServiceSpec, Target};
+use rungate::domain::state::State;
+use rungate::domain::tenant::{QuotasChange, TenantChange};
+use rungate::domain::time::Timestamp;
+use smol_str::SmolStr;
+use uuid::Uuid;
+
+use super::bed::{payload, replay};
+use super::ops::{Op, op, plain_spec, pressing_op, pressing_spec, spec};
+use super::play::Play;
+use super::properties::config;
+use super::script::{create_user, user_key};
+
+const USERS: [&str; 4] = ["a/ann", "a/abe", "b/bob", "c/cy"];
+const TENANTS: [&str; 3] = ["a", "b", "c"];
+
+/// What an administrator says now and then.
+#[derive(Clone, Debug)]
+enum Said {
+    Tenant {
+        tenant: usize,
+        weight: u32,
+        quotas: QuotasChange,
+    },
+    User {
+        user: usize,
+        quotas: QuotasChange,
+    },
+}
+
+fn quotas() -> impl Strategy<Value = QuotasChange> {
+    let limit = |high: u64| prop_oneof![2 => Just(None), 1 => Just(Some(None)), 2 => (0..high).prop_map(|n| Some(Some(n)))];
+    (limit(6), limit(4), limit(3), limit(40)).prop_map(
+        |(queued_runs, running_runs, gpus, vram_mib)| QuotasChange {
+            queued_runs,
+            running_runs,
+            gpus,
+            vram_mib,
+        },
+    )
+}
+
+fn said() -> impl Strategy<Value = Said> {
+    let weight = prop_oneof![Just(1u32), Just(100), Just(1_000)];
+    prop_oneof![
+        (0..TENANTS.len(), weight, quotas()).prop_map(|(tenant, weight, quotas)| Said::Tenant {
+            tenant,
+            weight,
+            quotas
+        }),
+        (0..USERS.len(), quotas()).prop_map(|(user, quotas)| Said::User { user, quotas }),
+    ]
+}
+
+fn say(play: &mut Play, said: Said) {
+    let command = match said {
+        Said::Tenant {
+            tenant,
+            weight,
+            quotas,
+        } => {
+            let tenant = SmolStr::new_static(TENANTS[tenant]);
+            let create = !play.bed.state.people.tenants.contains_key(&tenant);
+            let change = TenantChange {
+                weight: Some(weight),
+                quotas,
+                ..TenantChange::default()
+            };
+            IdentityCommand::SetTenant {
+                tenant,
+                change,
+                create,
+            }
+        }
+        Said::User { user, quotas } => IdentityCommand::UpdateUser {
+            key: user_key(USERS[user]),
+            change: ProfileChange::default(),
+            quotas,
+            rotate: None,
+        },
+    };
+    play.submit(Command::Identity(Box::new(command)));
+}
+
+/// A gateway with users of several tenants, whose starts they take in turns.
+fn several(specs: Vec<ServiceSpec>) -> Play {
+    let mut play = Play::new();
+    for user in USERS {
+        let create = create_user(user_key(user));
+        play.submit(Command::Identity(Box::new(create)));
+        let plane = play.bed.state.people.users[&user_key(user)].plane;
+        play.starters.push(plane);
+    }
+    for spec in specs {
+        play.register(spec);
+    }
+    play
+}
+
+/// Nobody has quotas any more, so that every job can end.
+fn lift_all(play: &mut Play) {
+    let none = QuotasChange {
+        queued_runs: Some(None),
+        running_runs: Some(None),
+        gpus: Some(None),
+        vram_mib: Some(None),
+    };
+    for tenant in 0..TENANTS.len() {
+        let (weight, quotas) = (100, none);
+        say(
+            play,
+            Said::Tenant {
+                tenant,
+                weight,
+                quotas,
+            },
+        );
+    }
+    for user in 0..USERS.len() {
+        say(play, Said::User { user, quotas: none });
+    }
+}
+
+type Steps = Vec<(Op, Option<Said>)>;
+
+fn steps(op: impl Strategy<Value = Op>, most: usize) -> impl Strategy<Value = Steps> {
+    prop::collection::vec((op, prop::option::weighted(0.1, said())), 1..most)
+}
+
+fn perform(play: &mut Play, steps: Steps) {
+    for (op, words) in steps {
+        play.perform(op);
+        if let Some(words) = words {
+            say(play, words);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(Config { max_shrink_iters: 400, ..config() })]
+
+    /// Invariants 3, 4, 6 and 7 at every event, no lost wake-up, quotas and turns kept, and every job ends when all goes
+    /// well again.
+    #[test]
+    fn with_several_tenants_the_invariants_hold_and_every_job_ends(
+        specs in prop::collection::vec(spec(), 1..5),
+        steps in steps(op(), 120),
+    ) {
+        let mut play = several(specs);
+        perform(&mut play, steps);
+        lift_all(&mut play);
+        play.finish();
+    }
+
+    /// The same where much waits for little room.
+    #[test]
+    fn with_several_tenants_under_pressure_the_invariants_hold(
+        specs in prop::collection::vec(pressing_spec(), 2..6),
+        steps in steps(pressing_op(), 150),
+    ) {
+        let mut play = several(specs);
+        perform(&mut play, steps);
+        lift_all(&mut play);
+        play.finish();
+    }
+
+    /// Usage, its averages and what was served are in the snapshot, to the bit.
+    #[test]
+    fn with_several_tenants_a_snapshot_and_the_rest_equal_a_full_replay(
+        specs in prop::collection::vec(spec(), 1..4),
+        steps in steps(op(), 60),
+        cut in any::<prop::sample::Index>(),
+    ) {
+        let mut play = several(specs);
+        perform(&mut play, steps);
+        let bed = &play.bed;
+        let (head, rest) = bed.log.split_at(cut.index(bed.log.len() + 1));
+        let ageing = bed.settings.ageing_ms_per_level;
+        let middle = replay(State::new(ageing), head);
+        let read = State::from_snapshot(&middle.to_snapshot().unwrap(), ageing).unwrap();
+        prop_assert_eq!(&read, &middle);
+        prop_assert_eq!(&replay(read, rest), &bed.state);
+    }
+}
+
+/// The pure core with one service and endless queues: no checks after each event, so that they may be long.
+struct Machine {
+    state: State,
+    settings: Settings,
+    now: Timestamp,
+    next_run: u128,
+    planes: Vec<PlaneId>,
+    /// Whose each dispatch was, by number of the tenant, in order.
+    dispatched: Vec<usize>,
+    running: Vec<RunId>,
+    /// Microseconds of places that each tenant had.
+    held_us: Vec<i64>,
+}
+
+impl Machine {
+    fn new(places: u32, weights: &[u32]) -> Machine {
+        let settings = Settings::default();
+        let mut machine = Machine {
+            state: State::new(settings.ageing_ms_per_level),
+            settings,
+            now: Timestamp(0),
+            next_run: 0,
+            planes: Vec::new(),
+            dispatched: Vec::new(),
+            running: Vec::new(),
+            held_us: vec![0; weights.len()],
+        };
+        for (number, weight) in weights.iter().enumerate() {
+            let key = user_key(&format!("t{number}/u"));
+            machine.identity(create_user(key.clone()));
+            machine.identity(IdentityCommand::SetTenant {
+                tenant: key.tenant.clone(),
+                change: TenantChange {
+                    weight: Some(*weight),
+                    ..TenantChange::default()
+                },
+                create: true,
+            });
+            machine.planes.push(machine.state.people.users[&key].plane);
+        }
+        let spec = ServiceSpec {
+            concurrency: places,
+            ..plain_spec(0)
+        };
+        machine.submit(
+            PlaneId::ROOT,
+            Command::RegisterService {
+                spec: Box::new(spec),
+            },
+        );
+        machine.submit(
+            PlaneId::ROOT,
+            Command::StartService {
+                service: "s0".into(),
+            },
+        );
+        machine.submit(
+            PlaneId::ROOT,
+            Command::InstanceHealthy {
+                service: "s0".into(),
+                generation: Generation(1),
+            },
+        );
+        machine
+    }
+
+    fn identity(&mut self, command: IdentityCommand) {
+        self.submit(PlaneId::ROOT, Command::Identity(Box::new(command)));
+    }
+
+    fn submit(&mut self, plane: PlaneId, command: Command) {
+        let origin = Origin {
+            plane,
+            actor: SmolStr::new_static("test"),
+            request_id: None,
+            at: self.now,
+        };
+        let decision = decide(&self.state, &self.settings, &origin, command, self.now).unwrap();
+        for (event, _) in decision.events {
+            self.apply(plane, event);
+        }
+        while let Some(events) = follow_up(&mut self.state, &self.settings, self.now) {
+            for event in events {
+                self.apply(PlaneId::ROOT, event);
+            }
+        }
+    }
+
+    fn apply(&mut self, plane: PlaneId, event: Event) {
+        let job = event.run().and_then(|run| self.state.jobs.get(&run));
+        let plane = job.map_or(plane, |job| job.plane);
+        let seq = self.state.seq + 1;
+        self.state.apply(seq, self.now, plane, &event);
+        if let Event::JobDispatched { run, .. } = event {
+            let tenant = self.planes.iter().position(|of| *of == plane).unwrap();
+            self.dispatched.push(tenant);
+            self.running.push(run);
+        }
+    }
+
+    fn start(&mut self, tenant: usize) {
+        self.next_run += 1;
+        let spec = JobSpec {
+            target: Target::Type("t0".into()),
+            service_type: None,
+            priority: Priority::default(),
+            ttl_ms: None,
+            max_attempts: 1,
+            timeout_ms: 300_000,
+            callback_url: None,
+        };
+        let command = Command::StartJob {
+            run: RunId(Uuid::from_u128(self.next_run)),
+            spec,
+            session: None,
+            labels: Vec::new(),
+            payload: payload(),
+        };
+        self.submit(self.planes[tenant], command);
+    }
+
+    fn wait(&mut self, ms: u64) {
+        let us = i64::try_from(ms * 1_000).unwrap();
+        for run in &self.running {
+            let plane = self.state.jobs[run].plane;
+            let tenant = self.planes.iter().position(|of| *of == plane).unwrap();
+            self.held_us[tenant] += us;
+        }
+        self.now = self.now + ms;
+    }
+
+    /// The run that has run the longest, or the `index`th, ends.
+    fn answer(&mut self, index: usize) {
+        let run = self.running.remove(index % self.running.len());
+        let command = Command::JobAnswered {
+            run,
+            attempt: 1,
+            outcome: Ok(payload()),
+        };
+        self.submit(PlaneId::ROOT, command);
+    }
+}
+
+proptest! {
+    #![proptest_config(Config { cases: 8, max_shrink_iters: 20, ..config() })]
+
+    /// Who always has something to do gets what its weight says, whatever its jobs' lengths: within 5 % of the machine after
+    /// 4,000 runs.
+    #[test]
+    fn long_run_shares_come_to_the_weights(
+        places in 1..5u32,
+        weights in prop::collection::vec(prop_oneof![Just(50u32), Just(100), Just(200), Just(300)], 2..5),
+        lengths in prop::collection::vec(1..4u64, 4),
+        order in prop::collection::vec(any::<usize>(), 50),
+    ) {
+        let mut machine = Machine::new(places, &weights);
+        for _ in 0..8 {
+            for tenant in 0..weights.len() {
+                machine.start(tenant);
+            }
+        }
+        for step in 0..4_000 {
+            let tenant = machine.dispatched[step];
+            // A job's length depends on whose it is.
+            machine.wait(lengths[tenant] * 1_000);
+            machine.answer(order[step % order.len()]);
+            machine.start(tenant);
+        }
+        let all: i64 = machine.held_us.iter().sum();
+        let weight: u32 = weights.iter().sum();
+        for (tenant, held) in machine.held_us.iter().enumerate() {
+            let share = *held as f64 / all as f64;
+            let due = f64::from(weights[tenant]) / f64::from(weight);
+            prop_assert!((share - due).abs() < 0.05, "{tenant} got {share:.3}, not {due:.3}: {weights:?}");
+        }
+    }
+}
+
+/// Ten jobs of one tenant and ten thousand of another: after at most as many dispatches of the other as its own, and
+/// one for each place, each of the ten is served, however long the other has been there alone.
+#[test]
+fn ten_jobs_do_not_wait_for_ten_thousand() {
+    for places in [1, 4] {
+        let mut machine = Machine::new(places, &[100, 100]);
+        for _ in 0..10_000 {
+            machine.start(0);
+        }
+        for _ in 0..2_000 {
+            machine.wait(1_000);
+            machine.answer(0);
+        }
+        for _ in 0..10 {
+            machine.start(1);
+        }
+        let before = machine.dispatched.len();
+        let mut served = BTreeMap::from([(0, 0), (1, 0)]);
+        while served[&1] < 10 {
+            machine.wait(1_000);
+            machine.answer(0);
+            served = BTreeMap::from([(0, 0), (1, 0)]);
+            for tenant in &machine.dispatched[before..] {
+                *served.get_mut(tenant).unwrap() += 1;
+                let (theirs, ours) = (served[&0], served[&1]);
+                assert!(
+                    theirs <= ours + places as usize,
+                    "{theirs} before the {ours}th of ours"
+                );
+            }
+        }
+    }
+}
