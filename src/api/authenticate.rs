@@ -1,5 +1,6 @@
 //! From a request's headers to the principal: by a token, or by the session of a browser.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, header};
@@ -158,7 +159,7 @@ async fn check_imported(
 /// token, a session or a role to end meanwhile.
 pub struct Watch {
     app: App,
-    principal: Principal,
+    principal: Arc<Principal>,
     need: Need,
     /// `None` for the first administrator's token, which counts for as long as the gateway runs.
     due: Option<Instant>,

@@ -3,6 +3,7 @@
 
 use std::cell::RefCell;
 use std::net::IpAddr;
+use std::sync::Arc;
 use std::time::Instant;
 
 use axum::extract::{FromRequestParts, MatchedPath, Request, State};
@@ -41,7 +42,8 @@ const MAX_REQUEST_ID_BYTES: usize = 128;
 /// Who is calling and under which request.
 #[derive(Clone, Debug)]
 pub struct Caller {
-    pub principal: Principal,
+    /// Shared: each handler is given the caller.
+    pub principal: Arc<Principal>,
     pub request_id: SmolStr,
     pub at: Timestamp,
     /// Whence it calls (see `client`).
@@ -297,7 +299,7 @@ async fn admit<'a>(
         arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
     }
     let caller = request.extensions().get::<Caller>();
-    let principal = caller.map(|caller| &caller.principal);
+    let principal = caller.map(|caller| &*caller.principal);
     if let (Some(principal), Some(need), Some(route)) = (principal, need, route) {
         check(need, principal, &method, route)?;
     }
@@ -314,14 +316,14 @@ fn admit_work(
     let Some(principal) = request
         .extensions()
         .get::<Caller>()
-        .map(|c| c.principal.clone())
+        .map(|c| Principal::clone(&c.principal))
     else {
         return Ok(());
     };
     let (path, headers) = (request.uri().path(), request.headers());
     let admitted = work::admit(app, principal, (method, route), path, headers)?;
     if let Some(caller) = request.extensions_mut().get_mut::<Caller>() {
-        caller.principal = admitted;
+        caller.principal = Arc::new(admitted);
     }
     Ok(())
 }
@@ -344,7 +346,7 @@ async fn identify(
     }
     arrival.count(app.limits.of_user(&principal, arrival.at))?;
     Ok(Caller {
-        principal,
+        principal: Arc::new(principal),
         request_id: arrival.request_id.clone(),
         at,
         address: arrival.client.address,

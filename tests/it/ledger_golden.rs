@@ -129,7 +129,7 @@ proptest! {
         payload in proptest::collection::vec(any::<u8>(), 0..300),
         (at, cursor, plane, run) in any::<(i64, u64, u32, u128)>(),
         (actor, request_id) in any::<(String, Option<String>)>(),
-        index in 0usize..61,
+        index in 0usize..100,
         (purged, is_asked) in any::<(bool, bool)>(),
     ) {
         let events = one_of_each();
