@@ -103,8 +103,8 @@ impl HostRules {
         // counts before the header's, and is ours no less.
         let target = uri.authority().map(http::uri::Authority::as_str);
         let is_ours = |host: &str| {
-            let name = without_port(host).to_ascii_lowercase();
-            self.hosts.contains(&name)
+            let name = without_port(host);
+            self.hosts.iter().any(|own| own.eq_ignore_ascii_case(name))
         };
         if hosts.next().is_some() || !host.is_some_and(is_ours) || !target.is_none_or(is_ours) {
             return Err(ApiError::new(

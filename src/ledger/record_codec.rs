@@ -27,6 +27,9 @@ use crate::domain::time::Timestamp;
 
 use super::error::ReadError;
 
+/// Room for most events and summaries, so that writing them does not grow a buffer step by step.
+const USUAL_BYTES: usize = 256;
+
 /// The newest record format that this program writes; it reads all up to it.
 pub const RECORD_FORMAT: u16 = 2;
 /// The format of records that carry no request.
@@ -248,7 +251,8 @@ pub fn decode<T: serde::de::DeserializeOwned>(seq: Seq, bytes: &[u8]) -> Result<
 
 /// Postcard bytes of a value of ours.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    postcard::to_allocvec(value).expect("our types hold nothing that postcard cannot write")
+    postcard::to_extend(value, Vec::with_capacity(USUAL_BYTES))
+        .expect("our types hold nothing that postcard cannot write")
 }
 
 fn array<const N: usize>(bytes: &[u8], start: usize) -> [u8; N] {
