@@ -2,6 +2,7 @@
 
 pub mod api;
 pub mod auth;
+mod causes;
 pub mod cli;
 pub mod clock;
 pub mod config;

@@ -15,6 +15,7 @@ use super::process::{self, Process, Spawn};
 use super::procfs::Mark;
 use super::table::{Endpoint, Slot};
 use super::{Shared, blocking, http, until};
+use crate::causes::with_causes;
 use crate::clock::now;
 use crate::domain::command::Command;
 use crate::domain::effect::ProcessIdentity;
@@ -158,7 +159,7 @@ impl Instance {
             let log = shared
                 .logs
                 .open(&spec.name)
-                .map_err(|error| chain(&error))?;
+                .map_err(|error| with_causes(&error))?;
             let working_dir = working_dir.as_deref().map(Path::new);
             let token_file = shared
                 .credentials
@@ -174,7 +175,7 @@ impl Instance {
                 token_file: &token_file,
                 log,
             };
-            Process::spawn(spawn).map_err(|error| chain(&error))
+            Process::spawn(spawn).map_err(|error| with_causes(&error))
         })
         .await
     }
@@ -359,15 +360,4 @@ impl Instance {
 async fn asked(stop: &mut watch::Receiver<Option<Timestamp>>) {
     // The sender lies in the slot, which the instance holds: it cannot be gone.
     let _ = stop.wait_for(Option::is_some).await;
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
 }

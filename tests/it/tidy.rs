@@ -11,17 +11,18 @@ const MAX_LINES: usize = 1_000;
 /// adds one without saying where it stands.
 const ARROWS: &[(&str, &[&str])] = &[
     ("domain", &[]),
+    ("causes", &[]),
     ("clock", &["domain"]),
     ("ledger", &["domain"]),
     ("outbound", &[]),
-    ("driver", &["clock", "domain", "outbound"]),
+    ("driver", &["causes", "clock", "domain", "outbound"]),
     ("gpu", &["domain"]),
     ("coordinator", &["clock", "domain", "ledger"]),
     (
         "executor",
         &["clock", "domain", "driver", "gpu", "outbound"],
     ),
-    ("auth", &["domain", "outbound"]),
+    ("auth", &["causes", "domain", "outbound"]),
     ("telemetry", &[]),
     (
         "api",

@@ -11,6 +11,7 @@ use jsonwebtoken::{Algorithm, DecodingKey};
 use serde_json::Value;
 use tokio::sync::{Mutex, Semaphore};
 
+use crate::causes::with_causes;
 use crate::outbound::GuardedClient;
 
 /// How long keys are used without asking whether they still are the issuer's.
@@ -213,13 +214,17 @@ impl IssuerKeys {
             .get(url)
             .map_err(|refused| format!("{url}: {refused}"))?;
         let request = request.header(http::header::ACCEPT, "application/json");
-        let mut response = request.send().await.map_err(|error| chain(&error))?;
+        let mut response = request.send().await.map_err(|error| with_causes(&error))?;
         let status = response.status();
         if status != http::StatusCode::OK {
             return Err(format!("{url} answered {}", status.as_u16()));
         }
         let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| chain(&error))? {
+        while let Some(chunk) = response
+            .chunk()
+            .await
+            .map_err(|error| with_causes(&error))?
+        {
             if body.len() + chunk.len() > MAX_ANSWER_BYTES {
                 return Err(format!("{url} answered more than {MAX_ANSWER_BYTES} bytes"));
             }
@@ -270,17 +275,6 @@ fn read_key(jwk: Jwk) -> Option<(String, IssuerKey)> {
         algorithm,
     };
     Some((jwk.common.key_id?, key))
-}
-
-/// An error with its causes, in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut next = error.source();
-    while let Some(cause) = next {
-        text = format!("{text}: {cause}");
-        next = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]
