@@ -67,11 +67,12 @@ pub async fn whose(app: &App, shown: Shown, at: Timestamp) -> Result<Option<Prin
             digest,
             header,
             token,
-        } => return sso::principal(app, (&header, &token), &digest, at).await,
+            // On the heap, as few requests come this way: every request would carry the room for it.
+        } => return Box::pin(sso::principal(app, (&header, &token), &digest, at)).await,
     };
     let mut owner = app.ledger.token_owner(&digest)?;
     if let (None, Some((fingerprint, token))) = (&owner, imported) {
-        owner = check_imported(app, &fingerprint, token, digest, at).await?;
+        owner = Box::pin(check_imported(app, &fingerprint, token, digest, at)).await?;
     }
     let Some(TokenOwner { user, token }) = owner else {
         return Ok(None);

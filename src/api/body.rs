@@ -1,6 +1,7 @@
 //! Bodies and paths as handlers take them: bounded in size and time, of the right content type, and
 //! refused with the same errors everywhere.
 
+use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use bytes::Bytes;
 use http::request::Parts;
@@ -20,7 +21,7 @@ pub struct JsonBody {
 
 impl JsonBody {
     /// Its members, to be read one by one.
-    pub fn fields(&self) -> Result<Fields, ApiError> {
+    pub fn fields(&self) -> Result<Fields<'_>, ApiError> {
         Fields::of_body(self.text()?)
     }
 
@@ -109,17 +110,26 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
 }
 
 /// All of a body, at most `limit` bytes, within the time that a body may take.
-pub async fn read_body(request: Request, app: &App, limit: usize) -> Result<Bytes, ApiError> {
+pub fn read_body(
+    request: Request,
+    app: &App,
+    limit: usize,
+) -> impl Future<Output = Result<Bytes, ApiError>> {
     let declared = request
         .headers()
         .get(header::CONTENT_LENGTH)
         .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if let Some(length) = declared
-        && length > limit as u64
-    {
-        return Err(too_large(&length.to_string(), limit));
-    }
+    let excess = declared.filter(|length| *length > limit as u64);
     let body = Limited::new(request.into_body(), limit);
+    async move {
+        match excess {
+            Some(length) => Err(too_large(&length.to_string(), limit)),
+            None => collect(body, app, limit).await,
+        }
+    }
+}
+
+async fn collect(body: Limited<Body>, app: &App, limit: usize) -> Result<Bytes, ApiError> {
     match tokio::time::timeout(app.config.body_timeout, body.collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {

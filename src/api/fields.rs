@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::ops::RangeInclusive;
 use std::rc::Rc;
 
+use serde::Deserialize;
 use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
@@ -15,8 +16,8 @@ use super::json::Members;
 type Faults = Rc<RefCell<Vec<FieldError>>>;
 
 /// A JSON object being read.
-pub struct Fields {
-    members: Members,
+pub struct Fields<'a> {
+    members: Members<'a>,
     loc: Vec<String>,
     faults: Faults,
 }
@@ -50,9 +51,9 @@ impl TextRule {
     }
 }
 
-impl Fields {
+impl<'a> Fields<'a> {
     /// Of a whole body that was checked before.
-    pub fn of_body(text: &str) -> Result<Fields, ApiError> {
+    pub fn of_body(text: &'a str) -> Result<Fields<'a>, ApiError> {
         let loc = vec!["body".to_owned()];
         match serde_json::from_str(text) {
             Ok(members) => Ok(Fields {
@@ -80,11 +81,11 @@ impl Fields {
 
     /// Records a fault for every member that is none of `names`.
     pub fn forbid_others(&self, names: &[&str]) {
-        for name in self
+        let others = self
             .members
-            .keys()
-            .filter(|name| !names.contains(&name.as_str()))
-        {
+            .iter()
+            .filter(|(name, _)| !names.contains(name));
+        for (name, _) in others {
             self.fault(name, "extra_forbidden", "Extra inputs are not permitted");
         }
     }
@@ -106,16 +107,13 @@ impl Fields {
     }
 
     /// A member as it came; null counts as absent.
-    pub fn raw(&self, name: &str) -> Option<&RawValue> {
-        self.members
-            .get(name)
-            .map(|raw| &**raw)
-            .filter(|raw| raw.get() != "null")
+    pub fn raw(&self, name: &str) -> Option<&'a RawValue> {
+        self.members.get(name).filter(|raw| raw.get() != "null")
     }
 
     /// Whether a member is there and says null.
     pub fn is_null(&self, name: &str) -> bool {
-        self.members.contains_key(name) && !self.has(name)
+        self.members.get(name).is_some() && !self.has(name)
     }
 
     /// Records a fault of a member.
@@ -128,7 +126,7 @@ impl Fields {
         let whole: serde_json::Map<String, Value> = self
             .members
             .iter()
-            .filter_map(|(key, raw)| Some((key.clone(), serde_json::from_str(raw.get()).ok()?)))
+            .filter_map(|(key, raw)| Some((key.to_owned(), serde_json::from_str(raw.get()).ok()?)))
             .collect();
         self.record(
             FieldError::new(self.at(name), "missing", "Field required").input(Value::Object(whole)),
@@ -147,7 +145,7 @@ impl Fields {
     pub fn text(&self, name: &str, rule: TextRule) -> Option<String> {
         let value = self.value(name)?;
         match &value {
-            Value::String(text) => self.check_text(self.at(name), text, rule),
+            Value::String(text) => self.check_text(|| self.at(name), text, rule),
             _ => {
                 self.wrong(name, "string_type", "Input should be a valid string", value);
                 None
@@ -167,20 +165,26 @@ impl Fields {
         }
     }
 
-    fn check_text(&self, loc: Vec<String>, text: &str, rule: TextRule) -> Option<String> {
+    /// `loc` is asked for only when there is a fault.
+    fn check_text(
+        &self,
+        loc: impl FnOnce() -> Vec<String>,
+        text: &str,
+        rule: TextRule,
+    ) -> Option<String> {
         let length = text.chars().count();
         let forbidden = |c: char| c == '\0' || (rule.plain && c.is_control());
         let fault = if length < rule.min {
             let message = format!("String should have at least {} character", rule.min);
-            FieldError::new(loc, "string_too_short", message)
+            FieldError::new(loc(), "string_too_short", message)
                 .context(json!({"min_length": rule.min}))
         } else if length > rule.max {
             let message = format!("String should have at most {} characters", rule.max);
-            FieldError::new(loc, "string_too_long", message)
+            FieldError::new(loc(), "string_too_long", message)
                 .context(json!({"max_length": rule.max}))
         } else if text.contains(forbidden) {
             let message = "String should not contain control characters";
-            FieldError::new(loc, "string_pattern_mismatch", message)
+            FieldError::new(loc(), "string_pattern_mismatch", message)
         } else {
             return Some(text.to_owned());
         };
@@ -244,7 +248,7 @@ impl Fields {
     }
 
     /// An object inside, if it is there.
-    pub fn object(&self, name: &str) -> Option<Fields> {
+    pub fn object(&self, name: &str) -> Option<Fields<'a>> {
         let raw = self.raw(name)?;
         match serde_json::from_str(raw.get()) {
             Ok(members) => Some(Fields {
@@ -266,13 +270,13 @@ impl Fields {
     }
 
     /// An array of objects, at most `max` of them.
-    pub fn objects(&self, name: &str, max: usize) -> Option<Vec<Fields>> {
-        let items: Vec<Value> = self.array(name, max)?;
+    pub fn objects(&self, name: &str, max: usize) -> Option<Vec<Fields<'a>>> {
+        let items: Vec<&RawValue> = self.array(name, max)?;
         let mut objects = Vec::with_capacity(items.len());
         for (index, item) in items.into_iter().enumerate() {
             let mut loc = self.at(name);
             loc.push(index.to_string());
-            match serde_json::from_str(&item.to_string()) {
+            match serde_json::from_str(item.get()) {
                 Ok(members) => objects.push(Fields {
                     members,
                     loc,
@@ -280,7 +284,7 @@ impl Fields {
                 }),
                 Err(_) => self.record(
                     FieldError::new(loc, "dict_type", "Input should be a valid dictionary")
-                        .input(item),
+                        .input(value_of(item)),
                 ),
             }
         }
@@ -289,15 +293,18 @@ impl Fields {
 
     /// An array of texts, each by `rule`, at most `max` of them.
     pub fn texts(&self, name: &str, max: usize, rule: TextRule) -> Option<Vec<String>> {
-        let items = self.array(name, max)?;
+        let items: Vec<Value> = self.array(name, max)?;
         let mut texts = Vec::with_capacity(items.len());
         for (index, item) in items.into_iter().enumerate() {
-            let mut loc = self.at(name);
-            loc.push(index.to_string());
+            let loc = || {
+                let mut loc = self.at(name);
+                loc.push(index.to_string());
+                loc
+            };
             match item {
                 Value::String(text) => texts.extend(self.check_text(loc, &text, rule)),
                 other => self.record(
-                    FieldError::new(loc, "string_type", "Input should be a valid string")
+                    FieldError::new(loc(), "string_type", "Input should be a valid string")
                         .input(other),
                 ),
             }
@@ -323,16 +330,15 @@ impl Fields {
             return None;
         }
         let mut pairs = Vec::with_capacity(inner.members.len());
-        for key in inner.members.keys() {
-            let key_fits = inner.check_text(inner.at(key), key, key_rule);
-            match (key_fits, inner.value(key)) {
-                (Some(key), Some(Value::String(text))) => {
-                    if let Some(text) = inner.check_text(inner.at(&key), &text, rule) {
+        for (key, raw) in inner.members.iter() {
+            let key_fits = inner.check_text(|| inner.at(key), key, key_rule);
+            match (key_fits, value_of(raw)) {
+                (Some(key), Value::String(text)) => {
+                    if let Some(text) = inner.check_text(|| inner.at(&key), &text, rule) {
                         pairs.push((key, text));
                     }
                 }
-                (Some(key), other) => {
-                    let value = other.unwrap_or_default();
+                (Some(key), value) => {
                     inner.wrong(&key, "string_type", "Input should be a valid string", value);
                 }
                 (None, _) => {}
@@ -341,27 +347,26 @@ impl Fields {
         Some(pairs)
     }
 
-    fn array(&self, name: &str, max: usize) -> Option<Vec<Value>> {
-        match self.value(name)? {
-            Value::Array(items) if items.len() <= max => Some(items),
-            Value::Array(items) => {
-                let message = format!(
-                    "List should have at most {max} items after validation, not {}",
-                    items.len()
-                );
-                self.fault(name, "too_long", message);
-                None
-            }
-            other => {
-                self.wrong(name, "list_type", "Input should be a valid list", other);
-                None
-            }
+    fn array<T: Deserialize<'a>>(&self, name: &str, max: usize) -> Option<Vec<T>> {
+        let raw = self.raw(name)?;
+        let Ok(items) = serde_json::from_str::<Vec<T>>(raw.get()) else {
+            let message = "Input should be a valid list";
+            self.wrong(name, "list_type", message, value_of(raw));
+            return None;
+        };
+        if items.len() > max {
+            let message = format!(
+                "List should have at most {max} items after validation, not {}",
+                items.len()
+            );
+            self.fault(name, "too_long", message);
+            return None;
         }
+        Some(items)
     }
 
     fn value(&self, name: &str) -> Option<Value> {
-        // The body was checked as a whole, so each member parses.
-        serde_json::from_str(self.raw(name)?.get()).ok()
+        Some(value_of(self.raw(name)?))
     }
 
     fn at(&self, name: &str) -> Vec<String> {
@@ -395,6 +400,11 @@ impl Fields {
                 .context(json!({"le": bound})),
         );
     }
+}
+
+/// A member's value: the body was checked as a whole, so it parses.
+fn value_of(raw: &RawValue) -> Value {
+    serde_json::from_str(raw.get()).unwrap_or_default()
 }
 
 /// A float that is a whole number, as the contract's validator takes it.

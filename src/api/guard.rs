@@ -17,7 +17,7 @@ use smol_str::SmolStr;
 use uuid::Uuid;
 
 use super::access::{Need, check, need};
-use super::audit::Trail;
+use super::audit::{Recorder, Trail};
 use super::authenticate::authenticate;
 use super::client::Client;
 use super::config::ApiConfig;
@@ -254,11 +254,12 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
         }
     };
     let response = match &arrival.trail {
-        Some(trail) => {
+        Some(trail) if !Recorder::is_settled(trail, &response) => {
             let (request_id, began) = (&arrival.request_id, arrival.at);
-            app.audit.settle(trail, request_id, began, response).await
+            // On the heap, as most answers are settled: every request would carry the room for it.
+            Box::pin(app.audit.settle(trail, request_id, began, response)).await
         }
-        None => response,
+        _ => response,
     };
     let response = finish(response, &arrival, &path);
     count(&method, route.as_ref(), &response, arrival.at);

@@ -34,7 +34,8 @@ const TRANSPORT_SECURITY: HeaderValue = HeaderValue::from_static("max-age=315360
 
 /// Adds what an answer does not have yet.
 pub fn harden(headers: &mut HeaderMap, is_https: bool) {
-    headers.reserve(ALL.len() + 1);
+    // And for what the guard adds: the request's id, and how its limit stands.
+    headers.reserve(ALL.len() + 4);
     for (name, value) in ALL {
         headers.entry(name).or_insert(value);
     }

@@ -1,10 +1,12 @@
 //! JSON as it is accepted: UTF-8, no member twice, nesting bounded, and the members of the top object
 //! kept as the bytes they came in, so that a job's payload is passed on unchanged.
 
+use std::borrow::Cow;
 use std::cell::Cell;
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
+use serde::Deserialize;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -14,8 +16,50 @@ use super::error::{ApiError, ErrorCode};
 /// Levels of nesting that are accepted, payloads included: deeper JSON is an attack or a mistake.
 pub const MAX_JSON_DEPTH: usize = 64;
 
-/// The members of an object, each as the bytes it came in.
-pub type Members = BTreeMap<String, Box<RawValue>>;
+/// The members of an object in the order of their names, each as the bytes it came in.
+#[derive(Default)]
+pub struct Members<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+impl<'a> Members<'a> {
+    pub fn get(&self, name: &str) -> Option<&'a RawValue> {
+        // Objects with many members are read as maps, not by name.
+        let member = self.iter().find(|(of, _)| *of == name)?;
+        Some(member.1)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &'a RawValue)> {
+        self.0.iter().map(|(name, raw)| (&**name, *raw))
+    }
+
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl<'de: 'a, 'a> Deserialize<'de> for Members<'a> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_map(MembersVisitor)
+    }
+}
+
+struct MembersVisitor;
+
+impl<'de> Visitor<'de> for MembersVisitor {
+    type Value = Members<'de>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
+        let mut members = Vec::new();
+        while let Some((Name(name), raw)) = map.next_entry()? {
+            members.push((name, raw));
+        }
+        members.sort_unstable_by(|(a, _), (b, _)| a.cmp(b));
+        Ok(Members(members))
+    }
+}
 
 /// Checks all of `bytes` and tells it as text.
 pub fn check(bytes: &[u8]) -> Result<&str, ApiError> {
@@ -121,6 +165,33 @@ impl Walk<'_> {
     }
 }
 
+/// A member's name, borrowed from the text unless it has escapes.
+#[derive(Deserialize)]
+struct Name<'a>(#[serde(borrow)] Cow<'a, str>);
+
+/// The names of an object's members: few are compared one by one, as most objects have few; more are hashed.
+#[derive(Default)]
+struct Names<'a> {
+    few: Vec<Cow<'a, str>>,
+    rest: HashSet<Cow<'a, str>>,
+}
+
+impl<'a> Names<'a> {
+    const FEW: usize = 16;
+
+    fn has(&self, name: &str) -> bool {
+        self.few.iter().any(|seen| seen == name) || self.rest.contains(name)
+    }
+
+    fn add(&mut self, name: Cow<'a, str>) {
+        if self.few.len() < Self::FEW {
+            self.few.push(name);
+        } else {
+            self.rest.insert(name);
+        }
+    }
+}
+
 impl<'de> DeserializeSeed<'de> for Walk<'_> {
     type Value = ();
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
@@ -159,13 +230,13 @@ impl<'de> Visitor<'de> for Walk<'_> {
     }
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let inner = self.deeper()?;
-        let mut seen = HashSet::new();
-        while let Some(key) = map.next_key::<String>()? {
-            if seen.contains(&key) {
+        let mut seen = Names::default();
+        while let Some(Name(name)) = map.next_key()? {
+            if seen.has(&name) {
                 self.fault.set(Some(Fault::Duplicate));
-                return Err(A::Error::custom(format_args!("duplicate member {key:?}")));
+                return Err(A::Error::custom(format_args!("duplicate member {name:?}")));
             }
-            seen.insert(key);
+            seen.add(name);
             map.next_value_seed(inner)?;
         }
         Ok(())

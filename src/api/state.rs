@@ -92,35 +92,43 @@ impl App {
     }
 
     /// Asks the coordinator on behalf of a caller; answered when it is on disk.
-    pub async fn submit(&self, caller: &Caller, command: Command) -> Result<Reply, ApiError> {
-        Ok(self.put(caller, command, None).await?)
+    pub fn submit<'a>(
+        &self,
+        caller: &'a Caller,
+        command: Command,
+    ) -> impl Future<Output = Result<Reply, ApiError>> + use<'a> {
+        let answered = self.put(caller, command, None);
+        async move { Ok(answered.await?) }
     }
 
     /// The same, under an Idempotency-Key if there is one. The first record that comes of a request carries it for
     /// the audit.
-    pub async fn put(
+    pub fn put<'a>(
         &self,
-        caller: &Caller,
+        caller: &'a Caller,
         command: Command,
         once: Option<Once>,
-    ) -> Result<Reply, SubmitError> {
-        self.put_as(caller.origin(), caller, command, once).await
+    ) -> impl Future<Output = Result<Reply, SubmitError>> + use<'a> {
+        self.put_as(caller.origin(), caller, command, once)
     }
 
-    async fn put_as(
+    /// Submits at once; the future waits for the answer.
+    fn put_as<'a>(
         &self,
         origin: Origin,
-        caller: &Caller,
+        caller: &'a Caller,
         command: Command,
         once: Option<Once>,
-    ) -> Result<Reply, SubmitError> {
+    ) -> impl Future<Output = Result<Reply, SubmitError>> + use<'a> {
         let source = caller.trail.as_ref().and_then(Trail::to_carry);
         let answered = self.handle.put(origin, command, once, source);
-        let Answered { reply, recorded } = answered.await?;
-        if let (true, Some(trail)) = (recorded, &caller.trail) {
-            trail.note_recorded();
+        async move {
+            let Answered { reply, recorded } = answered.await?;
+            if let (true, Some(trail)) = (recorded, &caller.trail) {
+                trail.note_recorded();
+            }
+            Ok(reply)
         }
-        Ok(reply)
     }
 
     /// A read that may visit many entries, away from the threads that serve connections.

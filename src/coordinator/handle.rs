@@ -95,14 +95,15 @@ impl Handle {
         Ok(self.put(origin, command, Some(once), None).await?.reply)
     }
 
-    /// The same, the first record to carry the request that it came of.
-    pub async fn put(
+    /// The same, the first record to carry the request that it came of. Submits at once, so that what waits for the
+    /// answer holds no more than the way for it.
+    pub fn put(
         &self,
         origin: Origin,
         command: Command,
         once: Option<Once>,
         source: Option<Arc<Source>>,
-    ) -> Result<Answered, SubmitError> {
+    ) -> impl Future<Output = Result<Answered, SubmitError>> + use<> {
         let (answer, reply) = oneshot::channel();
         let submission = Submission {
             origin,
@@ -111,8 +112,11 @@ impl Handle {
             source,
             answer,
         };
-        self.post(Message::Submit(Box::new(submission)))?;
-        Ok(reply.await.map_err(|_| SubmitError::Stopped)??)
+        let posted = self.post(Message::Submit(Box::new(submission)));
+        async {
+            posted?;
+            Ok(reply.await.map_err(|_| SubmitError::Stopped)??)
+        }
     }
 
     /// Submits and waits for nothing: it will be decided, unless the process ends first.

@@ -47,6 +47,11 @@ impl Recorder {
         self.mode != AuditMode::Off
     }
 
+    /// Whether a record tells of an answered write already: of one that failed, how it failed.
+    pub fn is_settled(trail: &Trail, response: &Response) -> bool {
+        trail.is_recorded() && response.status().as_u16() < 400
+    }
+
     /// Sees to it that an answered write is recorded. With `required` the answer waits for the record, and becomes
     /// a refusal without one.
     pub async fn settle(
@@ -64,9 +69,6 @@ impl Recorder {
                 .map(|error| error.code),
         );
         let has_failed = status.as_u16() >= 400;
-        if trail.is_recorded() && !has_failed {
-            return response;
-        }
         let write = AuditedWrite {
             source: trail.source().clone(),
             status: status.as_u16(),
