@@ -27,6 +27,8 @@ pub struct Connection {
     sender: SendRequest<Full<Bytes>>,
     host: String,
     authorization: String,
+    /// What a proxy in front says of the client's address.
+    forwarded_for: Option<String>,
 }
 
 impl Server {
@@ -40,11 +42,22 @@ impl Server {
             sender,
             host: self.addr.to_string(),
             authorization: format!("Bearer {}", self.token),
+            forwarded_for: None,
         })
     }
 }
 
 impl Connection {
+    /// Shows this token from now on.
+    pub fn show(&mut self, token: &str) {
+        self.authorization = format!("Bearer {token}");
+    }
+
+    /// Comes from this address from now on, as a trusted proxy would say.
+    pub fn come_from(&mut self, address: &str) {
+        self.forwarded_for = Some(address.to_owned());
+    }
+
     /// Sends one request and takes all of the answer.
     pub async fn send(
         &mut self,
@@ -52,15 +65,20 @@ impl Connection {
         path: &str,
         body: Bytes,
     ) -> Result<(StatusCode, Bytes), Failure> {
-        let request = Request::builder()
+        let mut request = Request::builder()
             .method(method)
             .uri(path)
             .header("host", &self.host)
             .header("authorization", &self.authorization)
-            .header("content-type", "application/json")
-            .body(Full::new(body))?;
+            .header("content-type", "application/json");
+        if let Some(address) = &self.forwarded_for {
+            request = request.header("x-forwarded-for", address);
+        }
         self.sender.ready().await?;
-        let response = self.sender.send_request(request).await?;
+        let response = self
+            .sender
+            .send_request(request.body(Full::new(body))?)
+            .await?;
         let status = response.status();
         let body = response.into_body().collect().await?.to_bytes();
         Ok((status, body))

@@ -1,7 +1,7 @@
 //! How fast, how small and how steady the gateway is, each figure beside a floor from the same run and the
 //! bar that it must meet.
 //!
-//! `cargo bench --bench gateway -- [--quick] [--json FILE] [--only NAME]…`; ends with 1 when a bar is missed.
+//! `cargo bench --bench gateway -- [--quick] [--json FILE] [--only NAME]… [--clients N]…`; ends with 1 when a bar is missed.
 
 mod child;
 mod client;
@@ -10,6 +10,7 @@ mod decisions;
 mod floor;
 mod followers;
 mod jobs;
+mod logins;
 mod machine;
 mod memory;
 mod replay;
@@ -43,6 +44,9 @@ struct Arguments {
     /// Measure only this; may be repeated.
     #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(GROUPS.map(|(name, _)| name)))]
     only: Vec<String>,
+    /// Measure starts with this many clients only; may be repeated.
+    #[arg(long, value_name = "N")]
+    clients: Vec<usize>,
     /// Where to put ledgers, several GiB; on the disk that is to be measured.
     #[arg(long, value_name = "DIR")]
     dir: Option<PathBuf>,
@@ -54,10 +58,11 @@ struct Arguments {
 type Measure = fn(&mut Context, &Scale) -> Result<(), Failure>;
 
 /// What is measured, in this order: what wants a quiet machine first.
-const GROUPS: [(&str, Measure); 6] = [
+const GROUPS: [(&str, Measure); 7] = [
     ("starts", starts::measure),
     ("commands", commands::measure),
     ("followers", followers::measure),
+    ("logins", logins::measure),
     ("decisions", decisions::measure),
     ("replay", replay::measure),
     ("memory", memory::measure),
@@ -124,11 +129,14 @@ fn benchmark(arguments: &Arguments) -> Result<bool, Failure> {
         return Ok(true);
     }
     let started = Instant::now();
-    let scale = if arguments.quick {
+    let mut scale = if arguments.quick {
         Scale::quick()
     } else {
         Scale::full()
     };
+    if !arguments.clients.is_empty() {
+        scale.clients.clone_from(&arguments.clients);
+    }
     // Beside the build, which lies on a real disk: /tmp may be memory.
     let target = std::env::current_exe()?;
     let beside = target.parent().unwrap_or(&target).to_path_buf();

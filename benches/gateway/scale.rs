@@ -9,13 +9,17 @@ pub struct Scale {
     /// Rounds of each timed measurement; figures are their medians.
     pub rounds: usize,
     /// Clients that submit at once, one measurement each.
-    pub clients: &'static [usize],
+    pub clients: Vec<usize>,
     /// How long one round of submissions lasts.
     pub round: Duration,
     /// Commands of one round.
     pub commands: usize,
     pub followers: usize,
     pub follow: Duration,
+    /// Users, five tokens each; requests of one round with a token and without; how long bad logins come in.
+    pub users: usize,
+    pub asked: usize,
+    pub flood: Duration,
     /// Events that are replayed, and that lie behind the snapshot of the restart.
     pub replay_events: u64,
     /// Waiting jobs: few, and many.
@@ -29,11 +33,14 @@ impl Scale {
         Scale {
             quick: false,
             rounds: 5,
-            clients: &[1, 16, 64, 256],
+            clients: vec![1, 16, 64, 256],
             round: Duration::from_secs(4),
             commands: 500,
             followers: 1_000,
             follow: Duration::from_secs(10),
+            users: 10_000,
+            asked: 5_000,
+            flood: Duration::from_secs(30),
             replay_events: 5_000_000,
             queue_sizes: (10_000, 1_000_000),
             decisions: 20_000,
@@ -44,11 +51,14 @@ impl Scale {
         Scale {
             quick: true,
             rounds: 3,
-            clients: &[1, 16, 64, 256],
+            clients: vec![1, 16, 64, 256],
             round: Duration::from_millis(700),
             commands: 300,
             followers: 1_000,
             follow: Duration::from_secs(2),
+            users: 500,
+            asked: 1_000,
+            flood: Duration::from_secs(4),
             replay_events: 400_000,
             queue_sizes: (10_000, 100_000),
             decisions: 5_000,

@@ -27,6 +27,11 @@ pub struct Process {
 impl Process {
     /// The real gateway over a data directory.
     pub fn gateway(dir: &Path) -> Result<Process, Failure> {
+        Self::gateway_with(dir, &[])
+    }
+
+    /// The same, with settings.
+    pub fn gateway_with(dir: &Path, settings: &[(&str, &str)]) -> Result<Process, Failure> {
         // Free now, and nobody else on this machine is in such a hurry.
         let addr = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
         let started = Instant::now();
@@ -35,6 +40,7 @@ impl Process {
             .env("RUNGATE_LISTEN", addr.to_string())
             .env("RUNGATE_DATA_DIR", dir)
             .env("RUNGATE_LOG", "warn")
+            .envs(settings.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .spawn()?;

@@ -15,7 +15,7 @@ const GROUP: &str = "durable starts";
 
 /// All figures of this file.
 pub fn measure(context: &mut Context, scale: &Scale) -> Result<(), Failure> {
-    for &clients in scale.clients {
+    for &clients in &scale.clients {
         let (gateway, floor) = rounds(context, scale, clients)?;
         let pick =
             |rounds: &[Round], of: fn(&Round) -> f64| rounds.iter().map(of).collect::<Vec<_>>();

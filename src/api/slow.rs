@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use metrics::counter;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::error::{ApiError, ErrorCode};
 
@@ -13,6 +13,9 @@ const AT_ONCE: usize = 2;
 
 /// Computed and waiting at most.
 const IN_LINE: usize = 64;
+
+/// Linux's nice value of what may always wait; it counts for one thread, not for the process.
+const LEAST_PRIORITY: i32 = 19;
 
 /// How long a request waits for its turn.
 const WAIT: Duration = Duration::from_secs(2);
@@ -31,7 +34,7 @@ impl SlowHashes {
         }
     }
 
-    /// Does the work off the runtime when its turn has come; 429 when that would take too long.
+    /// Does the work on a thread of its own when its turn has come; 429 when that would take too long.
     pub async fn compute<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> T + Send + 'static,
@@ -39,17 +42,32 @@ impl SlowHashes {
         let _place = self.line.try_acquire().map_err(|_| busy())?;
         let turn = tokio::time::timeout(WAIT, Arc::clone(&self.turns).acquire_owned());
         let turn = turn.await.map_err(|_| busy())?.map_err(|_| busy())?;
-        let computed = tokio::task::spawn_blocking(move || {
+        let (answer, computed) = oneshot::channel();
+        let thread = std::thread::Builder::new().name("slow-hash".to_owned());
+        let begun = thread.spawn(move || {
             // Held by the work, not by its request, which may go away.
             let _turn = turn;
+            yield_to_requests();
             counter!("rungate_slow_hashes_total").increment(1);
-            work()
+            // A request that went away does not want it any more.
+            let _ = answer.send(work());
         });
-        computed.await.map_err(|error| {
-            tracing::error!(%error, "a slow hash was not computed");
-            ApiError::internal()
-        })
+        begun.map_err(|error| not_computed(&error))?;
+        computed.await.map_err(|error| not_computed(&error))
     }
+}
+
+/// Gives this thread the processor time that nobody else wants. It can never take that back, so it is a thread of its
+/// own: those of the runtime's pool do other work too.
+fn yield_to_requests() {
+    if let Err(error) = rustix::process::nice(LEAST_PRIORITY) {
+        tracing::debug!(%error, "a slow hash is computed at the usual priority");
+    }
+}
+
+fn not_computed(error: &dyn std::error::Error) -> ApiError {
+    tracing::error!(%error, "a slow hash was not computed");
+    ApiError::internal()
 }
 
 fn busy() -> ApiError {
