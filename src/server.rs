@@ -160,6 +160,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let taken = |error: &ServeError| matches!(error, ServeError::PortTaken { .. });
     let tls = transport::tls(&config)?;
+    let reload = transport::reload_on_hangup(tls.clone())?;
     let listener = patiently(taken, || bind(config.listen)).await?;
     let addr = listener.local_addr().map_err(|source| ServeError::Listen {
         addr: config.listen,
@@ -181,10 +182,7 @@ pub async fn serve(
     let uses = Uses::load(&config.data_dir);
     core.tasks.spawn("token uses", keep_uses(uses.clone()));
     core.tasks.spawn("metrics", metrics.clone().keep_up());
-    if let Some(tls) = &tls {
-        let reload = transport::reload_on_hangup(tls.clone())?;
-        core.tasks.spawn("certificate", reload);
-    }
+    core.tasks.spawn("certificate", reload);
     let renewing = keep_keys_young(work.clone(), config.signing_key_max_age_ms);
     core.tasks.spawn("signing keys", renewing);
     core.begin(inventory.gpus).await;

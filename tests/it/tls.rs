@@ -184,6 +184,14 @@ async fn a_hangup_changes_the_certificate_and_no_connection() {
     .await;
     assert!(gateway.log().contains("holds no certificate"));
     assert!(trusts(&first).await);
+    first.issue(&files.cert(), &files.key());
+    write_key(&files.key(), &KeyPair::generate().unwrap().serialize_pem());
+    gateway.signal(Signal::HUP);
+    until("a key of another certificate is told", || async {
+        gateway.log().contains("cannot be used together")
+    })
+    .await;
+    assert!(trusts(&first).await);
 
     second.issue(&files.cert(), &files.key());
     gateway.signal(Signal::HUP);
@@ -202,6 +210,18 @@ async fn a_hangup_changes_the_certificate_and_no_connection() {
             break;
         }
     }
+}
+
+/// HUP ended a gateway that had no certificate.
+#[tokio::test]
+async fn a_hangup_without_a_certificate_changes_nothing() {
+    let gateway = Gateway::start(Options::default()).await;
+    gateway.signal(Signal::HUP);
+    until("it is told", || async {
+        gateway.log().contains("nothing is read again")
+    })
+    .await;
+    assert_eq!(gateway.get("/api/gateway/ping").await.status, 200);
 }
 
 #[test]
