@@ -8,6 +8,7 @@ use super::audit::{Recorder, Trail};
 use super::config::ApiConfig;
 use super::error::ApiError;
 use super::guard::{Caller, HostRules};
+use super::health::Readiness;
 use super::limits::Limits;
 use super::slow::SlowHashes;
 use crate::auth::Authenticator;
@@ -53,6 +54,7 @@ pub struct Inner {
     pub stopping: CancellationToken,
     pub hosts: HostRules,
     pub limits: Limits,
+    pub readiness: Readiness,
     /// Passwords and imported tokens.
     pub slow_hashes: SlowHashes,
     /// Signs list cursors; of this ledger, so that cursors outlive a restart.
@@ -76,6 +78,7 @@ impl App {
         App(Arc::new(Inner {
             hosts: HostRules::new(&parts.config),
             limits: Limits::new(&parts.config),
+            readiness: Readiness::default(),
             slow_hashes: SlowHashes::new(),
             cursor_key,
             audit: Recorder::new(parts.config.audit, parts.handle.clone()),

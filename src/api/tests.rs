@@ -769,3 +769,24 @@ async fn a_weaker_hash_is_renewed_at_the_next_login() {
     assert_eq!(after.era, before.era);
     assert_eq!(login("horse").await.status, 200);
 }
+
+/// Anybody may ask, and each asked the coordinator and read a whole table.
+#[tokio::test]
+async fn probes_share_what_one_of_them_found() {
+    let mut gateway = gateway();
+    assert_eq!(gateway.get("/readyz").await.status, 200);
+    gateway.coordinator.handle.stop();
+    let ended = std::mem::replace(
+        &mut gateway.coordinator.thread,
+        std::thread::spawn(|| Ok(())),
+    );
+    ended.join().unwrap().unwrap();
+    assert_eq!(gateway.get("/readyz").await.status, 200);
+    let noticed = async {
+        while gateway.get("/readyz").await.status != 503 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let noticed = tokio::time::timeout(Duration::from_secs(30), noticed);
+    noticed.await.expect("it is told after a second");
+}
