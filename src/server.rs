@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::seams::{InstanceTokens, LedgerSource, ToCoordinator};
 use self::transport::TransportError;
-use crate::api::limits::LimitConfig;
+use crate::api::limits::{LimitConfig, quarter};
 use crate::api::listen::ListenConfig;
 use crate::api::tls::Tls;
 use crate::api::{ApiConfig, App, Parts};
@@ -228,8 +228,11 @@ pub async fn serve(
 }
 
 fn listen_config(config: &Config, tls: Option<Tls>) -> ListenConfig {
+    let max_connections = usize::try_from(config.max_connections).unwrap_or(usize::MAX);
     ListenConfig {
-        max_connections: usize::try_from(config.max_connections).unwrap_or(usize::MAX),
+        max_connections,
+        // A trusted proxy brings everybody, and is asked to bound its own clients.
+        max_connections_per_peer: (config.trusted_proxies == 0).then(|| quarter(max_connections)),
         drain_timeout: REQUESTS_DRAIN,
         tls,
         ..ListenConfig::default()
@@ -538,6 +541,7 @@ fn limits(config: &Config) -> LimitConfig {
         address_per_minute: config.rate_limit_address,
         requests: size(config.max_requests),
         requests_per_user: count(config.max_requests_per_user),
+        requests_per_address: count(config.max_requests_per_address),
         streams: size(config.max_streams),
         streams_per_user: count(config.max_streams_per_user),
         are_admins_limited: config.limit_admins,

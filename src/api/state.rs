@@ -126,13 +126,29 @@ impl App {
         Ok(reply)
     }
 
-    /// A read that may visit many entries, away from the threads that serve connections.
+    /// A read that may visit many entries, away from the threads that serve connections. So many go on at once, those
+    /// included whose callers have left.
     pub async fn scan<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Ledger) -> Result<T, ReadError> + Send + 'static,
     ) -> Result<T, ApiError> {
+        let place = self.limits.scan().await;
+        self.scan_in(place, read).await
+    }
+
+    /// The same, for one that visits the whole ledger: it holds the caller's place among the streams to its end, and
+    /// none that short reads wait for.
+    pub async fn scan_in<T: Send + 'static>(
+        &self,
+        place: impl Send + 'static,
+        read: impl FnOnce(&Ledger) -> Result<T, ReadError> + Send + 'static,
+    ) -> Result<T, ApiError> {
         let ledger = self.ledger.clone();
-        match tokio::task::spawn_blocking(move || read(&ledger)).await {
+        let reading = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            read(&ledger)
+        });
+        match reading.await {
             Ok(read) => Ok(read?),
             Err(error) => {
                 tracing::error!(error = %error, "a read of the ledger did not end");
