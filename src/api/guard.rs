@@ -336,7 +336,9 @@ fn admit_work(
     Ok(())
 }
 
-/// Who sent a request. Whoever it is, is counted: users by themselves, all others by their address.
+/// Who sent a request. Whoever it is, is counted: users by themselves, all others by their address. Of an address that
+/// has used up its limit no signatures are checked, which is work, unless it is this machine's own: services here show
+/// signed tokens, and whoever else is here finds easier ways to take the processor.
 async fn identify(
     app: &App,
     headers: &HeaderMap,
@@ -345,6 +347,10 @@ async fn identify(
     arrival: &mut Arrival,
 ) -> Result<Caller, ApiError> {
     let at = now();
+    let (client, here) = (arrival.client, arrival.client.address.is_loopback());
+    if !here && app.auth.is_signed(headers) && app.limits.is_used_up(client, arrival.at) {
+        arrival.count(app.limits.of_address(client, arrival.at))?;
+    }
     let Some(principal) = authenticate(app, arrival.client, headers, at).await? else {
         arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
         return Err(unauthorized(path));
@@ -414,7 +420,7 @@ thread_local! {
 fn count(method: &Method, route: Option<&MatchedPath>, response: &Response, started: Instant) {
     let route = route.map_or("unmatched", |route| route.as_str());
     let method = match *method {
-        Method::GET | Method::POST | Method::PUT | Method::DELETE => method.clone(),
+        Method::GET | Method::POST | Method::PUT | Method::PATCH | Method::DELETE => method.clone(),
         // A caller may make up methods: they are counted as one.
         _ => Method::OPTIONS,
     };
@@ -440,6 +446,7 @@ fn counters(route: &str, method: &Method, status: u16) -> (Counter, Histogram) {
         Method::GET => "GET",
         Method::POST => "POST",
         Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
         Method::DELETE => "DELETE",
         _ => "other",
     };
