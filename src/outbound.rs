@@ -283,8 +283,11 @@ fn wrapped_v4(address: Ipv6Addr) -> Option<Ipv4Addr> {
 fn kind_v6(address: Ipv6Addr) -> Kind {
     match address.segments() {
         [0, 0, 0, 0, 0, 0, 0, 1] => Kind::Private,
-        // Amazon's metadata, in the middle of the private range.
-        [0xfd00, 0x0ec2, ..] => Kind::Special,
+        // Metadata of Amazon, Google, Oracle and Scaleway, in the middle of the private range.
+        [0xfd00, 0x0ec2, ..]
+        | [0xfd20, 0x00ce, 0, 0, 0, 0, 0, 0x0254]
+        | [0xfd00, 0x00c1, 0, 0, 0, 0, 0xa9fe, 0xa9fe]
+        | [0xfd00, 0x0042, 0, 0, 0, 0, 0, 0x0042] => Kind::Special,
         [first, ..] if first & 0xfe00 == 0xfc00 => Kind::Private,
         // Documentation; Teredo and other protocol assignments.
         [0x2001, 0x0db8, ..] => Kind::Special,

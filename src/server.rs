@@ -20,7 +20,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::seams::{InstanceTokens, LedgerSource, ToCoordinator};
 use self::transport::TransportError;
-use crate::api::limits::LimitConfig;
+use crate::api::limits::{LimitConfig, quarter};
 use crate::api::listen::ListenConfig;
 use crate::api::tls::Tls;
 use crate::api::{ApiConfig, App, Parts};
@@ -160,6 +160,7 @@ pub async fn serve(
 ) -> Result<(), ServeError> {
     let taken = |error: &ServeError| matches!(error, ServeError::PortTaken { .. });
     let tls = transport::tls(&config)?;
+    let reload = transport::reload_on_hangup(tls.clone())?;
     let listener = patiently(taken, || bind(config.listen)).await?;
     let addr = listener.local_addr().map_err(|source| ServeError::Listen {
         addr: config.listen,
@@ -181,10 +182,7 @@ pub async fn serve(
     let uses = Uses::load(&config.data_dir);
     core.tasks.spawn("token uses", keep_uses(uses.clone()));
     core.tasks.spawn("metrics", metrics.clone().keep_up());
-    if let Some(tls) = &tls {
-        let reload = transport::reload_on_hangup(tls.clone())?;
-        core.tasks.spawn("certificate", reload);
-    }
+    core.tasks.spawn("certificate", reload);
     let renewing = keep_keys_young(work.clone(), config.signing_key_max_age_ms);
     core.tasks.spawn("signing keys", renewing);
     core.begin(inventory.gpus).await;
@@ -230,8 +228,11 @@ pub async fn serve(
 }
 
 fn listen_config(config: &Config, tls: Option<Tls>) -> ListenConfig {
+    let max_connections = usize::try_from(config.max_connections).unwrap_or(usize::MAX);
     ListenConfig {
-        max_connections: usize::try_from(config.max_connections).unwrap_or(usize::MAX),
+        max_connections,
+        // A trusted proxy brings everybody, and is asked to bound its own clients.
+        max_connections_per_peer: (config.trusted_proxies == 0).then(|| quarter(max_connections)),
         drain_timeout: REQUESTS_DRAIN,
         tls,
         ..ListenConfig::default()
@@ -540,6 +541,7 @@ fn limits(config: &Config) -> LimitConfig {
         address_per_minute: config.rate_limit_address,
         requests: size(config.max_requests),
         requests_per_user: count(config.max_requests_per_user),
+        requests_per_address: count(config.max_requests_per_address),
         streams: size(config.max_streams),
         streams_per_user: count(config.max_streams_per_user),
         are_admins_limited: config.limit_admins,

@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 
 use super::error::{ApiError, ErrorCode, FieldError};
 use super::fields::Fields;
+use super::guard::Caller;
 use super::json;
 use super::state::App;
 
@@ -45,7 +46,7 @@ impl JsonBody {
 impl FromRequest<App> for JsonBody {
     type Rejection = ApiError;
     async fn from_request(request: Request, app: &App) -> Result<Self, ApiError> {
-        check_content_type(request.headers())?;
+        check_content_type(request.headers(), may_be_another_sites(&request))?;
         let limit = limit(&request, app.config.max_body_bytes);
         let bytes = read_body(request, app, limit).await?;
         if bytes.is_empty() {
@@ -82,7 +83,15 @@ fn limit(request: &Request, max_bytes: usize) -> usize {
     }
 }
 
-fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
+/// Whether a page of another site could have had a browser send this: a login, or what comes by a browser's session.
+fn may_be_another_sites(request: &Request) -> bool {
+    let caller = request.extensions().get::<Caller>();
+    caller.is_none_or(|caller| caller.principal.session.is_some())
+}
+
+/// A body is JSON and not compressed. Existing clients may leave it unsaid; where it counts, it is said: what a page
+/// sends elsewhere without asking first has another type or none (Fetch, "CORS-safelisted request-header").
+fn check_content_type(headers: &HeaderMap, is_to_be_said: bool) -> Result<(), ApiError> {
     let encoding = headers.get(header::CONTENT_ENCODING);
     if encoding.is_some_and(|encoding| encoding != "identity") {
         return Err(ApiError::new(
@@ -91,7 +100,13 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
         ));
     }
     let Some(value) = headers.get(header::CONTENT_TYPE) else {
-        return Ok(());
+        return match is_to_be_said {
+            true => Err(ApiError::new(
+                ErrorCode::UnsupportedMediaType,
+                "There is no Content-Type; send application/json",
+            )),
+            false => Ok(()),
+        };
     };
     let text = value.to_str().unwrap_or_default();
     let essence = text

@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher, Hash, RandomState};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rustc_hash::FxBuildHasher;
@@ -70,13 +70,25 @@ impl Buckets {
         }
     }
 
+    /// Whether `key`'s bucket is empty at `now`, so that the next request would be refused. Takes none.
+    pub fn is_empty(&self, key: &impl Hash, now: Instant) -> bool {
+        let now_ns = ns(now.saturating_duration_since(self.began));
+        let key = self.hasher.hash_one(key);
+        let full_at = self.shard(key).full_at(key);
+        full_at.saturating_sub(now_ns) + self.interval_ns > self.depth_ns
+    }
+
+    fn shard(&self, key: u64) -> MutexGuard<'_, Shard> {
+        let shard = &self.shards[key as usize % SHARDS];
+        // Nothing panics while it is held.
+        shard.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes one request out of `key`'s bucket at `now`, unless it is empty.
     pub fn take(&self, key: &impl Hash, now: Instant) -> Level {
         let now_ns = ns(now.saturating_duration_since(self.began));
         let key = self.hasher.hash_one(key);
-        let shard = &self.shards[key as usize % SHARDS];
-        // Nothing panics while it is held.
-        let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut shard = self.shard(key);
         let full_at = shard.bucket(key, now_ns);
         let mut fills_in = full_at.saturating_sub(now_ns) + self.interval_ns;
         let retry_after_s = match fills_in.checked_sub(self.depth_ns) {
@@ -98,6 +110,15 @@ impl Buckets {
 }
 
 impl Shard {
+    /// When a key's bucket will be full; in the past when it is.
+    fn full_at(&self, key: u64) -> u64 {
+        match self.full_at.get(&key) {
+            Some(full_at) => *full_at,
+            None if self.full_at.len() >= MAX_BUCKETS => self.rest_full_at,
+            None => 0,
+        }
+    }
+
     /// Where it is kept when a key's bucket will be full.
     fn bucket(&mut self, key: u64, now_ns: u64) -> &mut u64 {
         let is_new = !self.full_at.contains_key(&key);
@@ -133,6 +154,9 @@ mod tests {
             let level = buckets.take(&"a", after(&buckets, 0));
             assert_eq!((level.remaining, level.retry_after_s), (left, None));
         }
+        assert!(buckets.is_empty(&"a", after(&buckets, 999)));
+        assert!(!buckets.is_empty(&"a", after(&buckets, 1_000)));
+        assert!(!buckets.is_empty(&"b", after(&buckets, 0)));
         let level = buckets.take(&"a", after(&buckets, 0));
         assert_eq!(
             level,

@@ -37,28 +37,39 @@ impl Client {
 
     /// Reads it off a request. Each proxy appends whom it was called by, so that of `X-Forwarded-For` the entry
     /// `trusted_proxies` from the right is the last that a trusted one has written; with 0 the header means nothing.
+    /// With fewer entries the request came past some proxy, and whose word the entries are is unknown: the other end
+    /// of the connection counts, which nobody can choose.
+    ///
+    /// Of `X-Forwarded-Proto`, which proxies replace as often as they append, the last such entry counts: who claims
+    /// https gets cookies that its own browser keeps to https, and nothing else.
     pub fn of(extensions: &Extensions, headers: &HeaderMap, trusted_proxies: usize) -> Client {
         let Some(connection) = extensions.get::<Connection>() else {
             return Client::UNKNOWN;
         };
-        let forwarded = |name| hop(headers, name, trusted_proxies);
-        let address = forwarded(FORWARDED_FOR).and_then(address_of);
-        let proto = forwarded(FORWARDED_PROTO);
+        let hop = trusted_proxies.checked_sub(1);
+        let forwarded_for = hop.and_then(|hop| entries(headers, FORWARDED_FOR).nth(hop));
+        let address = forwarded_for.and_then(address_of);
+        let protos = entries(headers, FORWARDED_PROTO).take(trusted_proxies);
+        let proto = protos.last();
         Client {
             address: address.unwrap_or(connection.peer).to_canonical(),
             is_https: proto.map_or(connection.is_tls, |proto| {
-                proto.eq_ignore_ascii_case("https")
+                proto.eq_ignore_ascii_case(b"https")
             }),
         }
     }
 
-    /// What is counted together when requests of an address are counted: of IPv6 the /64, which one customer has
-    /// whole.
+    /// What its requests are counted by.
     pub fn network(&self) -> IpAddr {
-        match self.address {
-            IpAddr::V4(address) => IpAddr::V4(address),
-            IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
-        }
+        network(self.address)
+    }
+}
+
+/// What is counted together when something of an address is counted: of IPv6 the /64, which one customer has whole.
+pub fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => IpAddr::V4(address),
+        IpAddr::V6(address) => IpAddr::V6(Ipv6Addr::from_bits(address.to_bits() >> 64 << 64)),
     }
 }
 
@@ -84,19 +95,18 @@ impl<S: Sync> FromRequestParts<S> for Client {
     }
 }
 
-/// The entry `number` from the right of a header's list, or the leftmost when there are fewer: then some proxies
-/// were passed by, and the rest have written all of it.
-fn hop<'a>(headers: &'a HeaderMap, name: &str, number: usize) -> Option<&'a str> {
+/// The entries of a header's list from the right. They are taken apart as bytes: what a client has written into one is
+/// no reason not to read the others.
+fn entries<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a [u8]> {
     let lines = headers.get_all(name).iter().rev();
     lines
-        .flat_map(|line| line.to_str().unwrap_or_default().rsplit(','))
-        .take(number)
-        .last()
-        .map(str::trim)
+        .flat_map(|line| line.as_bytes().rsplit(|byte| *byte == b','))
+        .map(<[u8]>::trim_ascii)
 }
 
 /// An address, with or without a port.
-fn address_of(text: &str) -> Option<IpAddr> {
+fn address_of(entry: &[u8]) -> Option<IpAddr> {
+    let text = std::str::from_utf8(entry).ok()?;
     let bracketed = text.strip_prefix('[').and_then(|text| text.split_once(']'));
     if let Some((inside, _)) = bracketed {
         return inside.parse::<Ipv6Addr>().ok().map(IpAddr::V6);
@@ -134,7 +144,9 @@ mod tests {
             (1, "2.2.2.2"),
             (2, "1.1.1.1"),
             (3, "6.6.6.6"),
-            (9, "6.6.6.6"),
+            // It came past some of them.
+            (4, "10.0.0.9"),
+            (9, "10.0.0.9"),
         ] {
             let address = client(false, trusted, chain).address;
             assert_eq!(address.to_string(), expected, "{trusted} trusted");
@@ -153,6 +165,8 @@ mod tests {
             ("1.1.1.1, ", "10.0.0.9"),
             ("localhost:1", "10.0.0.9"),
             ("\u{e9}", "10.0.0.9"),
+            ("\u{e9}\u{ff}, 1.2.3.4", "1.2.3.4"),
+            ("6.6.6.6, \u{e9}", "10.0.0.9"),
         ] {
             let address = client(false, 1, &[(FORWARDED_FOR, entry)]).address;
             assert_eq!(address.to_string(), expected, "{entry}");
@@ -166,6 +180,7 @@ mod tests {
         assert!(!client(false, 0, said).is_https);
         assert!(client(false, 1, said).is_https);
         assert!(!client(false, 1, &[(FORWARDED_PROTO, "https, http")]).is_https);
+        assert!(client(false, 2, said).is_https);
         assert!(!client(true, 1, &[(FORWARDED_PROTO, "http")]).is_https);
         assert!(client(true, 0, &[]).is_https && client(true, 1, &[]).is_https);
         assert_eq!(

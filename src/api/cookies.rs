@@ -48,12 +48,13 @@ pub fn names(client: Client, headers: &HeaderMap) -> Result<Names, ApiError> {
     }
 }
 
-/// The secret that a request shows: by header, or by cookie.
+/// The secret that a request shows: by header, or by cookie; where there are sessions.
 pub fn secret(client: Client, headers: &HeaderMap) -> Option<String> {
+    let names = names(client, headers).ok()?;
     if let Some(shown) = headers.get(SESSION_HEADER) {
         return shown.to_str().ok().map(str::to_owned);
     }
-    named(headers, names(client, headers).ok()?.session)
+    named(headers, names.session)
 }
 
 /// The value of a cookie. Of two of the same name somebody else may have set one: then none counts.
@@ -135,6 +136,11 @@ mod tests {
         assert_eq!(shown(false, &[("host", "gpu.example"), plain]), None);
         let header = ("x-abstractgateway-session", "s3");
         assert_eq!(shown(false, &[host, plain, header]).unwrap(), "s3");
+        assert_eq!(
+            shown(true, &[("host", "gpu.example"), header]).unwrap(),
+            "s3"
+        );
+        assert_eq!(shown(false, &[("host", "gpu.example"), header]), None);
     }
 
     #[test]

@@ -24,7 +24,8 @@ use super::config::ApiConfig;
 use super::csrf;
 use super::error::{ApiError, ErrorCode};
 use super::headers::harden;
-use super::limits::{Standing, Turn};
+use super::held;
+use super::limits::{Place, Standing};
 use super::linger::linger;
 use super::state::App;
 use super::work;
@@ -244,13 +245,13 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
     let path = request.uri().path().to_owned();
     let method = request.method().clone();
     let route = request.extensions().get::<MatchedPath>().cloned();
-    let response = match admit(&app, &mut request, &mut arrival).await {
-        Ok(_turn) => next.run(request).await,
+    let (response, turn) = match admit(&app, &mut request, &mut arrival).await {
+        Ok(turn) => (next.run(request).await, turn),
         Err(error) => {
             if let Some(trail) = &mut arrival.trail {
                 trail.shown(app.auth.fingerprint(request.headers()));
             }
-            axum::response::IntoResponse::into_response(error)
+            (axum::response::IntoResponse::into_response(error), None)
         }
     };
     let response = match &arrival.trail {
@@ -263,21 +264,27 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
     };
     let response = finish(response, &arrival, &path);
     count(&method, route.as_ref(), &response, arrival.at);
-    response
+    match turn {
+        Some(turn) => held::until_sent(response, turn),
+        None => response,
+    }
 }
 
-/// Lets a request in, or says why not. The turn bounds the work at once; held until there is an answer. Probes need
-/// none.
-async fn admit<'a>(
-    app: &'a App,
+/// Lets a request in, or says why not. The turn bounds the work at once; held until there is an answer, and as long as
+/// a large one is in memory. Probes need none.
+async fn admit(
+    app: &App,
     request: &mut Request,
     arrival: &mut Arrival,
-) -> Result<Option<Turn<'a>>, ApiError> {
+) -> Result<Option<Place>, ApiError> {
     let access = access(request.uri().path());
     if access == Access::Probe {
         return Ok(None);
     }
-    app.hosts.check(request.uri(), request.headers())?;
+    if let Err(foreign) = app.hosts.check(request.uri(), request.headers()) {
+        arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
+        return Err(foreign);
+    }
     let (method, route) = (
         request.method().clone(),
         request.extensions().get::<MatchedPath>().cloned(),
@@ -304,7 +311,8 @@ async fn admit<'a>(
     if let (Some(principal), Some(need), Some(route)) = (principal, need, route) {
         check(need, principal, &method, route)?;
     }
-    app.limits.turn(principal, &method, route).await.map(Some)
+    let turn = app.limits.turn(principal, arrival.client, &method, route);
+    turn.await.map(Some)
 }
 
 /// Lets the work of a run in to what it may do, as the plane that the run is in.
@@ -329,7 +337,9 @@ fn admit_work(
     Ok(())
 }
 
-/// Who sent a request. Whoever it is, is counted: users by themselves, all others by their address.
+/// Who sent a request. Whoever it is, is counted: users by themselves, all others by their address. Of an address that
+/// has used up its limit no signatures are checked, which is work, unless it is this machine's own: services here show
+/// signed tokens, and whoever else is here finds easier ways to take the processor.
 async fn identify(
     app: &App,
     headers: &HeaderMap,
@@ -338,6 +348,10 @@ async fn identify(
     arrival: &mut Arrival,
 ) -> Result<Caller, ApiError> {
     let at = now();
+    let (client, here) = (arrival.client, arrival.client.address.is_loopback());
+    if !here && app.auth.is_signed(headers) && app.limits.is_used_up(client, arrival.at) {
+        arrival.count(app.limits.of_address(client, arrival.at))?;
+    }
     let Some(principal) = authenticate(app, arrival.client, headers, at).await? else {
         arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
         return Err(unauthorized(path));
@@ -407,7 +421,7 @@ thread_local! {
 fn count(method: &Method, route: Option<&MatchedPath>, response: &Response, started: Instant) {
     let route = route.map_or("unmatched", |route| route.as_str());
     let method = match *method {
-        Method::GET | Method::POST | Method::PUT | Method::DELETE => method.clone(),
+        Method::GET | Method::POST | Method::PUT | Method::PATCH | Method::DELETE => method.clone(),
         // A caller may make up methods: they are counted as one.
         _ => Method::OPTIONS,
     };
@@ -433,6 +447,7 @@ fn counters(route: &str, method: &Method, status: u16) -> (Counter, Histogram) {
         Method::GET => "GET",
         Method::POST => "POST",
         Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
         Method::DELETE => "DELETE",
         _ => "other",
     };

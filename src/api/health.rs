@@ -1,10 +1,13 @@
 //! Whether the gateway lives and is ready, in the forms that clients and orchestrators ask for.
 
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use futures_util::FutureExt;
+use futures_util::future::{BoxFuture, Shared};
 use http::StatusCode;
 use serde_json::{Value, json};
 use utoipa_axum::router::OpenApiRouter;
@@ -14,9 +17,60 @@ use super::guard::Caller;
 use super::query::Query;
 use super::state::App;
 use crate::clock::now;
+use crate::coordinator::Handle;
+use crate::ledger::Ledger;
 
 /// How long the coordinator may take to answer before the gateway counts as not ready.
 const READY_WAIT: Duration = Duration::from_secs(2);
+
+/// How long what was found is told to further probes: anybody may ask as often as it likes.
+const READY_FRESH: Duration = Duration::from_secs(1);
+
+/// What the ledger and the coordinator say.
+#[derive(Clone, Copy)]
+struct Checks {
+    reads: bool,
+    decides: bool,
+}
+
+/// What was found by the last look, or will be: one look at a time, for all who ask meanwhile.
+#[derive(Default)]
+pub struct Readiness {
+    last: Mutex<Option<Look>>,
+}
+
+struct Look {
+    began: Instant,
+    found: Shared<BoxFuture<'static, Checks>>,
+}
+
+impl Readiness {
+    fn look(&self, app: &App) -> Shared<BoxFuture<'static, Checks>> {
+        // Nothing panics while it is held.
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*last {
+            Some(look) if look.began.elapsed() < READY_FRESH => look.found.clone(),
+            _ => {
+                let found = check(app.ledger.clone(), app.handle.clone());
+                let found = found.boxed().shared();
+                *last = Some(Look {
+                    began: Instant::now(),
+                    found: found.clone(),
+                });
+                found
+            }
+        }
+    }
+}
+
+async fn check(ledger: Ledger, handle: Handle) -> Checks {
+    let decides = tokio::time::timeout(READY_WAIT, handle.queue_stats());
+    Checks {
+        // One entry of one table.
+        reads: ledger.admits("default").is_ok(),
+        decides: matches!(decides.await, Ok(Ok(_))),
+    }
+}
 
 /// The open routes of this file, at the root.
 pub fn open_router() -> OpenApiRouter<App> {
@@ -54,18 +108,18 @@ async fn livez() -> &'static str {
     "ok\n"
 }
 
-/// Say whether the gateway takes work: 503 while it stops or cannot write.
+/// Say whether the gateway takes work: 503 while it stops or cannot write. What it found holds for a second.
 #[utoipa::path(get, path = "/readyz", tag = "health", security(()),
     params(("verbose" = Option<bool>, Query, description = "Each check on a line")),
     responses((status = 200, body = String, example = "ok"), (status = 503, body = String)))]
 async fn readyz(State(app): State<App>, query: Query) -> Response {
     let verbose = query.boolean("verbose").unwrap_or(false);
     drop(query);
-    let coordinator = tokio::time::timeout(READY_WAIT, app.handle.queue_stats());
+    let Checks { reads, decides } = app.readiness.look(&app).await;
     let checks = [
         ("serving", !app.stopping.is_cancelled()),
-        ("ledger", app.ledger.planes().is_ok()),
-        ("coordinator", matches!(coordinator.await, Ok(Ok(_)))),
+        ("ledger", reads),
+        ("coordinator", decides),
     ];
     let ready = checks.iter().all(|(_, good)| *good);
     let mut text = String::new();

@@ -50,9 +50,9 @@ pub fn router() -> OpenApiRouter<App> {
     "ok": true, "records": 1204, "purged": 0, "runs": 96, "commands": 12, "services": 2, "tail_seq": 1204, "tail_hash": "9b1f…"
 }))))]
 async fn verify(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
-    let _place = app.limits.stream(&caller.principal)?;
-    let verified = app.scan(|ledger| Ok(ledger.verify(&mut |_| {}))).await?;
-    Ok(Json(match verified {
+    let place = app.limits.stream(&caller.principal)?;
+    let verified = app.scan_in(place, |ledger| Ok(ledger.verify(&mut |_| {})));
+    Ok(Json(match verified.await? {
         Ok(verified) => {
             let mut answer = json!(verified);
             answer["ok"] = true.into();
@@ -70,9 +70,9 @@ async fn verify(State(app): State<App>, caller: Caller) -> Result<Json<Value>, A
     "records": 1204, "events": {"job_queued": 96}, "runs": 96, "record_bytes": 310220, "tail_seq": 1204
 }))))]
 async fn stats(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
-    let _place = app.limits.stream(&caller.principal)?;
-    let stats = app.scan(|ledger| ledger.stats()).await?;
-    Ok(Json(json!(stats)))
+    let place = app.limits.stream(&caller.principal)?;
+    let stats = app.scan_in(place, |ledger| ledger.stats());
+    Ok(Json(json!(stats.await?)))
 }
 
 /// Sign the ledger's head.

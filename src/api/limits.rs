@@ -1,6 +1,7 @@
 //! How much callers may ask of the gateway: requests a minute, requests at once, streams at once; each user by
-//! itself, all together, and whoever shows no valid credentials by its address. Administrators are held to the common
-//! bounds only, unless a setting says otherwise.
+//! itself, all together, and whoever shows no valid credentials by its address. Those have turns of their own, so that
+//! they never take one from who is known. Administrators are held to the common bounds only, unless a setting says
+//! otherwise.
 //!
 //! Told as `RateLimit` and `RateLimit-Policy` (draft-ietf-httpapi-ratelimit-headers-10) and `Retry-After`.
 
@@ -8,7 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use http::{HeaderMap, HeaderName, HeaderValue, Method};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, SemaphorePermit};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::buckets::{Buckets, Level, WINDOW_S};
 use super::client::Client;
@@ -28,6 +29,14 @@ const TURN_WAIT: Duration = Duration::from_millis(10);
 /// turn from the short ones; each looks at every commit.
 const MAX_WAITING: usize = 256;
 
+/// Reads of many entries at once. Each has a thread and up to some MiB, and goes on when its caller has left.
+const MAX_SCANS: usize = 32;
+
+/// The most of a common bound that one may have, where no setting says it.
+pub fn quarter(of: usize) -> u32 {
+    u32::try_from(of / 4).unwrap_or(u32::MAX).max(1)
+}
+
 /// What the settings allow.
 #[derive(Clone, Debug)]
 pub struct LimitConfig {
@@ -39,6 +48,8 @@ pub struct LimitConfig {
     pub requests: usize,
     /// Those of one user.
     pub requests_per_user: u32,
+    /// Those from one address that show no credentials; a quarter of `requests` at most.
+    pub requests_per_address: u32,
     /// Open streams; each costs a connection and under 16 KiB.
     pub streams: usize,
     /// Those of one user.
@@ -53,9 +64,10 @@ impl Default for LimitConfig {
             user_per_minute: 60_000,
             address_per_minute: 6_000,
             requests: 1_024,
-            requests_per_user: 512,
+            requests_per_user: 256,
+            requests_per_address: 16,
             streams: 2_048,
-            streams_per_user: 1_024,
+            streams_per_user: 512,
             are_admins_limited: false,
         }
     }
@@ -66,11 +78,19 @@ pub struct Limits {
     users: Option<Rate>,
     addresses: Option<Rate>,
     are_admins_limited: bool,
-    requests: Semaphore,
-    waiting: Semaphore,
-    streams: Arc<Semaphore>,
-    requests_of: Arc<Shares>,
-    streams_of: Arc<Shares>,
+    /// Of those who are known.
+    requests: Bound,
+    /// Of those who show no credentials, on routes that ask for none.
+    open: Bound,
+    waiting: Bound,
+    streams: Bound,
+    scans: Arc<Semaphore>,
+}
+
+/// A bound on what goes on at once: of all together, and of each.
+struct Bound {
+    common: Arc<Semaphore>,
+    each: Arc<Shares>,
 }
 
 /// One rate limit.
@@ -87,16 +107,19 @@ pub struct Standing {
     level: Level,
 }
 
-/// A request's permit to be worked on.
-pub struct Turn<'a> {
-    _common: SemaphorePermit<'a>,
+/// A place within a bound: a request's turn, or one among the open streams. Free again when dropped.
+pub struct Place {
+    _common: OwnedSemaphorePermit,
     _own: Option<Share>,
 }
 
-/// A place among the open streams.
-pub struct StreamPlace {
-    _common: OwnedSemaphorePermit,
-    _own: Option<Share>,
+impl Bound {
+    fn new(common: usize, each: u32) -> Bound {
+        Bound {
+            common: Arc::new(Semaphore::new(common.min(Semaphore::MAX_PERMITS))),
+            each: Shares::new(each),
+        }
+    }
 }
 
 impl Limits {
@@ -106,11 +129,14 @@ impl Limits {
             users: Rate::new("user", config.user_per_minute),
             addresses: Rate::new("address", config.address_per_minute),
             are_admins_limited: config.are_admins_limited,
-            requests: Semaphore::new(config.requests.min(Semaphore::MAX_PERMITS)),
-            waiting: Semaphore::new(MAX_WAITING),
-            streams: Arc::new(Semaphore::new(config.streams.min(Semaphore::MAX_PERMITS))),
-            requests_of: Shares::new(config.requests_per_user),
-            streams_of: Shares::new(config.streams_per_user),
+            requests: Bound::new(config.requests, config.requests_per_user),
+            open: Bound::new(
+                config.requests,
+                config.requests_per_address.min(quarter(config.requests)),
+            ),
+            waiting: Bound::new(MAX_WAITING, quarter(MAX_WAITING)),
+            streams: Bound::new(config.streams, config.streams_per_user),
+            scans: Arc::new(Semaphore::new(MAX_SCANS)),
         }
     }
 
@@ -126,6 +152,12 @@ impl Limits {
         Some(rate.take(rate.buckets.take(&client.network(), now)))
     }
 
+    /// Whether requests of an address without valid credentials are refused by now.
+    pub fn is_used_up(&self, client: Client, now: Instant) -> bool {
+        let rate = self.addresses.as_ref();
+        rate.is_some_and(|rate| rate.buckets.is_empty(&client.network(), now))
+    }
+
     /// A turn for a request, or 429.
     ///
     /// # Errors
@@ -133,25 +165,41 @@ impl Limits {
     pub async fn turn(
         &self,
         caller: Option<&Principal>,
+        client: Client,
         method: &Method,
         route: Option<&str>,
-    ) -> Result<Turn<'_>, ApiError> {
-        let own = self.share(&self.requests_of, caller).ok_or_else(|| {
-            too_many(ErrorCode::TooManyRequests, "concurrency limit of this user")
-        })?;
-        let places = match route.is_some_and(|route| waits(method, route)) {
-            true => &self.waiting,
-            false => &self.requests,
+    ) -> Result<Place, ApiError> {
+        let too_many = |why| too_many(ErrorCode::TooManyRequests, why);
+        let (bound, own) = match caller {
+            None => {
+                let own = self.open.each.take(&client.network());
+                let own = own.ok_or_else(|| too_many("concurrency limit of this address"))?;
+                (&self.open, Some(own))
+            }
+            Some(caller) => {
+                let bound = match route.is_some_and(|route| waits(method, route)) {
+                    true => &self.waiting,
+                    false => &self.requests,
+                };
+                let own = self.share(bound, caller);
+                (
+                    bound,
+                    own.ok_or_else(|| too_many("concurrency limit of this user"))?,
+                )
+            }
         };
-        let common = match places.try_acquire() {
+        let common = match Arc::clone(&bound.common).try_acquire_owned() {
             Ok(place) => place,
             // A timer is armed only by those who have to wait.
-            Err(_) => match tokio::time::timeout(TURN_WAIT, places.acquire()).await {
-                Ok(Ok(place)) => place,
-                _ => return Err(too_many(ErrorCode::TooManyRequests, "concurrency limit")),
-            },
+            Err(_) => {
+                let place = Arc::clone(&bound.common).acquire_owned();
+                match tokio::time::timeout(TURN_WAIT, place).await {
+                    Ok(Ok(place)) => place,
+                    _ => return Err(too_many("concurrency limit")),
+                }
+            }
         };
-        Ok(Turn {
+        Ok(Place {
             _common: common,
             _own: own,
         })
@@ -161,23 +209,29 @@ impl Limits {
     ///
     /// # Errors
     /// The caller, or all callers together, have too many streams open.
-    pub fn stream(&self, caller: &Principal) -> Result<StreamPlace, ApiError> {
+    pub fn stream(&self, caller: &Principal) -> Result<Place, ApiError> {
+        let too_many = |why| too_many(ErrorCode::TooManyStreams, why);
         let own = self
-            .share(&self.streams_of, Some(caller))
-            .ok_or_else(|| too_many(ErrorCode::TooManyStreams, "concurrency limit of this user"))?;
-        let common = Arc::clone(&self.streams).try_acquire_owned();
-        Ok(StreamPlace {
-            _common: common
-                .map_err(|_| too_many(ErrorCode::TooManyStreams, "concurrency limit"))?,
+            .share(&self.streams, caller)
+            .ok_or_else(|| too_many("concurrency limit of this user"))?;
+        let common = Arc::clone(&self.streams.common).try_acquire_owned();
+        Ok(Place {
+            _common: common.map_err(|_| too_many("concurrency limit"))?,
             _own: own,
         })
     }
 
+    /// A place for a read of many entries, once there is one. The read holds it, not its request, which may go away.
+    pub async fn scan(&self) -> Option<OwnedSemaphorePermit> {
+        // It is never closed.
+        Arc::clone(&self.scans).acquire_owned().await.ok()
+    }
+
     /// The caller's own share, which those have who are limited; `None` when it is used up.
-    fn share(&self, of: &Arc<Shares>, caller: Option<&Principal>) -> Option<Option<Share>> {
-        match caller.filter(|caller| self.holds_for(caller)) {
-            Some(caller) => of.take(&caller.user).map(Some),
-            None => Some(None),
+    fn share(&self, of: &Bound, caller: &Principal) -> Option<Option<Share>> {
+        match self.holds_for(caller) {
+            true => of.each.take(&caller.user).map(Some),
+            false => Some(None),
         }
     }
 

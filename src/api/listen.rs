@@ -19,7 +19,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
-use super::client::Connection;
+use super::client::{Connection, network};
+use super::shares::Shares;
 use super::tls::Tls;
 
 /// Bounds of the server loop.
@@ -27,6 +28,9 @@ use super::tls::Tls;
 pub struct ListenConfig {
     /// Open connections; more wait in the kernel's queue. Streams are most of them.
     pub max_connections: usize,
+    /// Those of one peer's network; more are closed at once, so that nobody alone keeps all others waiting. `None` where
+    /// a proxy brings everybody.
+    pub max_connections_per_peer: Option<u32>,
     /// The certificate to show; `None` for plain http.
     pub tls: Option<Tls>,
     /// How long agreeing on TLS and the header of a request may take each, and how long an idle connection is kept.
@@ -42,6 +46,7 @@ impl Default for ListenConfig {
     fn default() -> Self {
         Self {
             max_connections: 4_096,
+            max_connections_per_peer: None,
             tls: None,
             header_timeout: Duration::from_secs(15),
             stall_timeout: Duration::from_secs(120),
@@ -67,6 +72,7 @@ pub async fn serve(
     stopping: CancellationToken,
 ) {
     let places = Arc::new(Semaphore::new(config.max_connections));
+    let of_peers = config.max_connections_per_peer.map(Shares::new);
     let connections = TaskTracker::new();
     loop {
         let accepted = tokio::select! {
@@ -82,12 +88,22 @@ pub async fn serve(
                 continue;
             }
         };
+        let share = match &of_peers {
+            Some(of_peers) => match of_peers.take(&network(peer.ip())) {
+                Some(share) => Some(share),
+                None => {
+                    metrics::counter!("rungate_http_connections_refused_total").increment(1);
+                    continue;
+                }
+            },
+            None => None,
+        };
         let (router, config, stopping) = (router.clone(), config.clone(), stopping.clone());
         connections.spawn(async move {
             metrics::gauge!("rungate_http_connections").increment(1.0);
             secure_and_serve(stream, peer.ip(), router, config, stopping).await;
             metrics::gauge!("rungate_http_connections").decrement(1.0);
-            drop(place);
+            drop((place, share));
         });
     }
     drop(listener);

@@ -43,6 +43,7 @@ mod gpu;
 mod guard;
 mod headers;
 mod health;
+mod held;
 mod idempotency;
 mod job;
 mod json;

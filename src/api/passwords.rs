@@ -7,7 +7,6 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
-use super::client::Client;
 use super::error::{ApiError, ErrorCode};
 use super::fields::Fields;
 use super::guard::Caller;
@@ -17,6 +16,7 @@ use super::session::throttled;
 use super::state::App;
 use super::users::{find, may_grant, named, submit};
 use crate::auth::password::{MAX_CHARS, MIN_CHARS, Verdict};
+use crate::auth::throttle::Trying;
 use crate::domain::identity::{IdentityCommand, PasswordHash};
 
 /// Longest password of `MAX_CHARS` characters, in bytes.
@@ -53,7 +53,6 @@ fn read_new(fields: &Fields) -> Option<String> {
 async fn set_own(
     State(app): State<App>,
     caller: Caller,
-    client: Client,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let (current, password) = {
@@ -71,7 +70,7 @@ async fn set_own(
     let owner = app.ledger.session_owner(key, None)?;
     let kept = owner.and_then(|owner| owner.password);
     if let Some(kept) = &kept {
-        prove_current(&app, &caller, client, current, kept).await?;
+        prove_current(&app, &caller, current, kept).await?;
     }
     let command = IdentityCommand::SetPassword {
         key: key.clone(),
@@ -82,16 +81,25 @@ async fn set_own(
     Ok(Json(json!({"ok": true})))
 }
 
-/// Throttled like a login: who has come by a session must not get at the password through it.
+/// Throttled, since who has come by a session must not get at the password through it; but by itself, so that nobody
+/// who is not in can keep others from changing theirs.
 async fn prove_current(
     app: &App,
     caller: &Caller,
-    client: Client,
     current: Option<String>,
     kept: &PasswordHash,
 ) -> Result<(), ApiError> {
-    let (key, network) = (&caller.principal.user, client.network());
-    let attempt = app.logins.throttle.begin(key, network, caller.at);
+    let principal = &caller.principal;
+    let by = match (&principal.session, &principal.token) {
+        (Some(live), _) => live.digest.to_vec(),
+        (None, Some(key)) => format!("token {} of {}", key.token, key.owner).into_bytes(),
+        (None, None) => format!("sign-on of {}", principal.user).into_bytes(),
+    };
+    let trying = Trying::Current {
+        account: &principal.user,
+        by: &by,
+    };
+    let attempt = app.logins.throttle.begin(trying, caller.at);
     let attempt = attempt.map_err(throttled)?;
     let current = current.unwrap_or_default();
     match check(app, &current, Some(kept.clone())).await {

@@ -17,7 +17,7 @@ use super::authenticate::Watch;
 use super::body::PathOf;
 use super::error::ApiError;
 use super::guard::Caller;
-use super::limits::StreamPlace;
+use super::limits::Place;
 use super::query::Query;
 use super::services::find;
 use super::sse;
@@ -95,7 +95,7 @@ fn unreadable(error: &LogError) -> ApiError {
 
 fn stream(
     app: App,
-    place: StreamPlace,
+    place: Place,
     service: &ServiceName,
     tail: usize,
     mut watch: Watch,

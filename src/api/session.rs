@@ -24,7 +24,7 @@ use super::tokens::described;
 use super::users::MAX_ID_CHARS;
 use crate::auth::password::MAX_CHARS;
 use crate::auth::session::Login;
-use crate::auth::throttle::{Attempt, Locked};
+use crate::auth::throttle::{Attempt, Locked, Trying};
 use crate::clock::now;
 use crate::domain::identity::{UserKey, sanitised};
 use crate::domain::time::Timestamp;
@@ -98,6 +98,9 @@ async fn login(
         }
     };
     attempt.succeeded();
+    let proven_to_be = &proven.principal.user;
+    let throttle = &app.logins.throttle;
+    throttle.note_home(proven_to_be, client.network(), at);
     counter!("rungate_logins_total", "outcome" => "right").increment(1);
     let agent = headers.get(header::USER_AGENT);
     let login = Login {
@@ -188,8 +191,15 @@ fn begin(app: &App, client: Client, asked: &Asked, at: Timestamp) -> Result<Atte
         tenant: tenant.unwrap_or(SmolStr::new_static("default")),
         user: asked.user.clone(),
     };
-    let begun = app.logins.throttle.begin(&account, client.network(), at);
-    begun.map_err(throttled)
+    let network = client.network();
+    let trying = match &asked.proof {
+        Proof::Password(_) => Trying::Password {
+            account: &account,
+            network,
+        },
+        Proof::Token(_) => Trying::Token { network },
+    };
+    app.logins.throttle.begin(trying, at).map_err(throttled)
 }
 
 /// 429 for who failed too often.

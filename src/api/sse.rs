@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use super::authenticate::Watch;
 use super::error::ApiError;
-use super::limits::StreamPlace;
+use super::limits::Place;
 use super::query::Query;
 use super::state::App;
 use crate::domain::ids::{PlaneId, RunId};
@@ -125,7 +125,7 @@ const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
 /// The stream of a source from a position on. It ends soon after its reader may read it no more.
 pub fn stream(
     app: App,
-    place: StreamPlace,
+    place: Place,
     source: Source,
     resume: Resume,
     mut watch: Watch,

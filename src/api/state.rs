@@ -8,6 +8,7 @@ use super::audit::{Recorder, Trail};
 use super::config::ApiConfig;
 use super::error::ApiError;
 use super::guard::{Caller, HostRules};
+use super::health::Readiness;
 use super::limits::Limits;
 use super::slow::SlowHashes;
 use crate::auth::Authenticator;
@@ -53,6 +54,7 @@ pub struct Inner {
     pub stopping: CancellationToken,
     pub hosts: HostRules,
     pub limits: Limits,
+    pub readiness: Readiness,
     /// Passwords and imported tokens.
     pub slow_hashes: SlowHashes,
     /// Signs list cursors; of this ledger, so that cursors outlive a restart.
@@ -76,6 +78,7 @@ impl App {
         App(Arc::new(Inner {
             hosts: HostRules::new(&parts.config),
             limits: Limits::new(&parts.config),
+            readiness: Readiness::default(),
             slow_hashes: SlowHashes::new(),
             cursor_key,
             audit: Recorder::new(parts.config.audit, parts.handle.clone()),
@@ -131,13 +134,29 @@ impl App {
         }
     }
 
-    /// A read that may visit many entries, away from the threads that serve connections.
+    /// A read that may visit many entries, away from the threads that serve connections. So many go on at once, those
+    /// included whose callers have left.
     pub async fn scan<T: Send + 'static>(
         &self,
         read: impl FnOnce(&Ledger) -> Result<T, ReadError> + Send + 'static,
     ) -> Result<T, ApiError> {
+        let place = self.limits.scan().await;
+        self.scan_in(place, read).await
+    }
+
+    /// The same, for one that visits the whole ledger: it holds the caller's place among the streams to its end, and
+    /// none that short reads wait for.
+    pub async fn scan_in<T: Send + 'static>(
+        &self,
+        place: impl Send + 'static,
+        read: impl FnOnce(&Ledger) -> Result<T, ReadError> + Send + 'static,
+    ) -> Result<T, ApiError> {
         let ledger = self.ledger.clone();
-        match tokio::task::spawn_blocking(move || read(&ledger)).await {
+        let reading = tokio::task::spawn_blocking(move || {
+            let _place = place;
+            read(&ledger)
+        });
+        match reading.await {
             Ok(read) => Ok(read?),
             Err(error) => {
                 tracing::error!(error = %error, "a read of the ledger did not end");

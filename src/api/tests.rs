@@ -37,6 +37,7 @@ const TOKEN: &str = "rgt_admin_for_tests_only";
 /// A gateway's HTTP side over a fresh ledger.
 struct Gateway {
     router: Router,
+    app: App,
     ledger: Ledger,
     handle: coordinator::Handle,
     logins: Logins,
@@ -82,7 +83,8 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         stopping: stopping.clone(),
     });
     Gateway {
-        router: router(app),
+        router: router(app.clone()),
+        app,
         ledger,
         handle: running.handle.clone(),
         logins,
@@ -768,4 +770,123 @@ async fn a_weaker_hash_is_renewed_at_the_next_login() {
     // It is the same password: nobody is logged out.
     assert_eq!(after.era, before.era);
     assert_eq!(login("horse").await.status, 200);
+}
+
+/// A gateway's listener, and where it is; both end with the gateway's `stopping`.
+async fn listening(gateway: &Gateway, config: ListenConfig) -> std::net::SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (router, stopping) = (gateway.router.clone(), gateway.stopping.clone());
+    tokio::spawn(serve(listener, router, config, stopping));
+    address
+}
+
+/// What comes back for these bytes, until the other side closes.
+async fn told(address: std::net::SocketAddr, bytes: &[u8]) -> String {
+    let mut connection = TcpStream::connect(address).await.unwrap();
+    connection.write_all(bytes).await.unwrap();
+    let mut text = Vec::new();
+    let read = connection.read_to_end(&mut text);
+    let read = tokio::time::timeout(Duration::from_secs(60), read).await;
+    read.expect("it is closed").unwrap();
+    String::from_utf8(text).unwrap()
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_arrive_is_refused() {
+    let gateway = gateway_with(|config| config.body_timeout = Duration::from_millis(200));
+    let address = listening(&gateway, ListenConfig::default()).await;
+    let head = "POST /api/gateway/session/login HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\
+        content-type: application/json\r\ncontent-length: 100\r\n\r\n{";
+    let answer = told(address, head.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 408 "), "{answer}");
+    assert!(answer.contains("\"code\":\"body_timeout\""), "{answer}");
+    gateway.stopping.cancel();
+}
+
+#[tokio::test]
+async fn a_header_that_does_not_arrive_ends_its_connection() {
+    let gateway = gateway();
+    let config = ListenConfig {
+        header_timeout: Duration::from_millis(200),
+        ..ListenConfig::default()
+    };
+    let address = listening(&gateway, config).await;
+    for bytes in ["", "GET /livez HTTP/1.1\r\nhost: loc"] {
+        let answer = told(address, bytes.as_bytes()).await;
+        assert!(!answer.contains(" 200 "), "{answer}");
+    }
+    gateway.stopping.cancel();
+}
+
+/// Anybody may ask, and each asked the coordinator and read a whole table.
+#[tokio::test]
+async fn probes_share_what_one_of_them_found() {
+    let mut gateway = gateway();
+    assert_eq!(gateway.get("/readyz").await.status, 200);
+    gateway.coordinator.handle.stop();
+    let ended = std::mem::replace(
+        &mut gateway.coordinator.thread,
+        std::thread::spawn(|| Ok(())),
+    );
+    ended.join().unwrap().unwrap();
+    assert_eq!(gateway.get("/readyz").await.status, 200);
+    let noticed = async {
+        while gateway.get("/readyz").await.status != 503 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    let noticed = tokio::time::timeout(Duration::from_secs(30), noticed);
+    noticed.await.expect("it is told after a second");
+}
+
+/// Whoever asked for a long read and left got its place back while the read went on.
+#[tokio::test]
+async fn a_read_holds_its_place_when_its_caller_has_left() {
+    let gateway = gateway_with(|config| config.limits.streams = 1);
+    let path = "/api/gateway/ledger/stats";
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let auth = &gateway.app.auth;
+    let principal = auth.first_admin(&auth.admin_digest()).unwrap();
+    let place = gateway.app.limits.stream(&principal).unwrap();
+    let read = gateway.app.scan_in(place, move |_| {
+        let _ = wait.recv();
+        Ok(())
+    });
+    let left = tokio::time::timeout(Duration::from_millis(1), read).await;
+    assert!(left.is_err());
+    assert_eq!(gateway.get(path).await.status, 429);
+    drop(go);
+    let freed = async {
+        while gateway.get(path).await.status != 200 {
+            tokio::task::yield_now().await;
+        }
+    };
+    let freed = tokio::time::timeout(Duration::from_secs(30), freed);
+    freed.await.expect("its place is free");
+}
+
+#[tokio::test]
+async fn so_many_reads_go_on_at_once_whoever_has_left() {
+    let gateway = gateway();
+    let (go, wait) = std::sync::mpsc::channel::<()>();
+    let wait = std::sync::Arc::new(std::sync::Mutex::new(wait));
+    let begun = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+    for _ in 0..40 {
+        let (wait, begun) = (wait.clone(), begun.clone());
+        let read = gateway.app.scan(move |_| {
+            begun.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
+            let _ = wait.lock().unwrap().recv();
+            Ok(())
+        });
+        let left = tokio::time::timeout(Duration::from_millis(1), read).await;
+        assert!(left.is_err());
+    }
+    let listed = gateway.get("/api/gateway/ledger?after_seq=0");
+    let waits = tokio::time::timeout(Duration::from_millis(50), listed).await;
+    assert!(waits.is_err(), "it waits for a place");
+    assert!(begun.load(std::sync::atomic::Ordering::SeqCst) <= 32);
+    drop(go);
+    let listed = gateway.get("/api/gateway/ledger?after_seq=0").await;
+    assert_eq!(listed.status, 200);
 }

@@ -286,6 +286,14 @@ impl Authenticator {
         self.read_token(token)
     }
 
+    /// Whether an `Authorization` header shows a signed token, which is work to verify.
+    pub fn is_signed(&self, headers: &HeaderMap) -> bool {
+        let shown = headers.get(header::AUTHORIZATION);
+        shown
+            .and_then(|shown| bearer(shown.as_bytes()))
+            .is_some_and(jwt::has_form)
+    }
+
     /// What a token shows; the same.
     pub fn read_token(&self, token: &[u8]) -> Option<Shown> {
         if token.is_empty() || token.len() > MAX_TOKEN_BYTES {

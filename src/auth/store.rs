@@ -36,6 +36,8 @@ pub enum Table {
     SessionUses,
     /// Keyed hash of an account or address → its failed logins.
     Failures,
+    /// Keyed hash of an account and an address → when it last logged in from there.
+    Familiar,
 }
 
 impl Table {
@@ -45,6 +47,7 @@ impl Table {
             Table::SessionOwners => "session_owners",
             Table::SessionUses => "session_uses",
             Table::Failures => "failures",
+            Table::Familiar => "familiar",
         })
     }
 }

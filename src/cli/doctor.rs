@@ -1,6 +1,7 @@
 //! `rungate doctor`: looks at what a gateway needs from this machine and its settings; a sentence and a
 //! remedy for each.
 
+mod certificate;
 mod security;
 
 use std::io::ErrorKind;

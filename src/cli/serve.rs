@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use futures_util::future::select_all;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::oneshot;
 use tokio::task::AbortHandle;
@@ -80,7 +81,7 @@ pub(super) async fn perform(context: Context) -> Result<Exit, CliError> {
         tracing::warn!(warning, "a setting may not be meant");
     }
     let shutdown = CancellationToken::new();
-    let _signals = cancel_on_signals(&shutdown)?;
+    let _signals = cancel_on_signals(&shutdown, &STOPPING)?;
     let (ready, is_ready) = oneshot::channel();
     let greeting = async {
         if let Ok(ready) = is_ready.await {
@@ -135,21 +136,23 @@ impl Drop for Signals {
     }
 }
 
-/// Cancels `shutdown` at the first TERM or INT; the second one ends the process.
+/// What stops a program in good order.
+pub(super) const STOPPING: [SignalKind; 2] = [SignalKind::interrupt(), SignalKind::terminate()];
+
+/// Cancels `shutdown` at the first of these signals; the second one ends the process.
 ///
 /// # Errors
 /// Signals cannot be listened for.
-pub(super) fn cancel_on_signals(shutdown: &CancellationToken) -> Result<Signals, CliError> {
-    let listen = |kind| signal(kind).map_err(CliError::io("listen for signals"));
-    let mut interrupt = listen(SignalKind::interrupt())?;
-    let mut terminate = listen(SignalKind::terminate())?;
+pub(super) fn cancel_on_signals(
+    shutdown: &CancellationToken,
+    kinds: &[SignalKind],
+) -> Result<Signals, CliError> {
+    let listen = |kind: &SignalKind| signal(*kind).map_err(CliError::io("listen for signals"));
+    let mut signals: Vec<_> = kinds.iter().map(listen).collect::<Result<_, _>>()?;
     let shutdown = shutdown.clone();
     let task = tokio::spawn(async move {
         loop {
-            tokio::select! {
-                _ = interrupt.recv() => {}
-                _ = terminate.recv() => {}
-            }
+            select_all(signals.iter_mut().map(|signal| Box::pin(signal.recv()))).await;
             if shutdown.is_cancelled() {
                 std::process::exit(Exit::Interrupted as i32);
             }

@@ -47,7 +47,7 @@ impl Worker {
         let gateway = Gateway::new(self.gateway, token, trusted(config)?)
             .map_err(|error| CliError::Failed(error.to_string()))?;
         let shutdown = CancellationToken::new();
-        let _signals = serve::cancel_on_signals(&shutdown)?;
+        let _signals = serve::cancel_on_signals(&shutdown, &serve::STOPPING)?;
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, self.port));
         crate::worker::serve(address, gateway, shutdown)
             .await

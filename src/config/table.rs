@@ -88,13 +88,15 @@ settings! {
         "Whether the limits of each user hold for administrators too.";
     max_requests: u64, "RUNGATE_MAX_REQUESTS", &[], (1, 1 << 20), "1024".to_owned(),
         "Requests worked on at once; further ones are answered 429 after 10 ms.";
-    max_requests_per_user: u64, "RUNGATE_MAX_REQUESTS_PER_USER", &[], (1, 1 << 20), "512".to_owned(),
+    max_requests_per_user: u64, "RUNGATE_MAX_REQUESTS_PER_USER", &[], (1, 1 << 20), "256".to_owned(),
         "Requests of one user worked on at once; further ones are answered 429.";
+    max_requests_per_address: u64, "RUNGATE_MAX_REQUESTS_PER_ADDRESS", &[], (1, 1 << 20), "16".to_owned(),
+        "Requests without credentials (logins) from one address worked on at once, a quarter of `max_requests` at most.";
     max_connections: u64, "RUNGATE_MAX_CONNECTIONS", &[], (1, 1 << 20), "4096".to_owned(),
-        "Connections served at once; further ones wait to be accepted.";
+        "Connections served at once, further ones wait to be accepted; without `trusted_proxies` a quarter of them from one address, further ones are closed.";
     max_streams: u64, "RUNGATE_MAX_STREAMS", &[], (1, 1 << 20), "2048".to_owned(),
         "Event streams served at once; further ones are answered 429.";
-    max_streams_per_user: u64, "RUNGATE_MAX_STREAMS_PER_USER", &[], (1, 1 << 20), "1024".to_owned(),
+    max_streams_per_user: u64, "RUNGATE_MAX_STREAMS_PER_USER", &[], (1, 1 << 20), "512".to_owned(),
         "Event streams of one user served at once; further ones are answered 429.";
     session_idle_ms: u64, "RUNGATE_SESSION_IDLE_MS", &[], (1_000, 7 * 86_400_000), "7200000".to_owned(),
         "Milliseconds without a request after which a browser's session ends.";

@@ -46,15 +46,20 @@ pub fn tls(config: &Config) -> Result<Option<Tls>, TransportError> {
     }
 }
 
-/// Reads the certificate again at each HUP. Connections that are open go on with what they agreed on.
+/// Reads the certificate again at each HUP. Connections that are open go on with what they agreed on. Without a
+/// certificate there is nothing to read: HUP, which by default ends a program, is taken all the same, since a unit
+/// file that reloads must not stop the gateway.
 ///
 /// # Errors
 /// The signal cannot be listened for.
-pub fn reload_on_hangup(tls: Tls) -> Result<impl Future<Output = ()>, TransportError> {
+pub fn reload_on_hangup(tls: Option<Tls>) -> Result<impl Future<Output = ()>, TransportError> {
     let mut hangups = signal(SignalKind::hangup()).map_err(TransportError::Signal)?;
     Ok(async move {
         while hangups.recv().await.is_some() {
-            let tls = tls.clone();
+            let Some(tls) = tls.clone() else {
+                tracing::info!("HUP: there is no certificate (tls_cert), so nothing is read again");
+                continue;
+            };
             match tokio::task::spawn_blocking(move || tls.reload()).await {
                 Ok(Ok(())) => tracing::info!("the TLS certificate was read again"),
                 Ok(Err(error)) => tracing::error!(

@@ -49,6 +49,8 @@ fn logins() -> Vec<Case> {
     for body in wrong {
         rows.push(post(body).fails(401, "login_failed"));
     }
+    let unsaid = Case::new("POST", LOGIN, LOGIN).bytes(wrong[0].as_bytes());
+    rows.push(unsaid.fails(415, "unsupported_media_type"));
     let cross = post(wrong[0]).header("sec-fetch-site", "cross-site");
     rows.push(cross.fails(403, "cross_site"));
     rows

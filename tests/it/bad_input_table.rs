@@ -73,7 +73,7 @@ impl Case {
         self
     }
 
-    fn bytes(mut self, body: &[u8]) -> Case {
+    pub fn bytes(mut self, body: &[u8]) -> Case {
         let shown = String::from_utf8_lossy(body);
         self.about = shown.chars().take(120).collect();
         self.body = Some(body.to_vec());
@@ -139,6 +139,7 @@ pub fn table(fixture: &Fixture) -> Vec<Case> {
 /// What any JSON body may be wrong with.
 pub fn bodies(method: &str, template: &str, path: &str) -> Vec<Case> {
     let case = || Case::new(method, template, path);
+    let json = || case().header("content-type", "application/json");
     let deep = format!("{}{}", "[".repeat(65), "]".repeat(65));
     let deeper = format!("{{\"a\":{}{}}}", "[".repeat(30_000), "]".repeat(30_000));
     vec![
@@ -153,8 +154,8 @@ pub fn bodies(method: &str, template: &str, path: &str) -> Vec<Case> {
         case()
             .json("{\"a\":\"\\ud800\"}")
             .fails(400, "invalid_json"),
-        case().bytes(b"{\"a\":\"\0\"}").fails(400, "invalid_json"),
-        case()
+        json().bytes(b"{\"a\":\"\0\"}").fails(400, "invalid_json"),
+        json()
             .bytes(b"{\"a\":\"\xff\xfe\"}")
             .fails(400, "invalid_utf8"),
         case()
@@ -184,15 +185,15 @@ pub fn bodies(method: &str, template: &str, path: &str) -> Vec<Case> {
             .bytes(b"{}")
             .header("content-encoding", "gzip")
             .fails(415, "unsupported_media_type"),
-        case()
+        json()
             .bytes(b"")
             .header("content-length", "1048577")
             .fails(413, "body_too_large"),
-        case()
+        json()
             .bytes(b"")
             .header("content-length", "99999999999999")
             .fails(413, "body_too_large"),
-        case()
+        json()
             .bytes(&chunked(1_100_000))
             .header("transfer-encoding", "chunked")
             .fails(413, "body_too_large"),

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::Stdio;
 
+use rustix::process::Signal;
 use serde_json::Value;
 
 use crate::rungate::{run, rungate};
@@ -42,6 +43,12 @@ fn the_demo_loses_nothing_and_leaves_nothing() {
 
 #[test]
 fn an_interrupted_demo_leaves_nothing_either() {
+    // Ctrl-C, and a terminal that is closed.
+    interrupt_demo(Signal::INT);
+    interrupt_demo(Signal::HUP);
+}
+
+fn interrupt_demo(signal: Signal) {
     let home = tempfile::tempdir().unwrap();
     let temporary = tempfile::tempdir().unwrap();
     let text = home.path().join("text");
@@ -56,7 +63,7 @@ fn an_interrupted_demo_leaves_nothing_either() {
     let begun = lines.any(|line| line.unwrap().contains("attempt 1 runs on"));
     assert!(begun, "a job runs");
     let pid = rustix::process::Pid::from_child(&child);
-    rustix::process::kill_process(pid, rustix::process::Signal::INT).unwrap();
+    rustix::process::kill_process(pid, signal).unwrap();
     // Its output is read to the end, so that it is not stopped by a closed pipe.
     for _ in lines {}
     assert_eq!(child.wait().unwrap().code(), Some(130));

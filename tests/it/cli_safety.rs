@@ -84,9 +84,36 @@ fn the_doctor_warns_of_weak_settings_with_exit_code_0() {
             "true",
             "callback_allow_private",
         ),
+        ("RUNGATE_RATE_LIMIT_USER", "0", "rate_limit_user"),
+        ("RUNGATE_RATE_LIMIT_ADDRESS", "0", "rate_limit_address"),
     ] {
         let (code, found) = finding(home.path(), "weak settings", &[(name, value)]);
         assert_eq!((code, &found["level"]), (0, &"warning".into()), "{found}");
         assert!(found["remedy"].as_str().unwrap().contains(word), "{found}");
     }
+    let sso = [
+        ("RUNGATE_SSO_ISSUER", "http://127.0.0.1:1"),
+        ("RUNGATE_SSO_ALLOW_PRIVATE", "true"),
+    ];
+    let (_, found) = finding(home.path(), "weak settings", &sso);
+    assert_eq!(found["level"], "warning", "{found}");
+    // Behind a proxy on this machine it is as it should be.
+    let proxies = [("RUNGATE_TRUSTED_PROXIES", "1")];
+    let (_, found) = finding(home.path(), "weak settings", &proxies);
+    assert_eq!(found["level"], "ok", "{found}");
+    let mut command = rungate(home.path(), &["doctor", "--json"]);
+    command.env("RUNGATE_LISTEN", "0.0.0.0:0").envs(proxies);
+    let (_, out, _) = run(command);
+    assert!(out.contains("(trusted_proxies)"), "{out}");
+    // Of an engine it says what there is.
+    let (_, found) = finding(home.path(), "engine", &[]);
+    let is_there = [
+        "/run/docker.sock",
+        "/var/run/docker.sock",
+        "/run/podman/podman.sock",
+    ]
+    .iter()
+    .any(|path| Path::new(path).exists());
+    let message = found["message"].as_str().unwrap();
+    assert_eq!(message.starts_with("there is one at "), is_there, "{found}");
 }

@@ -99,6 +99,8 @@ async fn metrics_count_what_happened() {
         .send()
         .await
         .unwrap();
+    let patched = gateway.request(Method::PATCH, "/api/gateway/admin/users/nobody");
+    answer(patched.json(&json!({}))).await.expect(404);
     let answer = gateway.get("/metrics").await;
     assert!(
         answer.headers["content-type"]
@@ -134,6 +136,8 @@ async fn metrics_count_what_happened() {
         sample(&metrics, "rungate_ledger_batch_records_sum"),
         Some(tail)
     );
+    let patches = "rungate_http_requests_total{route=\"/api/gateway/admin/users/{user_id}\",method=\"PATCH\",status=\"404\"}";
+    assert_eq!(sample(&metrics, patches), Some(1.0), "{metrics}");
     let starts = "rungate_http_requests_total{route=\"/api/gateway/runs/start\",method=\"POST\",status=\"200\"}";
     assert_eq!(sample(&metrics, starts), Some(5.0), "{metrics}");
     assert!(sample(&metrics, "rungate_http_request_seconds_count").is_some());

@@ -1,11 +1,16 @@
 //! How much callers may ask: each user by itself, whoever shows no credentials by its address, and administrators not
 //! at all unless told otherwise.
 
+use std::net::IpAddr;
+use std::time::Duration;
+
 use reqwest::Method;
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
-use tokio::net::TcpStream;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
 
+use crate::support::browser::LOGIN;
+use crate::support::raw::exchange;
 use crate::support::scripted::Scripted;
 use crate::support::wait::until;
 use crate::support::{Answer, Gateway, Options, answer};
@@ -109,6 +114,13 @@ async fn whoever_shows_no_credentials_is_limited_by_its_address() {
     }
     assert_eq!(from("5.5.5.5", "wrong").await.status, 429);
     assert_eq!(from("5.5.5.6", "wrong").await.status, 401);
+    // Whatever bytes a client writes before it.
+    for bytes in [&b"\xe9\xff, 5.5.5.5"[..], b"5.5.5.5"] {
+        let request = gateway.bare(Method::GET, PING);
+        let value = reqwest::header::HeaderValue::from_bytes(bytes).unwrap();
+        let told = answer(request.header("x-forwarded-for", value)).await;
+        assert_eq!(told.status, 429, "{bytes:?}");
+    }
     // Of IPv6, a /64 is one customer.
     for (address, status) in [
         ("2001:db8:1:2::1", 401),
@@ -144,14 +156,166 @@ async fn without_trusted_proxies_forwarded_addresses_mean_nothing() {
 
 /// A request whose body never comes.
 async fn open_request(gateway: &Gateway, token: &str) -> TcpStream {
+    let authorization = format!("authorization: Bearer {token}\r\n");
+    open_post(gateway, "/api/gateway/commands", &authorization).await
+}
+
+async fn open_post(gateway: &Gateway, path: &str, lines: &str) -> TcpStream {
     let mut stream = TcpStream::connect(gateway.addr()).await.unwrap();
     let head = format!(
-        "POST /api/gateway/commands HTTP/1.1\r\nhost: {}\r\nauthorization: Bearer {token}\r\ncontent-type: application/json\r\n\
+        "POST {path} HTTP/1.1\r\nhost: {}\r\n{lines}content-type: application/json\r\n\
          content-length: 100\r\n\r\n{{",
         gateway.addr()
     );
     stream.write_all(head.as_bytes()).await.unwrap();
     stream
+}
+
+/// A connection from another address of this machine.
+async fn connect_from(address: &str, gateway: &Gateway) -> TcpStream {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket
+        .bind(format!("{address}:0").parse().unwrap())
+        .unwrap();
+    socket.connect(gateway.addr()).await.unwrap()
+}
+
+/// Four logins whose bodies never ended kept everybody out, the administrator too.
+#[tokio::test]
+async fn slow_logins_take_no_turn_from_who_is_known() {
+    let gateway = gateway(&[("RUNGATE_MAX_REQUESTS", "4")]).await;
+    let mut open = Vec::new();
+    for _ in 0..8 {
+        open.push(open_post(&gateway, LOGIN, "").await);
+    }
+    let login = |client: reqwest::Client| {
+        let body = json!({"user_id": "ann", "password": "x"});
+        answer(client.post(gateway.url(LOGIN)).json(&body))
+    };
+    until("the address has no turn left", || async {
+        login(reqwest::Client::new()).await.status == 429
+    })
+    .await;
+    let refused = login(reqwest::Client::new()).await;
+    let detail = "Too Many Requests (concurrency limit of this address)";
+    assert_eq!(refused.expect(429)["detail"], detail);
+    for _ in 0..5 {
+        assert_eq!(gateway.get(PING).await.status, 200);
+    }
+    let elsewhere = reqwest::Client::builder().local_address(IpAddr::from([127, 0, 0, 2]));
+    login(elsewhere.build().unwrap()).await.expect(401);
+}
+
+/// Silent connections of one address took every place, each for 15 s.
+#[tokio::test]
+async fn one_address_cannot_take_every_connection() {
+    let gateway = gateway(&[("RUNGATE_MAX_CONNECTIONS", "16")]).await;
+    let mut silent = Vec::new();
+    for _ in 0..32 {
+        silent.push(connect_from("127.0.0.2", &gateway).await);
+    }
+    let ask = format!("GET {PING} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+    let reply = tokio::time::timeout(
+        Duration::from_secs(10),
+        exchange(gateway.addr(), ask.as_bytes()),
+    );
+    assert_eq!(reply.await.expect("it is accepted").status, 401);
+    // What is over a quarter is closed at once; the rest is kept.
+    let mut kept = 0;
+    for stream in &mut silent {
+        let read = stream.read_u8();
+        kept += usize::from(
+            tokio::time::timeout(Duration::from_millis(50), read)
+                .await
+                .is_err(),
+        );
+    }
+    assert_eq!(kept, 4);
+    let metrics = gateway.get("/metrics").await.text;
+    assert!(
+        metrics.contains("rungate_http_connections_refused_total 28"),
+        "{metrics}"
+    );
+}
+
+/// Where a proxy brings everybody, the proxy's address is nobody's.
+#[tokio::test]
+async fn a_trusted_proxy_has_as_many_connections_as_there_are() {
+    let settings = [
+        ("RUNGATE_MAX_CONNECTIONS", "16"),
+        ("RUNGATE_TRUSTED_PROXIES", "1"),
+    ];
+    let gateway = gateway(&settings).await;
+    let mut open = Vec::new();
+    for _ in 0..12 {
+        open.push(TcpStream::connect(gateway.addr()).await.unwrap());
+    }
+    for stream in &mut open {
+        let ask = b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n";
+        stream.write_all(ask).await.unwrap();
+        assert_eq!(stream.read_u8().await.unwrap(), b'H');
+    }
+}
+
+/// Answers that nobody took were in memory without end: a turn was given back when the answer was ready.
+#[tokio::test]
+async fn an_answer_that_is_not_taken_keeps_its_turn() {
+    let gateway = gateway(&[("RUNGATE_MAX_REQUESTS_PER_USER", "2")]).await;
+    let ann = user(&gateway, "ann").await;
+    // Larger ones are not in an answer.
+    let payload = json!("x".repeat(250_000));
+    let mut runs = Vec::new();
+    for _ in 0..64 {
+        let job = json!({"service_type": "nobody", "payload": payload});
+        let request = gateway.bare(Method::POST, "/api/gateway/runs/start");
+        let started = answer(request.bearer_auth(&ann).json(&json!({"job": job}))).await;
+        runs.push(json!({"run_id": started.expect(200)["run_id"]}));
+    }
+    let body = json!({"runs": runs, "limit": 2_000}).to_string();
+    let ask = format!(
+        "POST /api/gateway/runs/ledger/batch HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {ann}\r\n\
+         content-type: application/json\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+        body.len()
+    );
+    let mut unread = Vec::new();
+    for _ in 0..2 {
+        let mut stream = TcpStream::connect(gateway.addr()).await.unwrap();
+        stream.write_all(ask.as_bytes()).await.unwrap();
+        // The answer has begun.
+        assert_eq!(stream.read_u8().await.unwrap(), b'H');
+        unread.push(stream);
+    }
+    for _ in 0..10 {
+        let refused = ping(&gateway, &ann).await.expect(429);
+        assert_eq!(refused["code"], "too_many_requests");
+    }
+    let mut first = unread.remove(0);
+    let mut taken = Vec::new();
+    first.read_to_end(&mut taken).await.unwrap();
+    assert!(taken.len() > 8 << 20, "{}", taken.len());
+    until("one turn is free again", || async {
+        ping(&gateway, &ann).await.status == 200
+    })
+    .await;
+    // The other is free when its reader has left.
+    let _open = open_request(&gateway, &ann).await;
+    drop(unread);
+    until("the other is, too", || async {
+        ping(&gateway, &ann).await.status == 200
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_request_under_a_foreign_name_is_counted_by_its_address() {
+    let gateway = gateway(&[("RUNGATE_RATE_LIMIT_ADDRESS", "2")]).await;
+    let mut statuses = Vec::new();
+    for _ in 0..3 {
+        let request = gateway.request(Method::GET, PING);
+        let told = answer(request.header("host", "evil.example")).await;
+        statuses.push(told.status.as_u16());
+    }
+    assert_eq!(statuses, [403, 403, 429]);
 }
 
 #[tokio::test]

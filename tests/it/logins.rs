@@ -59,6 +59,91 @@ async fn failed_logins_lock_the_account_over_a_crash() {
     }
 }
 
+/// Whoever failed at an account, from anywhere, kept its owner out for as long as it liked.
+#[tokio::test]
+async fn who_guesses_elsewhere_keeps_nobody_from_logging_in_at_home() {
+    let mut gateway = Gateway::start(options()).await;
+    user_with_password(&gateway, "ann").await;
+    let home = "198.51.100.7";
+    login(&gateway, home, "ann", PASSWORD).await.expect(200);
+    for address in 1..=5 {
+        let from = format!("192.0.2.{address}");
+        login(&gateway, &from, "ann", "wrong").await.expect(401);
+    }
+    for restarted in [false, true] {
+        if restarted {
+            gateway.kill();
+            gateway.launch().await;
+        }
+        login(&gateway, "192.0.2.99", "ann", PASSWORD)
+            .await
+            .expect(429);
+        login(&gateway, home, "ann", PASSWORD).await.expect(200);
+    }
+    // At home, too, one cannot guess for long.
+    for _ in 0..5 {
+        login(&gateway, home, "ann", "wrong").await.expect(401);
+    }
+    login(&gateway, home, "ann", PASSWORD).await.expect(429);
+}
+
+/// A token is no guess: its login is held up by its address alone, and clears nobody's failures but its own.
+#[tokio::test]
+async fn logins_by_token_neither_know_an_accounts_lock_nor_lift_it() {
+    let gateway = Gateway::start(options()).await;
+    let token = user_with_password(&gateway, "ann").await;
+    let namesake = user(&gateway, json!({"user_id": "ann", "tenant_id": "acme"})).await;
+    let by_token = async |from: &str, token: &str| {
+        let body = json!({"user_id": "ann", "token": token});
+        let request = gateway.bare(Method::POST, LOGIN).json(&body);
+        answer(request.header("x-forwarded-for", from)).await
+    };
+    for _ in 0..4 {
+        login(&gateway, "192.0.2.1", "ann", "wrong")
+            .await
+            .expect(401);
+    }
+    // One of that name in another tenant clears nothing of hers.
+    by_token("192.0.2.2", &namesake).await.expect(200);
+    login(&gateway, "192.0.2.1", "ann", "wrong")
+        .await
+        .expect(401);
+    login(&gateway, "192.0.2.3", "ann", PASSWORD)
+        .await
+        .expect(429);
+    by_token("192.0.2.3", &token).await.expect(200);
+    for _ in 0..20 {
+        by_token("192.0.2.4", "rgt_user_x").await.expect(401);
+    }
+    by_token("192.0.2.4", &token).await.expect(429);
+    by_token("192.0.2.5", &token).await.expect(200);
+}
+
+#[tokio::test]
+async fn who_is_in_changes_its_password_whatever_is_locked() {
+    let gateway = Gateway::start(options()).await;
+    user_with_password(&gateway, "ann").await;
+    let log_in = || Browser::login(&gateway, json!({"user_id": "ann", "password": PASSWORD}));
+    let (one, two) = (log_in().await, log_in().await);
+    for _ in 0..20 {
+        let body = json!({"user_id": "ann", "password": "wrong"});
+        let request = gateway.bare(Method::POST, LOGIN).json(&body);
+        answer(request).await;
+        login(&gateway, "192.0.2.1", "ann", "wrong").await;
+    }
+    let change = async |browser: &Browser, current: &str| {
+        let body = json!({"current_password": current, "password": "wrong zebra staple"});
+        let path = "/api/gateway/me/password";
+        let answer = browser.call(&gateway, Method::POST, path, Some(body)).await;
+        answer.status.as_u16()
+    };
+    for _ in 0..5 {
+        assert_eq!(change(&one, "wrong").await, 403);
+    }
+    assert_eq!(change(&one, PASSWORD).await, 429);
+    assert_eq!(change(&two, PASSWORD).await, 200);
+}
+
 #[tokio::test]
 async fn an_address_is_locked_whatever_accounts_it_tries() {
     let options = options().set("RUNGATE_LOGIN_ATTEMPTS", "1");

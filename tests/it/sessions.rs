@@ -401,6 +401,37 @@ async fn other_sites_pages_cannot_write() {
         .expect(200);
 }
 
+/// A form or a beacon of another site's page has no type of its own choice.
+#[tokio::test]
+async fn a_login_and_a_sessions_write_say_what_they_send() {
+    let gateway = Gateway::start(Options::default()).await;
+    let token = user_with_password(&gateway, "ann").await;
+    let body = json!({"user_id": "ann", "token": token}).to_string();
+    let login = |kind: Option<&str>| {
+        let request = gateway.bare(Method::POST, LOGIN).body(body.clone());
+        answer(match kind {
+            Some(kind) => request.header("content-type", kind),
+            None => request,
+        })
+    };
+    for kind in [
+        None,
+        Some("text/plain"),
+        Some("application/x-www-form-urlencoded"),
+    ] {
+        let refused = login(kind).await.expect(415);
+        assert_eq!(refused["code"], "unsupported_media_type", "{kind:?}");
+    }
+    let browser = Browser::of(&login(Some("application/json; charset=utf-8")).await);
+    let path = "/api/gateway/runs/start";
+    let job = json!({"job": {"service_type": "t", "payload": {}}}).to_string();
+    let write = browser.request(&gateway, Method::POST, path);
+    answer(write.body(job.clone())).await.expect(415);
+    // Existing clients with a token may leave it out.
+    let write = gateway.bare(Method::POST, path).bearer_auth(&token);
+    answer(write.body(job)).await.expect(200);
+}
+
 #[tokio::test]
 async fn sessions_are_listed_ended_and_bounded() {
     let gateway = Gateway::start(Options::default().set("RUNGATE_MAX_SESSIONS", "3")).await;

@@ -1,6 +1,9 @@
 //! Single sign-on against a real issuer on this machine: whom its tokens let in and as what, and what is refused
 //! at how small a price.
 
+use axum::Router;
+use axum::http::StatusCode;
+use axum::response::IntoResponse;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
@@ -11,7 +14,7 @@ use crate::isolation::{call, user};
 use crate::support::issuer::Issuer;
 use crate::support::keys::Key;
 use crate::support::wait::until;
-use crate::support::{Answer, Gateway, Options};
+use crate::support::{Answer, Gateway, Options, answer};
 
 const ME: &str = "/api/gateway/me";
 const USERS: &str = "/api/gateway/admin/users";
@@ -287,6 +290,56 @@ async fn keys_are_rotated_and_an_issuer_that_is_away_is_told() {
         text.contains("rungate_sso_key_fetches_total{result=\"failed\"} 1"),
         "{text}"
     );
+}
+
+/// Keys are the issuer's where the settings say, not where that sends one on to.
+#[tokio::test]
+async fn keys_elsewhere_are_not_fetched() {
+    let key = Key::new("k", Algorithm::EdDSA);
+    let issuer = Issuer::start(&[&key]).await;
+    let target = format!("{}/keys", issuer.url());
+    let moved = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}/keys", moved.local_addr().unwrap());
+    let answer = move || async move { (StatusCode::FOUND, [("location", target)]).into_response() };
+    let router = Router::new().fallback(answer);
+    tokio::spawn(async move { axum::serve(moved, router).await });
+    let gateway = Gateway::start(options(&issuer).set("RUNGATE_SSO_JWKS_URL", &url)).await;
+    let token = key.sign(&issuer.claims("ann"));
+    let refused = me(&gateway, &token).await.expect(503);
+    assert_eq!(refused["code"], "issuer_unavailable");
+    assert_eq!(issuer.asked(), 0);
+}
+
+/// Each was worth a signature, however many an address had shown.
+#[tokio::test]
+async fn past_the_limit_of_an_address_no_signature_is_checked() {
+    let key = Key::new("k", Algorithm::EdDSA);
+    let issuer = Issuer::start(&[&key]).await;
+    let options = options(&issuer)
+        .set("RUNGATE_TRUSTED_PROXIES", "1")
+        .set("RUNGATE_RATE_LIMIT_ADDRESS", "3");
+    let gateway = Gateway::start(options).await;
+    let good = key.sign(&issuer.claims("ann"));
+    let mut bad = good.clone();
+    let last = if bad.pop() == Some('A') { 'Q' } else { 'A' };
+    bad.push(last);
+    let from = async |address: &str, token: &str| {
+        let request = gateway.bare(Method::GET, ME).bearer_auth(token);
+        let answer = answer(request.header("x-forwarded-for", address)).await;
+        answer.status.as_u16()
+    };
+    assert_eq!(from("5.5.5.5", &good).await, 200);
+    for _ in 0..3 {
+        assert_eq!(from("5.5.5.5", &bad).await, 401);
+    }
+    assert_eq!(from("5.5.5.5", &good).await, 429);
+    assert_eq!(from("5.5.5.5", gateway.token()).await, 200);
+    assert_eq!(from("5.5.5.6", &good).await, 200);
+    // Services on this machine show signed tokens whatever else goes on here.
+    for _ in 0..4 {
+        from("127.0.0.1", &bad).await;
+    }
+    assert_eq!(from("127.0.0.1", &good).await, 200);
 }
 
 #[tokio::test]

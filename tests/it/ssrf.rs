@@ -60,7 +60,7 @@ const TARGETS: &[&str] = &[
     "[64:ff9b::7f00:1]:PORT",
     "[64:ff9b:1::127.0.0.1]:PORT",
     "[2002:7f00:1::]:PORT",
-    // Metadata of Amazon, Google, Azure, Oracle, Alibaba; link-local in all spellings.
+    // Metadata of Amazon, Google, Azure, Oracle, Scaleway, Alibaba; link-local in all spellings.
     "169.254.169.254",
     "2852039166",
     "0xa9fea9fe",
@@ -72,6 +72,11 @@ const TARGETS: &[&str] = &[
     "[64:ff9b::169.254.169.254]",
     "[2002:a9fe:a9fe::]",
     "[fd00:ec2::254]",
+    "[fd20:ce::254]",
+    "[fd20:00ce:0:0::0254]",
+    "[fd00:c1::a9fe:a9fe]",
+    "[fd00:c1::169.254.169.254]",
+    "[fd00:42::42]",
     "[fe80::a9fe:a9fe]",
     "168.63.129.16",
     "192.0.0.192",
@@ -263,6 +268,9 @@ async fn a_service_at_a_metadata_address_is_not_probed() {
         "169.254.169.254",
         "2852039166",
         "[fd00:ec2::254]",
+        "[fd20:ce::254]",
+        "[fd00:c1::a9fe:a9fe]",
+        "[fd00:42::42]",
         "[::ffff:a9fe:a9fe]",
         "100.64.0.1",
     ]
@@ -319,4 +327,53 @@ async fn networks_of_the_settings_are_called_for_their_purpose_only() {
             .is_null()
     );
     assert_eq!(scripted.callbacks().len(), 1);
+}
+
+/// A proxy would connect in the gateway's place, and check nothing.
+#[tokio::test]
+async fn no_proxy_of_the_environment_is_asked() {
+    let asked = Arc::new(AtomicUsize::new(0));
+    let port = listener("127.0.0.1", 0, asked.clone(), StatusCode::BAD_GATEWAY).await;
+    let proxy = format!("http://127.0.0.1:{port}");
+    let scripted = Scripted::start().await;
+    let mut options = Options::default().set("RUNGATE_CALLBACK_ALLOW_PRIVATE", "true");
+    for name in ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"] {
+        options = options.set(name, &proxy);
+    }
+    let gateway = Gateway::start(options.set("NO_PROXY", "").set("no_proxy", "")).await;
+    gateway.register(scripted.service("s", "t")).await;
+    let callback = scripted.url("/callback");
+    let job = json!({"service_type": "t", "payload": {}, "callback_url": callback});
+    let run = gateway.start_job(job).await;
+    gateway.run_becomes(&run, "completed").await;
+    let record = gateway.recorded(&run, "callback_attempted").await;
+    assert_eq!(record["effect"]["payload"]["status"], 200, "{record}");
+    assert_eq!(scripted.callbacks().len(), 1);
+    assert_eq!(asked.load(Ordering::SeqCst), 0);
+}
+
+/// Where a service sends a job on to, nobody has checked.
+#[tokio::test]
+async fn a_service_cannot_send_a_job_elsewhere() {
+    let inside = Arc::new(AtomicUsize::new(0));
+    let port = listener("127.0.0.1", 0, inside.clone(), StatusCode::OK).await;
+    for status in [302, 307, 308] {
+        let target = format!("http://127.0.0.1:{port}/");
+        let outside = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", outside.local_addr().unwrap());
+        let status = StatusCode::from_u16(status).unwrap();
+        let router = Router::new()
+            .route("/health", axum::routing::get(|| async {}))
+            .fallback(move || async move { (status, [("location", target)]).into_response() });
+        tokio::spawn(async move { axum::serve(outside, router).await });
+        let gateway = Gateway::start(Options::default()).await;
+        gateway
+            .register(json!({"name": "s", "type": "t", "url": url}))
+            .await;
+        let job = json!({"service_type": "t", "payload": {}, "max_attempts": 1});
+        let run = gateway.start_job(job).await;
+        let failed = gateway.run_becomes(&run, "failed").await;
+        assert!(failed.to_string().contains("a redirect"), "{failed}");
+    }
+    assert_eq!(inside.load(Ordering::SeqCst), 0);
 }

@@ -184,6 +184,14 @@ async fn a_hangup_changes_the_certificate_and_no_connection() {
     .await;
     assert!(gateway.log().contains("holds no certificate"));
     assert!(trusts(&first).await);
+    first.issue(&files.cert(), &files.key());
+    write_key(&files.key(), &KeyPair::generate().unwrap().serialize_pem());
+    gateway.signal(Signal::HUP);
+    until("a key of another certificate is told", || async {
+        gateway.log().contains("cannot be used together")
+    })
+    .await;
+    assert!(trusts(&first).await);
 
     second.issue(&files.cert(), &files.key());
     gateway.signal(Signal::HUP);
@@ -202,6 +210,18 @@ async fn a_hangup_changes_the_certificate_and_no_connection() {
             break;
         }
     }
+}
+
+/// HUP ended a gateway that had no certificate.
+#[tokio::test]
+async fn a_hangup_without_a_certificate_changes_nothing() {
+    let gateway = Gateway::start(Options::default()).await;
+    gateway.signal(Signal::HUP);
+    until("it is told", || async {
+        gateway.log().contains("nothing is read again")
+    })
+    .await;
+    assert_eq!(gateway.get("/api/gateway/ping").await.status, 200);
 }
 
 #[test]
@@ -266,6 +286,29 @@ fn the_doctor_finds_what_would_keep_it_from_starting() {
     assert_eq!(finding(&[everywhere, insecure]).as_deref(), Some("warning"));
     let half = ("RUNGATE_TLS_CERT", "/nowhere");
     assert_eq!(finding(&[half]).as_deref(), Some("wrong"));
+}
+
+#[test]
+fn the_doctor_tells_when_the_certificate_expires() {
+    let (home, files) = (TempDir::new().unwrap(), Files::new());
+    let level = |days: i64| {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        params.not_after = time::OffsetDateTime::now_utc() + time::Duration::days(days);
+        let signed = params.self_signed(&key).unwrap();
+        fs::write(files.cert(), signed.pem()).unwrap();
+        write_key(&files.key(), &key.serialize_pem());
+        let mut command = rungate(home.path(), &["doctor", "--json"]);
+        command.env("RUNGATE_TLS_CERT", files.cert());
+        command.env("RUNGATE_TLS_KEY", files.key());
+        let report: serde_json::Value = serde_json::from_str(&run(command).1).unwrap();
+        let mut findings = report["findings"].as_array().unwrap().iter();
+        let found = findings.find(|finding| finding["check"] == "certificate");
+        found.unwrap()["level"].as_str().unwrap().to_owned()
+    };
+    for (days, expected) in [(-1, "wrong"), (13, "warning"), (60, "ok")] {
+        assert_eq!(level(days), expected, "{days}");
+    }
 }
 
 /// `serve` with these flags ends with one line that holds all of `words`, and makes nothing.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::json;
+use tokio::signal::unix::SignalKind;
 use tokio_util::sync::CancellationToken;
 
 use super::error::{CliError, Exit};
@@ -45,7 +46,10 @@ impl Demo {
         // The log would write over the progress bars; what goes wrong is told by the demo itself.
         logs::start("off", context.config.log_format)?;
         let interrupted = CancellationToken::new();
-        let _signals = serve::cancel_on_signals(&interrupted)?;
+        // The gateway takes HUP for itself; a demo ends with its terminal.
+        let [interrupt, terminate] = serve::STOPPING;
+        let ending = [interrupt, terminate, SignalKind::hangup()];
+        let _signals = serve::cancel_on_signals(&interrupted, &ending)?;
         let dir = tempfile::Builder::new()
             .prefix("rungate-demo-")
             .tempdir()

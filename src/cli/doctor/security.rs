@@ -2,15 +2,28 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
-use super::Finding;
+use super::{Finding, certificate};
 use crate::config::{Config, Origin};
 use crate::domain::audit::AuditMode;
+
+/// How long before its end a certificate should have been renewed: common authorities' last 90 days or less, and are
+/// renewed with a third of it to go.
+const RENEWAL: Duration = Duration::from_secs(14 * 86_400);
+
+/// Where container engines listen on Linux: Docker, Podman.
+const ENGINE_SOCKETS: [&str; 3] = [
+    "/run/docker.sock",
+    "/var/run/docker.sock",
+    "/run/podman/podman.sock",
+];
 
 /// All of it.
 pub fn findings(config: &Config) -> Vec<Finding> {
     let mut findings = vec![secret_files(&config.data_dir)];
     findings.extend(settings_file(config));
+    findings.extend(expiry(config));
     findings.extend(weak_settings(config));
     findings.push(engine());
     findings
@@ -91,18 +104,57 @@ fn weak_settings(config: &Config) -> Vec<Finding> {
             "write each name out",
         );
     }
+    if config.rate_limit_user == 0 || config.rate_limit_address == 0 {
+        warn(
+            "requests a minute are not limited, so one caller can keep the gateway busy",
+            "leave rate_limit_user and rate_limit_address at their defaults, or set numbers",
+        );
+    }
+    if config.sso_allow_private && !config.sso_issuer.is_empty() {
+        warn(
+            "the issuer of single sign-on may be at a private address and speak plain http: who is on the way there can sign in as anybody",
+            "sso_allow_private = false, unless the issuer is on this machine",
+        );
+    }
+    if config.trusted_proxies > 0 && !config.listen.ip().to_canonical().is_loopback() {
+        warn(
+            "whoever reaches the gateway past its proxies says itself which address it has (trusted_proxies)",
+            "listen on 127.0.0.1 behind a proxy on this machine, or let only the proxies reach the port",
+        );
+    }
     if found.is_empty() {
         found.push(Finding::ok(check, "no setting leaves a door open"));
     }
     found
 }
 
-/// This version starts no containers, whatever the machine has.
+/// When the certificate that the settings name expires; whether it can be used at all is told elsewhere.
+fn expiry(config: &Config) -> Option<Finding> {
+    let (check, path) = ("certificate", config.tls_cert.as_ref()?);
+    let shown = path.display();
+    let remedy = "renew it, and send HUP to the gateway (`systemctl reload rungate`)";
+    let left = certificate::expires_at(path)?.duration_since(SystemTime::now());
+    let days = |left: Duration| left.as_secs() / 86_400;
+    Some(match left {
+        Err(_) => Finding::wrong(check, format!("{shown} has expired"), remedy),
+        Ok(left) if left < RENEWAL => {
+            let message = format!("{shown} expires in {} days", days(left));
+            Finding::warning(check, message, remedy)
+        }
+        Ok(left) => Finding::ok(check, format!("{shown} is good for {} days", days(left))),
+    })
+}
+
+/// What there is of an engine; this version starts no containers, whatever the machine has.
 fn engine() -> Finding {
-    Finding::ok(
-        "engine",
-        "this version starts no containers: services are local processes or URLs",
-    )
+    let found = ENGINE_SOCKETS.iter().find(|path| Path::new(path).exists());
+    let there = match found {
+        Some(path) => format!("there is one at {path}, and it is not used"),
+        None => "there is none, and none is needed".to_owned(),
+    };
+    let message =
+        format!("{there}: this version starts no containers, services are local processes or URLs");
+    Finding::ok("engine", message)
 }
 
 #[cfg(test)]
@@ -117,15 +169,25 @@ mod tests {
         let data = tempfile::tempdir().unwrap();
         let auth = data.path().join("auth");
         fs::create_dir(&auth).unwrap();
-        for (name, mode) in [("token-key", 0o600), ("checkpoint-key.pub", 0o644)] {
+        for (name, mode) in [
+            ("token-key", 0o600),
+            ("signing-keys", 0o600),
+            ("checkpoint-key.pub", 0o644),
+        ] {
             fs::write(auth.join(name), "x").unwrap();
             fs::set_permissions(auth.join(name), fs::Permissions::from_mode(mode)).unwrap();
         }
         assert_eq!(secret_files(data.path()).level, Level::Ok);
-        let key = auth.join("token-key");
-        fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
-        let finding = secret_files(data.path());
-        assert_eq!(finding.level, Level::Wrong);
-        assert!(finding.message.ends_with("/auth/token-key"), "{finding:?}");
+        for name in ["token-key", "signing-keys"] {
+            let key = auth.join(name);
+            fs::set_permissions(&key, fs::Permissions::from_mode(0o640)).unwrap();
+            let finding = secret_files(data.path());
+            assert_eq!(finding.level, Level::Wrong);
+            assert!(
+                finding.message.ends_with(&format!("/auth/{name}")),
+                "{finding:?}"
+            );
+            fs::set_permissions(&key, fs::Permissions::from_mode(0o600)).unwrap();
+        }
     }
 }
