@@ -34,7 +34,7 @@ use crate::auth::secret::{TokenKey, TokenKeyError};
 use crate::auth::sso::{self, Sso, SsoError};
 use crate::auth::uses::Uses;
 use crate::config::Config;
-use crate::coordinator::{self, Handle, Running};
+use crate::coordinator::{self, Handle, Running, SnapshotRules};
 use crate::domain::command::{Command, Origin};
 use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
@@ -334,7 +334,7 @@ impl Core {
             state,
             settings,
             effects: sender,
-            snapshot_idle: Duration::from_millis(config.snapshot_idle_ms),
+            snapshots: SnapshotRules::after(Duration::from_millis(config.snapshot_idle_ms)),
         })
         .map_err(ServeError::Thread)?;
         let tasks = Tasks::new();

@@ -56,7 +56,7 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         state,
         settings,
         effects,
-        snapshot_idle: Duration::from_secs(60),
+        snapshots: coordinator::SnapshotRules::after(Duration::from_secs(60)),
     };
     let running = coordinator::start(parts).unwrap();
     let mut config = ApiConfig::for_listener("127.0.0.1:8080".parse().unwrap());
