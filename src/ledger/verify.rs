@@ -415,8 +415,8 @@ fn check_people(snapshot: &dyn Snapshot, people: &People) -> Result<(), VerifyEr
         return differs(Table::UserQuotas);
     }
     for token in people.tokens.values() {
-        let key = people_projection::digest_key(&token.hash);
-        let found = snapshot.get(Table::TokenDigests, &key)?;
+        let digest = token.hash.digest();
+        let found = snapshot.get(Table::TokenDigests, digest.as_bytes())?;
         if found != Some(people_projection::token_key(&token.key)) {
             return differs(Table::TokenDigests);
         }

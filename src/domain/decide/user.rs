@@ -99,7 +99,7 @@ impl Context<'_> {
             runtime: runtime.clone(),
         };
         let people = &self.state.people;
-        if people.runtimes.contains_key(&key) || people.owner_of(&key).is_some() {
+        if people.runtimes.contains_key(&key) {
             return Err(IdentityRejection::RuntimeTaken(key));
         }
         let last = self.state.planes.keys().next_back();
@@ -114,7 +114,7 @@ impl Context<'_> {
 
     fn create_user(&self, key: UserKey, profile: Profile, token: NewToken) -> Decided {
         let mut events = self.provision_user(key.clone(), profile)?;
-        self.check_hash(&token)?;
+        self.check_hash(&token.hash)?;
         events.push(Event::TokenIssued { owner: key, token });
         Ok(events)
     }
@@ -137,14 +137,11 @@ impl Context<'_> {
     }
 
     /// Two tokens with one secret would make whose it is a matter of luck.
-    fn check_hash(&self, new: &NewToken) -> Result<(), IdentityRejection> {
-        let known = |token: &crate::domain::identity::Token| {
-            matches!(token.hash, TokenHash::Keyed(_)) && token.hash == new.hash
-        };
-        if self.state.people.tokens.values().any(known) {
-            return Err(IdentityRejection::TokenExists(new.name.clone()));
+    fn check_hash(&self, hash: &TokenHash) -> Result<(), IdentityRejection> {
+        match self.state.people.is_taken(&hash.digest()) {
+            true => Err(IdentityRejection::TokenTaken),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn update_user(
@@ -191,7 +188,7 @@ impl Context<'_> {
         }
         events.extend(self.change_quotas(&key, quotas));
         if let Some(token) = rotate {
-            self.check_hash(&token)?;
+            self.check_hash(&token.hash)?;
             events.extend(self.revoke_all(&key, RevokeCause::Rotated));
             events.push(Event::TokenIssued { owner: key, token });
         }
@@ -248,6 +245,7 @@ impl Context<'_> {
         if count >= MAX_TOKENS {
             return Err(IdentityRejection::TooManyTokens(MAX_TOKENS));
         }
+        self.check_hash(&token.hash)?;
         Ok(vec![Event::TokenIssued { owner, token }])
     }
 
@@ -264,7 +262,10 @@ impl Context<'_> {
         match self.state.people.tokens.get(&key).map(|token| &token.hash) {
             None => Err(IdentityRejection::TokenNotFound),
             Some(TokenHash::Keyed(_)) => Ok(Vec::new()),
-            Some(TokenHash::Pbkdf2 { .. }) => Ok(vec![Event::TokenUpgraded { key, digest }]),
+            Some(TokenHash::Pbkdf2 { .. }) => {
+                self.check_hash(&TokenHash::Keyed(digest))?;
+                Ok(vec![Event::TokenUpgraded { key, digest }])
+            }
         }
     }
 
@@ -308,10 +309,9 @@ impl Context<'_> {
         let people = &self.state.people;
         match people.runtimes.get(key) {
             Some(runtime) if runtime.reservation.is_some() => Ok(runtime),
-            Some(_) if people.owner_of(key).is_some() => {
-                Err(IdentityRejection::RuntimeInUse(key.clone()))
-            }
-            _ => Err(IdentityRejection::RuntimeNotFound),
+            // One that is not reserved is a user's, from the user's creation on.
+            Some(_) => Err(IdentityRejection::RuntimeInUse(key.clone())),
+            None => Err(IdentityRejection::RuntimeNotFound),
         }
     }
 

@@ -176,6 +176,7 @@ impl State {
         state.callbacks = snapshot.callbacks;
         state.people = snapshot.people;
         state.accounts = snapshot.accounts;
+        state.people.index_tokens();
         state.index_limits();
         for (name, service) in &snapshot.services {
             if let Some(instance) = &service.instance {

@@ -1,9 +1,7 @@
 //! Users, tokens and runtimes as requests read them, and the index that a token is found by.
 
 use crate::domain::event::Event;
-use crate::domain::identity::{
-    PasswordHash, RuntimeKey, Token, TokenHash, TokenKey, User, UserKey,
-};
+use crate::domain::identity::{PasswordHash, RuntimeKey, Token, TokenKey, User, UserKey};
 use crate::domain::state::user::{
     Subject, fold_credentials, fold_quotas, fold_runtime, fold_tenant, fold_token, fold_user,
     subject,
@@ -56,14 +54,6 @@ pub fn runtime_key(key: &RuntimeKey) -> Vec<u8> {
     joined(&[&key.tenant, &key.runtime])
 }
 
-/// What a token is found by: its keyed hash, or the fingerprint of an imported one.
-pub fn digest_key(hash: &TokenHash) -> Vec<u8> {
-    match hash {
-        TokenHash::Keyed(digest) => digest.to_vec(),
-        TokenHash::Pbkdf2 { fingerprint, .. } => fingerprint.to_vec(),
-    }
-}
-
 /// What an event changes; `get` reads an entry as it was before.
 pub fn changes(
     event: &Event,
@@ -99,10 +89,11 @@ pub fn changes(
             let after = fold_token(before.clone(), event, at);
             let mut changes = Vec::new();
             if let Some(before) = before {
-                changes.push(change(Table::TokenDigests, digest_key(&before.hash), None));
+                let digest = before.hash.digest().as_bytes().to_vec();
+                changes.push(change(Table::TokenDigests, digest, None));
             }
             if let Some(after) = &after {
-                let digest = digest_key(&after.hash);
+                let digest = after.hash.digest().as_bytes().to_vec();
                 changes.push(change(Table::TokenDigests, digest, Some(key.clone())));
             }
             changes.push(change(Table::Tokens, key, after.as_ref().map(encode)));
