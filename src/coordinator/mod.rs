@@ -120,8 +120,11 @@ impl Coordinator {
         }
     }
 
-    /// How long to wait for a message: until the next deadline.
+    /// How long to wait for a message: until the next deadline, or not at all while something is to be purged.
     fn patience(&mut self) -> Duration {
+        if self.writer.is_purging() && !self.quiet {
+            return Duration::ZERO;
+        }
         let Some(due) = self.state.timers.next().filter(|_| !self.quiet) else {
             return NAP;
         };

@@ -393,7 +393,7 @@ pub enum IdentityCommand {
     BeginPurge {
         key: RuntimeKey,
     },
-    /// All runs of the plane are purged: forget the runtime.
+    /// All runs of the plane have ended: remove all that is in it, then forget the runtime.
     FinishPurge {
         key: RuntimeKey,
     },
@@ -443,7 +443,7 @@ pub enum IdentityRejection {
     #[error("Runtime {0} is being purged")]
     RuntimePurging(RuntimeKey),
     #[error("{runs} runs of the runtime have not ended yet; purge it again in a moment")]
-    RunsEnding { runs: usize },
+    RunsEnding { runs: u64 },
     #[error("Token not found")]
     TokenNotFound,
     #[error("A token named '{0}' exists already")]

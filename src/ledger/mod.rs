@@ -7,7 +7,7 @@
 //! | `store`, `redb_store`, `keys` | the seam to the database, redb under it, key layouts |
 //! | `record_codec` | a record's bytes and the hash chain |
 //! | `open` | opening, creating, and why not |
-//! | `batch`, `projection/` | appending, and what each event changes |
+//! | `batch`, `projection/`, `purge` | appending, what each event changes, and removing what is purged |
 //! | `read`, `people`, `listing`, `audit`, `replay`, `snapshot` | reading |
 //! | `hub`, `follow`, `view` | live followers and the JSON they see |
 //! | `verify`, `checkpoint` | proving a ledger, and that it is the one it was |
@@ -24,6 +24,7 @@ pub mod listing;
 mod open;
 mod people;
 pub mod projection;
+mod purge;
 mod read;
 pub mod record_codec;
 mod redb_store;
@@ -57,12 +58,14 @@ pub use projection::inbox::{InboxEntry, InboxState};
 pub use projection::people::{SessionOwner, TokenOwner};
 pub use projection::run::{RunStatus, RunSummary};
 pub use projection::service::{InstancePhase, InstanceView, PlaneView, ServiceView};
+pub use purge::PurgeLeft;
 pub use record_codec::Hash;
 pub use stats::Stats;
 pub use transfer::{TransferError, Transferred};
 pub use verify::{Verified, VerifyError};
 pub use view::record_json;
 
+use purge::Purges;
 use read::Chunk;
 use store::{Snapshot, Store, Table};
 
@@ -131,15 +134,11 @@ impl Ledger {
 
     /// A record's payload; `None` when the record does not exist or was purged.
     pub fn payload(&self, seq: Seq) -> Result<Option<Bytes>, ReadError> {
-        let Some(bytes) = self
-            .inner
-            .store
-            .snapshot()?
-            .get(Table::Events, &keys::seq(seq))?
-        else {
+        let snapshot = self.inner.store.snapshot()?;
+        let Some(bytes) = snapshot.get(Table::Events, &keys::seq(seq))? else {
             return Ok(None);
         };
-        let raw = record_codec::Raw::parse(seq, &bytes)?;
+        let raw = Purges::of(&*snapshot).show(record_codec::Raw::parse(seq, &bytes)?)?;
         Ok((!raw.purged).then(|| Bytes::copy_from_slice(raw.payload)))
     }
 

@@ -228,6 +228,8 @@ fn finish(path: &Path, store: RedbStore, initialise: bool) -> Result<(Ledger, Wr
         next_seq: seq + 1,
         tail_hash: hash,
         poisoned: false,
+        // Until somebody has looked.
+        purging: true,
     };
     Ok((Ledger { inner }, writer))
 }

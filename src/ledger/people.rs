@@ -1,6 +1,6 @@
 //! Reads of users, tokens, runtimes, tenants and quotas.
 
-use std::ops::{Bound, ControlFlow};
+use std::ops::ControlFlow;
 
 use crate::domain::identity::{Credentials, Runtime, RuntimeKey, Token, TokenKey, User, UserKey};
 use crate::domain::ids::RunId;
@@ -10,7 +10,8 @@ use super::error::ReadError;
 use super::projection::inbox::InboxEntry;
 use super::projection::people::{self, SessionOwner, TokenOwner};
 use super::projection::run::RunSummary;
-use super::store::{Direction, Snapshot, Table};
+use super::purge::Purges;
+use super::store::{Snapshot, Table};
 use super::{Ledger, hide_foreign, read};
 
 impl Ledger {
@@ -58,7 +59,7 @@ impl Ledger {
         Ok(quotas.unwrap_or_default())
     }
 
-    /// A tenant's runtimes, by name.
+    /// A tenant's runtimes, by name, without those that are being removed.
     pub fn runtimes_of(&self, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
         runtimes_of(&*self.inner.store.snapshot()?, tenant)
     }
@@ -146,15 +147,11 @@ impl Ledger {
             token: "".into(),
         });
         let mut tokens = Vec::new();
-        let bounds = (Bound::Included(&first[..]), Bound::Unbounded);
-        snapshot.scan(Table::Tokens, bounds, Direction::Up, &mut |key, bytes| {
-            if !key.starts_with(&first) {
-                return ControlFlow::Break(());
-            }
-            tokens.push(read::entry(Table::Tokens, bytes));
-            ControlFlow::Continue(())
+        read::walk(&*snapshot, Table::Tokens, &first, |_, bytes| {
+            tokens.push(read::entry(Table::Tokens, bytes)?);
+            Ok::<_, ReadError>(ControlFlow::Continue(()))
         })?;
-        tokens.into_iter().collect()
+        Ok(tokens)
     }
 }
 
@@ -178,13 +175,13 @@ fn runtimes_of(snapshot: &dyn Snapshot, tenant: &str) -> Result<Vec<Runtime>, Re
         runtime: "".into(),
     });
     let mut runtimes = Vec::new();
-    let bounds = (Bound::Included(&first[..]), Bound::Unbounded);
-    snapshot.scan(Table::Runtimes, bounds, Direction::Up, &mut |key, bytes| {
-        if !key.starts_with(&first) {
-            return ControlFlow::Break(());
+    let purges = Purges::of(snapshot);
+    read::walk(snapshot, Table::Runtimes, &first, |_, bytes| {
+        let runtime: Runtime = read::entry(Table::Runtimes, bytes)?;
+        if !purges.has_plane(runtime.plane)? {
+            runtimes.push(runtime);
         }
-        runtimes.push(read::entry(Table::Runtimes, bytes));
-        ControlFlow::Continue(())
+        Ok::<_, ReadError>(ControlFlow::Continue(()))
     })?;
-    runtimes.into_iter().collect()
+    Ok(runtimes)
 }

@@ -304,6 +304,12 @@ impl People {
         self.credentials.get(key)?.password.as_ref()
     }
 
+    /// Runtimes whose purge has begun.
+    pub fn purging(&self) -> impl Iterator<Item = &Runtime> {
+        let runtimes = self.runtimes.values();
+        runtimes.filter(|runtime| runtime.reservation.as_ref().is_some_and(|r| r.purging))
+    }
+
     /// The plane of a runtime that was opened and not released.
     pub fn plane_of(&self, key: &RuntimeKey) -> Option<PlaneId> {
         self.runtimes.get(key).map(|runtime| runtime.plane)
