@@ -15,6 +15,7 @@ use crate::domain::ids::{CommandId, Cursor, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::record::{NewRecord, Record};
 use crate::domain::time::Timestamp;
 
+use super::counts::Moves;
 use super::error::{CommitError, ReadError};
 use super::hub::Published;
 use super::projection::inbox::{self, InboxEntry};
@@ -76,6 +77,7 @@ impl Writer {
             inbox: HashMap::new(),
             published: Vec::new(),
             share: Share::default(),
+            moves: Moves::default(),
         })
     }
 
@@ -96,12 +98,13 @@ impl Writer {
         Ok(())
     }
 
-    /// Commits, and refuses all further work when that fails.
-    pub(super) fn write(&mut self, writes: WriteSet) -> Result<(), CommitError> {
+    /// Commits, and refuses all further work when that fails. `moves` is what it changes in the counts.
+    pub(super) fn write(&mut self, writes: WriteSet, moves: Moves) -> Result<(), CommitError> {
         self.check()?;
         // Set first, so that a panic in the store poisons as well.
         self.poisoned = true;
-        self.inner.store.commit(writes)?;
+        let store = &self.inner.store;
+        self.inner.counts.commit(moves, || store.commit(writes))?;
         self.poisoned = false;
         Ok(())
     }
@@ -128,6 +131,7 @@ pub struct Batch<'a> {
     published: Vec<Published>,
     /// What it may still do for purges.
     pub(super) share: Share,
+    pub(super) moves: Moves,
 }
 
 /// A record about to be appended, encoded, whatever it came from.
@@ -458,6 +462,7 @@ impl Batch<'_> {
             prev_hash,
             writes,
             published,
+            moves,
             ..
         } = self;
         // Gone before the commit, so that the pages it pins can be used again.
@@ -466,7 +471,7 @@ impl Batch<'_> {
             return Ok(seq - 1);
         }
         let started = Instant::now();
-        writer.write(writes)?;
+        writer.write(writes, moves)?;
         metrics::histogram!("rungate_ledger_commit_seconds").record(started.elapsed());
         metrics::histogram!("rungate_ledger_batch_records").record(published.len() as f64);
         writer.next_seq = seq;
@@ -485,6 +490,7 @@ impl Batch<'_> {
             self.writes
                 .put(Table::Runs, keys::run(*plane, *run), encoded);
             if slot.stored != Some(summary.status) {
+                self.moves.count(slot.stored, Some(summary.status));
                 if let Some(stored) = slot.stored {
                     let key = keys::status(*plane, stored, *run);
                     self.writes.remove(Table::RunsByStatus, key);

@@ -10,12 +10,14 @@
 //! | `batch`, `projection/`, `purge` | appending, what each event changes, and removing what is purged |
 //! | `read`, `people`, `listing`, `audit`, `replay`, `snapshot` | reading |
 //! | `hub`, `follow`, `view` | live followers and the JSON they see |
+//! | `counts` | how many runs stand in each status |
 //! | `verify`, `checkpoint` | proving a ledger, and that it is the one it was |
 //! | `transfer`, `stats` | moving and measuring a ledger |
 
 pub mod audit;
 pub mod batch;
 pub mod checkpoint;
+mod counts;
 pub mod error;
 pub mod follow;
 mod hub;
@@ -65,6 +67,7 @@ pub use transfer::{TransferError, Transferred};
 pub use verify::{Verified, VerifyError};
 pub use view::record_json;
 
+use counts::StatusCounts;
 use purge::Purges;
 use read::Chunk;
 use store::{Snapshot, Store, Table};
@@ -95,6 +98,7 @@ pub struct Ledger {
 struct Inner {
     store: Box<dyn Store>,
     hub: hub::Hub,
+    counts: StatusCounts,
     instance_id: Uuid,
     path: PathBuf,
 }
@@ -237,11 +241,6 @@ impl Ledger {
         let items = items.into_iter().map(|run| hide_foreign(&*snapshot, run));
         let items = items.collect::<Result<_, _>>()?;
         Ok(RunPage { items, next })
-    }
-
-    /// How many runs of a plane stand in each status.
-    pub fn count_by_status(&self, plane: PlaneId) -> Result<Vec<(RunStatus, u64)>, ReadError> {
-        listing::count_by_status(&*self.inner.store.snapshot()?, plane)
     }
 
     /// A command's place in the inbox.

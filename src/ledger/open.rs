@@ -13,6 +13,7 @@ use redb::{Builder, DatabaseError, ReadOnlyDatabase, StorageBackend, StorageErro
 use uuid::Uuid;
 
 use super::batch::{self, Writer};
+use super::counts::StatusCounts;
 use super::error::{OpenError, ReadError, StoreError};
 use super::hub::Hub;
 use super::redb_store::RedbStore;
@@ -220,6 +221,7 @@ fn finish(path: &Path, store: RedbStore, initialise: bool) -> Result<(Ledger, Wr
     let inner = Arc::new(Inner {
         store: Box::new(store),
         hub,
+        counts: StatusCounts::default(),
         instance_id,
         path: path.to_path_buf(),
     });

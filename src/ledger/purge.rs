@@ -231,6 +231,7 @@ impl Batch<'_> {
         }
         self.share.spend(0);
         self.writes.remove(Table::Runs, place);
+        self.moves.count(Some(run.status), None);
         let status = keys::status(run.plane, run.status, run.run);
         self.writes.remove(Table::RunsByStatus, status);
         if let Some(session) = &run.session {

@@ -190,12 +190,6 @@ fn lists_page_newest_first_by_time_status_and_session() {
         ..RunFilter::default()
     };
     assert_eq!(all(&own), [run_id(7)]);
-    let window = RunFilter {
-        created_from: Some(START + 100),
-        created_until: Some(START + 110),
-        ..RunFilter::default()
-    };
-    assert_eq!(all(&window), expected(&|n| (100..110).contains(&n)));
     assert!(
         ledger
             .runs(PlaneId(1), &RunFilter::default(), None, 10)
@@ -371,4 +365,23 @@ fn a_damaged_snapshot_falls_back_to_the_one_before() {
         ledger.load_snapshot().unwrap(),
         Some((3, b"again".to_vec()))
     );
+}
+
+#[test]
+fn runs_are_counted_by_status_as_they_change() {
+    let (_directory, ledger, mut writer) = open();
+    let counted = || {
+        let counts = ledger.runs_by_status().unwrap().into_iter();
+        let counts = counts.filter(|(_, count)| *count > 0);
+        counts
+            .map(|(status, count)| (status.name(), count))
+            .collect()
+    };
+    let scanned = || ledger.stats().unwrap().runs_by_status;
+    write_trace(&mut writer, 5, 30, |_, _| {}).unwrap();
+    assert_eq!(scanned(), counted(), "counted for the first time");
+    write_trace(&mut writer, 6, 30, |_, _| {}).unwrap();
+    assert_eq!(scanned(), counted(), "kept up");
+    append(&mut writer, [(queued(run_id(9_999)), "{}")]);
+    assert_eq!(scanned(), counted());
 }

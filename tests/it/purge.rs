@@ -181,9 +181,17 @@ fn a_purged_plane_leaves_its_records_without_payloads_and_nothing_else() {
     assert!(hidden.iter().all(|record| record.payload.is_empty()));
     let mut rounds = 0;
     let (mut ledger, mut writer) = (ledger, writer);
+    let counted = |ledger: &Ledger| -> u64 {
+        let counts = ledger.runs_by_status().unwrap();
+        counts.iter().map(|(_, count)| count).sum()
+    };
+    let mut before = counted(&ledger);
     while purge_on(&mut writer) {
+        assert!(counted(&ledger) <= before);
+        assert_eq!(counted(&ledger), ledger.stats().unwrap().runs);
         drop((ledger, writer));
         (ledger, writer) = open(&directory);
+        before = counted(&ledger);
         ledger.verify(&mut |_| {}).unwrap();
         if let Some(now) = ledger.purge_left(ANN).unwrap() {
             assert!(now.runs <= left.runs && now.records <= left.records);
