@@ -369,7 +369,7 @@ impl Core {
     /// ends with a snapshot. Requests are answered until the calls have ended: services report progress and save
     /// checkpoints to the last, and `/readyz` tells that it is over.
     async fn stop(self, http: Http, app: &App, limit: Duration) -> Result<(), ServeError> {
-        self.handle.quiet();
+        self.handle.quiet().await;
         let open = self.executor.finish_calls(limit).await;
         if open > 0 {
             tracing::info!(
@@ -387,7 +387,7 @@ impl Core {
             .handle
             .submit(gateway_origin(), Command::GatewayStopped)
             .await;
-        self.handle.stop();
+        self.handle.stop().await;
         self.ended.await.unwrap_or(Err(ServeError::CoordinatorGone))
     }
 }

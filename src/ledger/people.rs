@@ -124,6 +124,25 @@ impl Ledger {
         read::all(&*self.inner.store.snapshot()?, Table::Users)
     }
 
+    /// The same with their quotas, as of one moment.
+    pub fn users_with_quotas(&self) -> Result<Vec<(User, Quotas)>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        let any = snapshot.len(Table::UserQuotas)? > 0;
+        let mut users = Vec::new();
+        read::walk(&*snapshot, Table::Users, &[], |key, bytes| {
+            let quotas = match any {
+                true => read::get(&*snapshot, Table::UserQuotas, key)?,
+                false => None,
+            };
+            users.push((
+                read::entry(Table::Users, bytes)?,
+                quotas.unwrap_or_default(),
+            ));
+            Ok::<_, ReadError>(ControlFlow::Continue(()))
+        })?;
+        Ok(users)
+    }
+
     pub fn user(&self, key: &UserKey) -> Result<Option<User>, ReadError> {
         let snapshot = self.inner.store.snapshot()?;
         read::get(&*snapshot, Table::Users, &people::user_key(key))
