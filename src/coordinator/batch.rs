@@ -1,5 +1,7 @@
 //! One batch: decide each message, let time and the scheduler add theirs, commit, then answer.
 
+use std::time::Instant;
+
 use bytes::Bytes;
 use smol_str::SmolStr;
 use tokio::sync::oneshot;
@@ -68,6 +70,9 @@ impl Coordinator {
             work.follow_up()?;
             if work.batch.is_purging() {
                 work.purge_on()?;
+            }
+            if self.keys_due <= Instant::now() {
+                self.keys_due = Instant::now() + work.batch.expire_keys(now)?;
             }
         }
         let Work {

@@ -76,6 +76,8 @@ struct Coordinator {
     snapshot_at: u64,
     /// When the last record was appended.
     last_work: Instant,
+    /// When to go on forgetting Idempotency-Keys.
+    keys_due: Instant,
     clock: Clock,
     /// Nothing new is begun: `GatewayStarted` has not told yet what a restart left open, or the gateway is
     /// stopping.
@@ -94,6 +96,7 @@ impl Coordinator {
             inbox,
             snapshots: parts.snapshots,
             last_work: Instant::now(),
+            keys_due: Instant::now(),
             quiet: true,
         }
     }
@@ -176,14 +179,22 @@ mod tests {
 
     use super::*;
     use crate::domain::audit::{AuditedWrite, Source};
-    use crate::domain::command::{Command, Origin};
+    use crate::domain::command::{Command, Origin, Rejection};
+    use crate::domain::event::Event;
     use crate::domain::ids::PlaneId;
+    use crate::domain::record::NewRecord;
+    use crate::domain::time::Timestamp;
     use crate::ledger::{Ledger, OpenOptions};
 
     /// A coordinator over a new ledger.
     fn start_with(snapshots: SnapshotRules) -> (tempfile::TempDir, Ledger, Handle) {
         let data = tempfile::tempdir().unwrap();
         let (ledger, writer) = Ledger::open(data.path(), &OpenOptions::default()).unwrap();
+        let handle = start_on(writer, snapshots);
+        (data, ledger, handle)
+    }
+
+    fn start_on(writer: Writer, snapshots: SnapshotRules) -> Handle {
         let (effects, _) = tokio::sync::mpsc::unbounded_channel();
         let parts = Parts {
             writer,
@@ -192,8 +203,7 @@ mod tests {
             effects,
             snapshots,
         };
-        let handle = start(parts).unwrap().handle;
-        (data, ledger, handle)
+        start(parts).unwrap().handle
     }
 
     /// Appends one record.
@@ -236,6 +246,55 @@ mod tests {
         tokio::time::timeout(patience, come)
             .await
             .expect("a snapshot");
+    }
+
+    #[tokio::test]
+    async fn old_idempotency_keys_are_forgotten_by_and_by() {
+        let data = tempfile::tempdir().unwrap();
+        let (_ledger, mut writer) = Ledger::open(data.path(), &OpenOptions::default()).unwrap();
+        let at = Timestamp::from_millis(1_700_000_000_000);
+        let mut batch = writer.begin().unwrap();
+        let record = NewRecord {
+            plane: PlaneId::ROOT,
+            at,
+            actor: SmolStr::default(),
+            request_id: None,
+            asked: None,
+            event: Event::GatewayStopped { epoch: 1 },
+            payload: bytes::Bytes::new(),
+        };
+        batch.append(record).unwrap();
+        let kept = batch.put_idempotency(PlaneId::ROOT, "start", "key", [1; 32], b"");
+        kept.unwrap();
+        batch.commit().unwrap();
+        let handle = start_on(writer, SnapshotRules::after(Duration::from_secs(1)));
+        let origin = Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::default(),
+            request_id: None,
+            at,
+        };
+        let started = Command::GatewayStarted {
+            epoch: 1,
+            version: SmolStr::default(),
+        };
+        handle.submit(origin.clone(), started).await.unwrap();
+        let again = async || {
+            let once = Once {
+                route: "start",
+                key: "key".into(),
+                body_hash: [2; 32],
+            };
+            let tick = handle.put(origin.clone(), Command::Tick, Some(once), None);
+            tick.await
+        };
+        let forgotten = async {
+            while let Err(refused) = again().await {
+                assert_eq!(refused, SubmitError::Rejected(Rejection::KeyReused));
+            }
+        };
+        let patience = Duration::from_secs(60);
+        tokio::time::timeout(patience, forgotten).await.unwrap();
     }
 
     #[tokio::test]

@@ -17,6 +17,7 @@ use crate::domain::time::Timestamp;
 
 use super::counts::Moves;
 use super::error::{CommitError, ReadError};
+use super::expiry::KeyWalk;
 use super::hub::Published;
 use super::projection::inbox::{self, InboxEntry};
 use super::projection::people;
@@ -39,6 +40,7 @@ pub struct Writer {
     pub(super) poisoned: bool,
     /// Purges may have something left to remove.
     pub(super) purging: bool,
+    pub(super) keys: KeyWalk,
 }
 
 /// A record's place.

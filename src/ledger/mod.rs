@@ -10,7 +10,7 @@
 //! | `batch`, `projection/`, `purge` | appending, what each event changes, and removing what is purged |
 //! | `read`, `people`, `listing`, `audit`, `replay`, `snapshot` | reading |
 //! | `hub`, `follow`, `view` | live followers and the JSON they see |
-//! | `counts` | how many runs stand in each status |
+//! | `counts`, `expiry` | how many runs stand in each status; forgetting Idempotency-Keys |
 //! | `verify`, `checkpoint` | proving a ledger, and that it is the one it was |
 //! | `transfer`, `stats` | moving and measuring a ledger |
 
@@ -19,6 +19,7 @@ pub mod batch;
 pub mod checkpoint;
 mod counts;
 pub mod error;
+mod expiry;
 pub mod follow;
 mod hub;
 mod keys;
@@ -52,6 +53,7 @@ use crate::domain::spec::GpuFacts;
 pub use audit::{AuditEntry, AuditFilter, AuditPage};
 pub use batch::{Appended, Batch, MAX_PAYLOAD_BYTES, StoredReply, Writer};
 pub use error::{CommitError, OpenError, ReadError, StoreError};
+pub use expiry::KEY_LIFE_MS;
 pub use follow::{Follower, Frame};
 pub use hub::Topic;
 pub use listing::{RunFilter, RunPage};

@@ -15,6 +15,7 @@ use uuid::Uuid;
 use super::batch::{self, Writer};
 use super::counts::StatusCounts;
 use super::error::{OpenError, ReadError, StoreError};
+use super::expiry::KeyWalk;
 use super::hub::Hub;
 use super::redb_store::RedbStore;
 use super::store::{Direction, Store, Table, WriteSet};
@@ -232,6 +233,7 @@ fn finish(path: &Path, store: RedbStore, initialise: bool) -> Result<(Ledger, Wr
         poisoned: false,
         // Until somebody has looked.
         purging: true,
+        keys: KeyWalk::default(),
     };
     Ok((Ledger { inner }, writer))
 }

@@ -6,6 +6,7 @@ use serde::de::DeserializeOwned;
 
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
+use crate::domain::time::Timestamp;
 
 use super::error::{ReadError, StoreError};
 use super::projection::inbox::InboxEntry;
@@ -199,4 +200,17 @@ pub fn run_records(
         }
     }
     Ok(found)
+}
+
+/// The first record at or after an instant, found by halving; one after `tail` when there is none.
+pub fn first_at(snapshot: &dyn Snapshot, tail: Seq, at: Timestamp) -> Result<Seq, ReadError> {
+    let (mut low, mut high) = (1, tail + 1);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match record(snapshot, middle)? {
+            Some(record) if record.at < at => low = middle + 1,
+            _ => high = middle,
+        }
+    }
+    Ok(low)
 }
