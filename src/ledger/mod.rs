@@ -48,7 +48,6 @@ use uuid::Uuid;
 
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
-use crate::domain::spec::GpuFacts;
 
 pub use audit::{AuditEntry, AuditFilter, AuditPage};
 pub use batch::{Appended, Batch, MAX_PAYLOAD_BYTES, StoredReply, Writer};
@@ -257,13 +256,6 @@ impl Ledger {
 
     pub fn service(&self, name: &str) -> Result<Option<ServiceView>, ReadError> {
         read::service(&*self.inner.store.snapshot()?, name)
-    }
-
-    /// The machine's GPUs as they were last listed.
-    pub fn gpus(&self) -> Result<Vec<GpuFacts>, ReadError> {
-        let snapshot = self.inner.store.snapshot()?;
-        let gpus = read::get(&*snapshot, Table::Gpus, keys::GPUS)?;
-        Ok(gpus.unwrap_or_default())
     }
 
     /// All data planes.
