@@ -34,7 +34,7 @@ use crate::auth::secret::{TokenKey, TokenKeyError};
 use crate::auth::sso::{self, Sso, SsoError};
 use crate::auth::uses::Uses;
 use crate::config::Config;
-use crate::coordinator::{self, Handle, Running};
+use crate::coordinator::{self, Handle, Running, SnapshotRules};
 use crate::domain::command::{Command, Origin};
 use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
@@ -335,7 +335,7 @@ impl Core {
             state,
             settings,
             effects: sender,
-            snapshot_idle: Duration::from_millis(config.snapshot_idle_ms),
+            snapshots: SnapshotRules::after(Duration::from_millis(config.snapshot_idle_ms)),
         })
         .map_err(ServeError::Thread)?;
         let tasks = Tasks::new();
@@ -370,7 +370,7 @@ impl Core {
     /// ends with a snapshot. Requests are answered until the calls have ended: services report progress and save
     /// checkpoints to the last, and `/readyz` tells that it is over.
     async fn stop(self, http: Http, app: &App, limit: Duration) -> Result<(), ServeError> {
-        self.handle.quiet();
+        self.handle.quiet().await;
         let open = self.executor.finish_calls(limit).await;
         if open > 0 {
             tracing::info!(
@@ -388,7 +388,7 @@ impl Core {
             .handle
             .submit(gateway_origin(), Command::GatewayStopped)
             .await;
-        self.handle.stop();
+        self.handle.stop().await;
         self.ended.await.unwrap_or(Err(ServeError::CoordinatorGone))
     }
 }

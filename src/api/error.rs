@@ -112,6 +112,7 @@ error_codes! {
     TenantProtected = "tenant_protected", BAD_REQUEST, "The default tenant stays enabled";
     TokenExists = "token_exists", CONFLICT, "The token exists already";
     TokenNotFound = "token_not_found", NOT_FOUND, "No such token";
+    TokenTaken = "token_taken", CONFLICT, "The token is in use already";
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS, "Too many requests at once";
     TooManyStreams = "too_many_streams", TOO_MANY_REQUESTS, "Too many streams at once";
     TooManyTenants = "too_many_tenants", CONFLICT, "There are too many tenants";
@@ -422,6 +423,7 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::RunsEnding { .. } => ErrorCode::RunsEnding,
         IdentityRejection::TokenNotFound => ErrorCode::TokenNotFound,
         IdentityRejection::TokenExists(_) => ErrorCode::TokenExists,
+        IdentityRejection::TokenTaken => ErrorCode::TokenTaken,
         IdentityRejection::TooManyTokens(_) => ErrorCode::TooManyTokens,
         IdentityRejection::PasswordStale => ErrorCode::PasswordStale,
         IdentityRejection::TenantExists(_) => ErrorCode::TenantExists,

@@ -1,8 +1,6 @@
 //! `GET /metrics`: what was recorded, and gauges that are taken at the moment of asking, over all planes. For
 //! operators: queue depths and service names are nobody else's business.
 
-use std::collections::BTreeMap;
-
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::header;
@@ -37,17 +35,8 @@ async fn read(State(app): State<App>, _caller: Caller) -> Result<Response, ApiEr
 async fn take_gauges(app: &App) -> Result<(), ApiError> {
     let stats = app.handle.queue_stats().await?;
     gauge!("rungate_queue_depth").set(stats.queued as f64);
-    let counts = app.scan(|ledger| {
-        let mut counts = BTreeMap::new();
-        for plane in ledger.planes()? {
-            for (status, count) in ledger.count_by_status(plane.plane)? {
-                *counts.entry(status.name()).or_insert(0) += count;
-            }
-        }
-        Ok(counts)
-    });
-    for (status, count) in counts.await? {
-        gauge!("rungate_runs", "status" => status).set(count as f64);
+    for (status, count) in app.scan(|ledger| ledger.runs_by_status()).await? {
+        gauge!("rungate_runs", "status" => status.name()).set(count as f64);
     }
     gauge!("rungate_ledger_followers").set(app.ledger.followers() as f64);
     gauge!("rungate_ledger_seq").set(app.ledger.tail() as f64);

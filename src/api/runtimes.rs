@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
-use futures_util::future::try_join_all;
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
 use serde::Serialize;
 use serde_json::{Value, json};
 use smol_str::SmolStr;
@@ -19,21 +20,18 @@ use super::error::{ApiError, ErrorCode};
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
 use super::state::App;
-use super::users::UserView;
+use super::users::{UserView, submit};
 use crate::coordinator::SubmitError;
-use crate::domain::command::{Command, Origin, Rejection};
+use crate::domain::command::{Command, Rejection};
 use crate::domain::identity::{
     IdentityCommand, IdentityRejection, ReserveReason, Runtime, RuntimeKey, UserKey, sanitised,
 };
-use crate::domain::ids::{PlaneId, RunId};
+use crate::domain::ids::PlaneId;
 use crate::domain::time::Timestamp;
-use crate::ledger::{Ledger, ReadError, RunFilter, RunPage};
+use crate::ledger::{Ledger, ReadError, RunFilter};
 
-/// Runs looked at in one read, and purged in one go.
-const PAGE: usize = 256;
-
-/// How long one request waits for runs that are being stopped; the next one goes on from there.
-const STOP_WAIT: Duration = Duration::from_secs(30);
+/// How long one request waits for runs to end and for all to be removed; that goes on without it.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The routes of this file, under `/api/gateway`.
 pub fn router() -> OpenApiRouter<App> {
@@ -57,12 +55,18 @@ pub struct ReservationView {
     pub created_at: Timestamp,
     #[schema(value_type = String)]
     pub updated_at: Timestamp,
-    /// Runs are in it.
+    /// Something is in it.
     pub data_exists: bool,
     /// Where: the plane's number in the ledger.
     pub data_path: String,
-    /// A purge began and has not ended; ask for it again and it goes on.
+    /// A purge began and has not ended. While its runs end, ask for it again; from then on it goes on by itself.
     pub purging: bool,
+    /// While they are being removed: runs that are left, counted up to 100,000.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub runs_left: Option<u64>,
+    /// And records of runs whose payloads are left.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub records_left: Option<u64>,
 }
 
 /// Reserved runtimes.
@@ -76,6 +80,10 @@ fn view(ledger: &Ledger, runtime: &Runtime) -> Result<Option<ReservationView>, R
         return Ok(None);
     };
     let runs = ledger.runs(runtime.plane, &RunFilter::default(), None, 1)?;
+    let left = match reservation.purging {
+        true => ledger.purge_left(runtime.plane)?,
+        false => None,
+    };
     Ok(Some(ReservationView {
         tenant_id: runtime.key.tenant.to_string(),
         runtime_id: runtime.key.runtime.to_string(),
@@ -87,6 +95,8 @@ fn view(ledger: &Ledger, runtime: &Runtime) -> Result<Option<ReservationView>, R
         data_exists: !runs.items.is_empty(),
         data_path: data_path(runtime.plane),
         purging: reservation.purging,
+        runs_left: left.map(|left| left.runs),
+        records_left: left.map(|left| left.records),
     }))
 }
 
@@ -173,10 +183,12 @@ async fn transfer(
 
 /// Remove what is in a reserved runtime, and forget it.
 ///
-/// Runs that have not ended are cancelled. It can be interrupted and asked for again; the ledger's chain stays whole.
+/// Runs that have not ended are cancelled. From then on nobody sees what is in it, and it is removed bit by bit, over
+/// restarts too; the ledger's chain stays whole. It can be asked for again at any time.
 #[utoipa::path(post, path = "/admin/runtime-reservations/{runtime_id}/purge", tag = "users",
     request_body(content = Object, example = json!({"confirm_runtime_id": "alice"})),
     responses((status = 200, body = Object, example = json!({"ok": true, "purged": true, "deleted_data": true, "runtime_id": "alice", "tenant_id": "default", "data_path": "ledger.redb#plane=1"})),
+        (status = 202, description = "It goes on; the reservation tells what is left", body = Object, example = json!({"ok": true, "purged": false, "deleted_data": false, "purging": true, "runs_left": 1204, "records_left": 5120, "runtime_id": "alice", "tenant_id": "default", "data_path": "ledger.redb#plane=1"})),
         (status = 400, description = "The confirmation differs"), (status = 404, description = "No such reservation"),
         (status = 409, description = "A user has it, or runs are still ending")))]
 async fn purge(
@@ -184,7 +196,7 @@ async fn purge(
     caller: Caller,
     PathOf(id): PathOf<String>,
     body: JsonBody,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Response, ApiError> {
     let (runtime, delete) = {
         let fields = body.fields()?;
         let delete = fields.boolean("delete_data").unwrap_or(true);
@@ -196,98 +208,79 @@ async fn purge(
             "delete_data must be true: a purge removes the data",
         ));
     }
-    let Runtime { key, plane, .. } = runtime;
-    let begin = IdentityCommand::BeginPurge { key: key.clone() };
-    app.submit(&caller, Command::Identity(Box::new(begin)))
-        .await?;
-    let deadline = Instant::now() + STOP_WAIT;
-    let mut live = purge_runs(&app, &caller, plane).await?;
-    let mut commits = app.ledger.watch();
-    while !live.is_empty() {
-        commits.borrow_and_update();
-        live = purge_ended(&app, &caller, plane, live).await?;
-        if live.is_empty() {
-            break;
-        }
-        tokio::select! {
-            _ = commits.changed() => {}
-            () = tokio::time::sleep_until(deadline) => {
-                let runs = live.len();
-                return Err(Rejection::from(IdentityRejection::RunsEnding { runs }).into());
-            }
-        }
-    }
-    let finish = IdentityCommand::FinishPurge { key: key.clone() };
-    app.submit(&caller, Command::Identity(Box::new(finish)))
-        .await?;
-    Ok(Json(json!({
+    let deadline = Instant::now() + PATIENCE;
+    end_runs(&app, &caller, &runtime.key, deadline).await?;
+    let answer = json!({
         "ok": true,
         "purged": true,
         "deleted_data": true,
-        "runtime_id": key.runtime.as_str(),
-        "tenant_id": key.tenant.as_str(),
-        "data_path": data_path(plane),
-    })))
+        "runtime_id": runtime.key.runtime.as_str(),
+        "tenant_id": runtime.key.tenant.as_str(),
+        "data_path": data_path(runtime.plane),
+    });
+    if is_released(&app, &runtime, deadline).await? {
+        return Ok(Json(answer).into_response());
+    }
+    let plane = runtime.plane;
+    let left = app.scan(move |ledger| ledger.purge_left(plane)).await?;
+    let mut answer = answer;
+    answer["purged"] = json!(false);
+    answer["deleted_data"] = json!(false);
+    answer["purging"] = json!(true);
+    answer["runs_left"] = json!(left.map_or(0, |left| left.runs));
+    answer["records_left"] = json!(left.map_or(0, |left| left.records));
+    Ok((StatusCode::ACCEPTED, Json(answer)).into_response())
 }
 
-/// Purges every ended run of a plane that was not purged before; answers those that have not ended.
-async fn purge_runs(app: &App, caller: &Caller, plane: PlaneId) -> Result<Vec<RunId>, ApiError> {
-    let (mut live, mut before) = (Vec::new(), None);
+/// Ends all runs of a runtime, and hides what is in it.
+async fn end_runs(
+    app: &App,
+    caller: &Caller,
+    key: &RuntimeKey,
+    deadline: Instant,
+) -> Result<(), ApiError> {
+    let mut commits = app.ledger.watch();
+    let mut before = u64::MAX;
+    let begin = || IdentityCommand::BeginPurge { key: key.clone() };
+    submit(app, caller, begin()).await?;
     loop {
-        let page: RunPage = app
-            .scan(move |ledger| ledger.runs(plane, &RunFilter::default(), before, PAGE))
-            .await?;
-        let mut ended = Vec::new();
-        for run in &page.items {
-            match (run.status.is_terminal(), run.purged) {
-                (false, _) => live.push(run.run),
-                (true, false) => ended.push(run.run),
-                (true, true) => {}
-            }
-        }
-        purge_each(app, caller, plane, &ended).await?;
-        before = page.next;
-        if before.is_none() {
-            return Ok(live);
-        }
-    }
-}
-
-/// Purges those of some runs that have ended; answers the others.
-async fn purge_ended(
-    app: &App,
-    caller: &Caller,
-    plane: PlaneId,
-    runs: Vec<RunId>,
-) -> Result<Vec<RunId>, ApiError> {
-    let (mut ended, mut live) = (Vec::new(), Vec::new());
-    for run in runs {
-        let summary = app.ledger.run(plane, run)?;
-        match summary.is_none_or(|summary| summary.status.is_terminal()) {
-            true => ended.push(run),
-            false => live.push(run),
-        }
-    }
-    for page in ended.chunks(PAGE) {
-        purge_each(app, caller, plane, page).await?;
-    }
-    Ok(live)
-}
-
-/// Together, so that they share commits.
-async fn purge_each(
-    app: &App,
-    caller: &Caller,
-    plane: PlaneId,
-    runs: &[RunId],
-) -> Result<(), SubmitError> {
-    let purge = |run: &RunId| {
-        let origin = Origin {
-            plane,
-            ..caller.origin()
+        commits.borrow_and_update();
+        let finish = IdentityCommand::FinishPurge { key: key.clone() };
+        let finish = Command::Identity(Box::new(finish));
+        let rejection = match app.put(caller, finish, None).await {
+            Ok(_) => return Ok(()),
+            Err(SubmitError::Rejected(rejection)) => rejection,
+            Err(error) => return Err(error.into()),
         };
-        app.handle.submit(origin, Command::PurgeRun { run: *run })
-    };
-    try_join_all(runs.iter().map(purge)).await?;
-    Ok(())
+        let Rejection::Identity(IdentityRejection::RunsEnding { runs }) = rejection else {
+            return Err(rejection.into());
+        };
+        // It ends many at once, but not all. Those that work end when their calls do.
+        if runs < before {
+            before = runs;
+            submit(app, caller, begin()).await?;
+            continue;
+        }
+        before = 0;
+        tokio::select! {
+            _ = commits.changed() => {}
+            () = tokio::time::sleep_until(deadline) => return Err(rejection.into()),
+        }
+    }
+}
+
+/// Whether a runtime is forgotten by `deadline`: all that was in it is removed.
+async fn is_released(app: &App, runtime: &Runtime, deadline: Instant) -> Result<bool, ApiError> {
+    let mut commits = app.ledger.watch();
+    loop {
+        commits.borrow_and_update();
+        let found = app.ledger.runtime(&runtime.key)?;
+        if found.is_none_or(|found| found.plane != runtime.plane) {
+            return Ok(true);
+        }
+        tokio::select! {
+            _ = commits.changed() => {}
+            () = tokio::time::sleep_until(deadline) => return Ok(false),
+        }
+    }
 }

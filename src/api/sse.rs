@@ -161,7 +161,12 @@ pub fn stream(
                 }
             }
             tokio::select! {
+                // First the stop: a reader with much to catch up with would else be sent it all.
                 biased;
+                () = stop.as_mut() => {
+                    yield retry.clone();
+                    break;
+                }
                 frame = follower.next() => match frame {
                     Ok(frame) => {
                         may_be_done |= frame.ends_run;
@@ -178,10 +183,6 @@ pub fn stream(
                         break;
                     }
                 },
-                () = stop.as_mut() => {
-                    yield retry.clone();
-                    break;
-                }
                 () = silence.as_mut() => {
                     // A frame does not rearm it: that costs more than a look when it fires.
                     let now = Instant::now();

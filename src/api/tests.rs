@@ -57,7 +57,7 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         state,
         settings,
         effects,
-        snapshot_idle: Duration::from_secs(60),
+        snapshots: coordinator::SnapshotRules::after(Duration::from_secs(60)),
     };
     let running = coordinator::start(parts).unwrap();
     let mut config = ApiConfig::for_listener("127.0.0.1:8080".parse().unwrap());
@@ -708,7 +708,7 @@ impl Drop for Held {
 async fn a_write_that_cannot_be_recorded_is_refused_when_that_is_required() {
     for (audit, status) in [(AuditMode::On, 401), (AuditMode::Required, 503)] {
         let mut gateway = gateway_with(|config| config.audit = audit);
-        gateway.coordinator.handle.stop();
+        gateway.coordinator.handle.stop().await;
         let ended = std::mem::replace(
             &mut gateway.coordinator.thread,
             std::thread::spawn(|| Ok(())),
@@ -889,4 +889,20 @@ async fn so_many_reads_go_on_at_once_whoever_has_left() {
     drop(go);
     let listed = gateway.get("/api/gateway/ledger?after_seq=0").await;
     assert_eq!(listed.status, 200);
+}
+
+#[tokio::test]
+async fn a_stop_comes_before_the_frames_that_are_ready() {
+    let gateway = gateway();
+    for _ in 0..10 {
+        gateway.start_run().await;
+    }
+    let stream = request(Method::GET, "/api/gateway/ledger/stream");
+    let stream = stream.body(Body::empty()).unwrap();
+    let response = gateway.router.clone().oneshot(stream).await.unwrap();
+    let mut body = response.into_body();
+    let is_step = |bytes: &[u8]| String::from_utf8_lossy(bytes).contains("event: step");
+    while !is_step(&body.frame().await.unwrap().unwrap().into_data().unwrap()) {}
+    gateway.stopping.cancel();
+    assert!(!is_step(&body.collect().await.unwrap().to_bytes()));
 }

@@ -25,6 +25,7 @@ use crate::domain::identity::{
     IdentityCommand, IdentityRejection, NewToken, Profile, ProfileChange, Role, Scope, TokenHash,
     User, UserKey, power, sanitised,
 };
+use crate::domain::tenant::Quotas;
 use crate::domain::time::Timestamp;
 
 /// Longest user, tenant and runtime id.
@@ -70,10 +71,14 @@ pub struct UserView {
 impl UserView {
     fn read(app: &App, user: User) -> Result<UserView, ApiError> {
         let quotas = app.ledger.quotas(&user.key)?;
-        Ok(UserView {
+        Ok(UserView::of(user, quotas))
+    }
+
+    fn of(user: User, quotas: Quotas) -> UserView {
+        UserView {
             quotas: (!quotas.is_unlimited()).then(|| quotas.into()),
             ..UserView::from(user)
-        })
+        }
     }
 }
 
@@ -155,12 +160,11 @@ pub(super) fn default_tenant(caller: &Caller) -> SmolStr {
 /// List users.
 #[utoipa::path(get, path = "/admin/users", tag = "users", responses((status = 200, body = UserList, example = json!({"users": [{"user_id": "alice", "tenant_id": "default", "email": "", "roles": ["user"], "scopes": [], "enabled": true, "runtime_id": "alice", "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}]}))))]
 async fn list(State(app): State<App>, caller: Caller) -> Result<Json<UserList>, ApiError> {
-    let users = app.scan(|ledger| ledger.users()).await?;
-    let seen = users.into_iter().filter(|u| sees(&caller, &u.key.tenant));
+    let mut users = app.scan(|ledger| ledger.users_with_quotas()).await?;
+    users.retain(|(user, _)| sees(&caller, &user.key.tenant));
+    let view = |(user, quotas)| UserView::of(user, quotas);
     Ok(Json(UserList {
-        users: seen
-            .map(|user| UserView::read(&app, user))
-            .collect::<Result<_, _>>()?,
+        users: users.into_iter().map(view).collect(),
     }))
 }
 

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use secrecy::{ExposeSecret, SecretString};
 
-use super::{private_file, token};
+use super::token;
+use crate::private_file;
 
 /// Shortest token an operator may put there by hand.
 const MIN_TOKEN_BYTES: usize = 16;
@@ -15,8 +16,6 @@ const MIN_TOKEN_BYTES: usize = 16;
 pub struct Bootstrap {
     pub token: SecretString,
     pub path: PathBuf,
-    /// It was made just now.
-    pub created: bool,
 }
 
 /// Why there is no token to go by.
@@ -65,11 +64,7 @@ pub fn load_or_create(data_dir: &Path) -> Result<Bootstrap, BootstrapError> {
     if !sound {
         return Err(BootstrapError::Malformed { path });
     }
-    Ok(Bootstrap {
-        token,
-        path,
-        created: false,
-    })
+    Ok(Bootstrap { token, path })
 }
 
 /// Makes a new token in place of whatever was there. A running gateway goes on with the old one.
@@ -83,11 +78,7 @@ pub fn replace(data_dir: &Path) -> Result<Bootstrap, BootstrapError> {
             source,
         }
     })?;
-    Ok(Bootstrap {
-        token,
-        path,
-        created: true,
-    })
+    Ok(Bootstrap { token, path })
 }
 
 #[cfg(test)]
@@ -101,14 +92,12 @@ mod tests {
     fn the_token_is_made_once_and_only_its_owner_reads_it() {
         let data = tempfile::tempdir().unwrap();
         let first = load_or_create(data.path()).unwrap();
-        assert!(first.created);
         assert!(token::is_well_formed(first.token.expose_secret(), "admin"));
         let mode = fs::metadata(&first.path).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let folder = fs::metadata(data.path().join("auth")).unwrap();
         assert_eq!(folder.permissions().mode() & 0o777, 0o700);
         let second = load_or_create(data.path()).unwrap();
-        assert!(!second.created);
         let text = |bootstrap: &Bootstrap| bootstrap.token.expose_secret().to_owned();
         assert_eq!(text(&first), text(&second));
         assert_ne!(text(&replace(data.path()).unwrap()), text(&first));

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
 use secrecy::{ExposeSecret, SecretString};
 
-use super::private_file;
+use crate::{hex, private_file, random};
 
 /// The key. Its `Debug` does not show it.
 #[derive(Clone, Debug)]
@@ -43,14 +43,14 @@ impl CheckpointKey {
         let text = match private_file::read(&path).map_err(failed)? {
             Some(text) => SecretString::from(text),
             None => {
-                let text = fresh()?;
+                let text = fresh();
                 private_file::write(&path, text.expose_secret().as_bytes()).map_err(failed)?;
                 text
             }
         };
         let key = CheckpointKey::parse(&text);
         let key = key.ok_or_else(|| CheckpointKeyError::Malformed { path: path.clone() })?;
-        let (public, text) = (public_path(data_dir), hex(&key.public()));
+        let (public, text) = (public_path(data_dir), line(&key.public()));
         if std::fs::read_to_string(&public).ok().as_deref() != Some(&text) {
             private_file::write(&public, text.as_bytes()).map_err(failed)?;
         }
@@ -59,7 +59,7 @@ impl CheckpointKey {
 
     /// A key that nothing keeps.
     pub fn random() -> Result<CheckpointKey, CheckpointKeyError> {
-        CheckpointKey::parse(&fresh()?).ok_or(CheckpointKeyError::NotMade)
+        CheckpointKey::parse(&fresh()).ok_or(CheckpointKeyError::NotMade)
     }
 
     /// Its public half.
@@ -74,23 +74,20 @@ impl CheckpointKey {
     }
 
     fn parse(text: &SecretString) -> Option<CheckpointKey> {
-        let seed = super::secret::from_hex(text.expose_secret().trim())?;
+        let seed = hex::decode(text.expose_secret().trim())?;
         let pair = Ed25519KeyPair::from_seed_unchecked(&seed).ok()?;
         Some(CheckpointKey(Arc::new(pair)))
     }
 }
 
 /// A new key, as its file has it.
-fn fresh() -> Result<SecretString, CheckpointKeyError> {
-    let mut seed = [0; 32];
-    aws_lc_rs::rand::fill(&mut seed).map_err(|_| CheckpointKeyError::NotMade)?;
-    Ok(SecretString::from(hex(&seed)))
+fn fresh() -> SecretString {
+    SecretString::from(line(&random::bytes::<32>()))
 }
 
-fn hex(bytes: &[u8]) -> String {
-    let mut text: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    text.push('\n');
-    text
+/// As a key's file has it.
+fn line(bytes: &[u8]) -> String {
+    format!("{}\n", hex::encode(bytes))
 }
 
 #[cfg(test)]

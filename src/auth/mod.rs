@@ -12,15 +12,13 @@
 //! | `store`, `logins` | the file of logins; all of those three |
 //! | `random` | random bytes |
 //! | `checkpoint_key` | what signs the ledger's checkpoints |
-//! | `bootstrap`, `private_file` | the first administrator's token; files that only their owner reads |
+//! | `bootstrap` | the first administrator's token |
 
 pub mod bootstrap;
 pub mod checkpoint_key;
 pub mod jwt;
 pub mod logins;
 pub mod password;
-pub mod private_file;
-mod random;
 pub mod secret;
 pub mod session;
 pub mod sso;

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use argon2::password_hash::PasswordVerifier;
 use argon2::{Algorithm, Argon2, Params, PasswordHasher, Version};
 
-use super::random;
 use super::secret::TokenKey;
 use crate::domain::identity::PasswordHash;
+use crate::random;
 
 /// Fewest characters of a password: there is no list of common ones to refuse.
 pub const MIN_CHARS: usize = 12;

@@ -9,8 +9,8 @@ use secrecy::{ExposeSecret, SecretBox, SecretString};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use super::{private_file, random};
 use crate::domain::identity::TokenHash;
+use crate::{hex, private_file, random};
 
 /// The key of all token hashes. Without its file no token but the first administrator's is known any more.
 #[derive(Clone)]
@@ -35,12 +35,13 @@ impl TokenKey {
         };
         if let Some(text) = private_file::read(&path).map_err(failed)? {
             let text = SecretString::from(text);
-            let key = from_hex(text.expose_secret().trim()).and_then(|bytes| bytes.try_into().ok());
+            let key =
+                hex::decode(text.expose_secret().trim()).and_then(|bytes| bytes.try_into().ok());
             let key: [u8; 32] = key.ok_or(TokenKeyError::Malformed { path })?;
             return Ok(TokenKey::new(key));
         }
         let key = TokenKey::random();
-        let text = blake3::Hash::from_bytes(*key.0.expose_secret()).to_hex();
+        let text = hex::encode(key.0.expose_secret());
         let line = SecretString::from(format!("{text}\n"));
         private_file::write(&path, line.expose_secret().as_bytes()).map_err(failed)?;
         Ok(key)
@@ -91,9 +92,9 @@ pub fn parse_imported(hash: &str, fingerprint: &str) -> Option<TokenHash> {
         .parse()
         .ok()
         .filter(|n| ITERATIONS.contains(n))?;
-    let salt = from_hex(parts.next()?)?;
-    let digest = from_hex(parts.next()?)?.try_into().ok()?;
-    let fingerprint = from_hex(fingerprint)?.try_into().ok()?;
+    let salt = hex::decode(parts.next()?)?;
+    let digest = hex::decode(parts.next()?)?.try_into().ok()?;
+    let fingerprint = hex::decode(fingerprint)?.try_into().ok()?;
     if parts.next().is_some() || salt.len() > MAX_SALT_BYTES {
         return None;
     }
@@ -137,15 +138,6 @@ fn pbkdf2(password: &[u8], salt: &[u8], iterations: u32) -> [u8; 32] {
     sum
 }
 
-/// Bytes from hexadecimal digits.
-pub(super) fn from_hex(text: &str) -> Option<Vec<u8>> {
-    if !text.len().is_multiple_of(2) || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-        return None;
-    }
-    let pair = |at: usize| u8::from_str_radix(&text[at..at + 2], 16).ok();
-    (0..text.len()).step_by(2).map(pair).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -156,7 +148,7 @@ mod tests {
         let expected = "55ac046e56e3089fec1691c22544b605f94185216dde0465e68b9d57c20dacbc";
         assert_eq!(
             pbkdf2(b"passwd", b"salt", 1).to_vec(),
-            from_hex(expected).unwrap()
+            hex::decode(expected).unwrap()
         );
     }
 

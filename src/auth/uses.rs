@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::domain::identity::TokenKey;
 use crate::domain::time::Timestamp;
 
-use super::private_file;
+use crate::private_file;
 
 /// How much later a use must be to count as a newer one.
 const RESOLUTION_MS: u64 = 60_000;

@@ -1,5 +1,7 @@
 //! One batch: decide each message, let time and the scheduler add theirs, commit, then answer.
 
+use std::time::Instant;
+
 use bytes::Bytes;
 use smol_str::SmolStr;
 use tokio::sync::oneshot;
@@ -66,11 +68,17 @@ impl Coordinator {
         }
         if !self.quiet {
             work.follow_up()?;
+            if work.batch.is_purging() {
+                work.purge_on()?;
+            }
+            if self.keys_due <= Instant::now() {
+                self.keys_due = Instant::now() + work.batch.expire_keys(now)?;
+            }
         }
         let Work {
             batch, mut effects, ..
         } = work;
-        if !batch.is_empty() {
+        if batch.has_changes() {
             batch.commit()?;
         }
         // Everything below happens after the sync.
@@ -258,6 +266,23 @@ impl Work<'_> {
             self.append_all(&actor, events)?;
         }
         Ok(())
+    }
+
+    /// Goes on with purges. A runtime of which all is removed is free again.
+    fn purge_on(&mut self) -> Result<(), CommitError> {
+        if !self.batch.purge_on()? {
+            return Ok(());
+        }
+        let mut released = Vec::new();
+        for runtime in self.state.people.purging() {
+            let plane = runtime.plane;
+            if !self.state.is_open(plane) && !self.batch.is_plane_purging(plane)? {
+                released.push(Event::RuntimeReleased {
+                    key: runtime.key.clone(),
+                });
+            }
+        }
+        self.append_all(&SmolStr::new_static("gateway"), released)
     }
 
     fn append_all(&mut self, actor: &SmolStr, events: Vec<Event>) -> Result<(), CommitError> {

@@ -85,18 +85,8 @@ impl Handle {
         Ok(self.put(origin, command, None, None).await?.reply)
     }
 
-    /// The same under an Idempotency-Key: done once, and answered alike ever after.
-    pub async fn submit_once(
-        &self,
-        origin: Origin,
-        command: Command,
-        once: Once,
-    ) -> Result<Reply, SubmitError> {
-        Ok(self.put(origin, command, Some(once), None).await?.reply)
-    }
-
-    /// The same, the first record to carry the request that it came of. Submits at once, so that what waits for the
-    /// answer holds no more than the way for it.
+    /// The same, with an Idempotency-Key done once and answered alike ever after, the first record to carry the
+    /// request that it came of. Submits at once, so that what waits for the answer holds no more than the way for it.
     pub fn put(
         &self,
         origin: Origin,
@@ -169,14 +159,19 @@ impl Handle {
     }
 
     /// Nothing new is begun from now on, neither by the scheduler nor by a deadline; what is under way may end.
-    pub fn quiet(&self) {
-        // It has ended already when nobody receives.
-        let _ = self.inbox.send(Message::Quiet);
+    pub async fn quiet(&self) {
+        self.deliver(Message::Quiet).await;
     }
 
-    /// Lets the coordinator write a last snapshot and end. Waits for a place in the inbox, off the runtime.
-    pub fn stop(&self) {
+    /// Lets the coordinator write a last snapshot and end.
+    pub async fn stop(&self) {
+        self.deliver(Message::Stop).await;
+    }
+
+    /// Waits for a place in the inbox, off the runtime's threads.
+    async fn deliver(&self, message: Message) {
+        let inbox = self.inbox.clone();
         // It has ended already when nobody receives.
-        let _ = self.inbox.send(Message::Stop);
+        let _ = tokio::task::spawn_blocking(move || inbox.send(message)).await;
     }
 }

@@ -9,6 +9,7 @@ mod batch;
 mod clock;
 mod handle;
 mod recovery;
+mod snapshots;
 
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use self::clock::Clock;
 pub use self::handle::{Answered, Handle, Once, SubmitError};
 use self::handle::{INBOX, Message};
 pub use self::recovery::RecoverError;
+pub use self::snapshots::SnapshotRules;
 use crate::domain::effect::Effect;
 pub use crate::domain::scheduler::status::{GpuStatus, QueueStats};
 pub use crate::domain::scheduler::why::{Blocking, Why};
@@ -32,9 +34,6 @@ const BATCH: usize = 4_096;
 /// Longest sleep without work, so that a clock set forward is noticed.
 const NAP: Duration = Duration::from_secs(1);
 
-/// Records since the last snapshot that make a new one worthwhile: a hundredth of a second of replay.
-const SNAPSHOT_RECORDS: u64 = 10_000;
-
 /// What a coordinator is made of.
 pub struct Parts {
     pub writer: Writer,
@@ -44,8 +43,7 @@ pub struct Parts {
     /// Gets the effects of each commit, in order. The executor bounds what it has in hand by the
     /// instances and calls that the scheduler allows, so the channel needs no bound of its own.
     pub effects: UnboundedSender<Vec<Effect>>,
-    /// Silence after which a snapshot is written.
-    pub snapshot_idle: Duration,
+    pub snapshots: SnapshotRules,
 }
 
 /// The running coordinator.
@@ -73,10 +71,13 @@ struct Coordinator {
     settings: Settings,
     effects: UnboundedSender<Vec<Effect>>,
     inbox: Receiver<Message>,
-    snapshot_idle: Duration,
+    snapshots: SnapshotRules,
     /// Seq of the newest snapshot.
     snapshot_at: u64,
+    /// When the last record was appended.
     last_work: Instant,
+    /// When to go on forgetting Idempotency-Keys.
+    keys_due: Instant,
     clock: Clock,
     /// Nothing new is begun: `GatewayStarted` has not told yet what a restart left open, or the gateway is
     /// stopping.
@@ -93,8 +94,9 @@ impl Coordinator {
             settings: parts.settings,
             effects: parts.effects,
             inbox,
-            snapshot_idle: parts.snapshot_idle,
+            snapshots: parts.snapshots,
             last_work: Instant::now(),
+            keys_due: Instant::now(),
             quiet: true,
         }
     }
@@ -107,22 +109,25 @@ impl Coordinator {
                 Err(RecvTimeoutError::Timeout) => None,
                 Err(RecvTimeoutError::Disconnected) => return self.finish(),
             };
-            let idle = first.is_none();
             let rest = self.inbox.try_iter().take(BATCH - 1);
             let messages: Vec<Message> = first.into_iter().chain(rest).collect();
+            let before = self.state.seq;
             if !self.work(messages)? {
                 return self.finish();
             }
-            if idle {
-                self.snapshot_when_idle()?;
-            } else {
+            // What appended nothing (a probe, say) is no work.
+            if self.state.seq > before {
                 self.last_work = Instant::now();
             }
+            self.snapshot_when_due()?;
         }
     }
 
-    /// How long to wait for a message: until the next deadline.
+    /// How long to wait for a message: until the next deadline, or not at all while something is to be purged.
     fn patience(&mut self) -> Duration {
+        if self.writer.is_purging() && !self.quiet {
+            return Duration::ZERO;
+        }
         let Some(due) = self.state.timers.next().filter(|_| !self.quiet) else {
             return NAP;
         };
@@ -130,12 +135,13 @@ impl Coordinator {
         Duration::from_micros(us.unsigned_abs()).min(NAP)
     }
 
-    fn snapshot_when_idle(&mut self) -> Result<(), CommitError> {
-        let enough = self.state.seq - self.snapshot_at >= SNAPSHOT_RECORDS;
-        if enough && self.last_work.elapsed() >= self.snapshot_idle {
-            self.snapshot()?;
+    fn snapshot_when_due(&mut self) -> Result<(), CommitError> {
+        let records = self.state.seq - self.snapshot_at;
+        let jobs = self.state.jobs.len();
+        match self.snapshots.due(records, jobs, self.last_work) {
+            true => self.snapshot(),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn snapshot(&mut self) -> Result<(), CommitError> {
@@ -164,3 +170,152 @@ impl Coordinator {
 }
 
 pub use self::recovery::recover;
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use smol_str::SmolStr;
+
+    use super::*;
+    use crate::domain::audit::{AuditedWrite, Source};
+    use crate::domain::command::{Command, Origin, Rejection};
+    use crate::domain::event::Event;
+    use crate::domain::ids::PlaneId;
+    use crate::domain::record::NewRecord;
+    use crate::domain::time::Timestamp;
+    use crate::ledger::{Ledger, OpenOptions};
+
+    /// A coordinator over a new ledger.
+    fn start_with(snapshots: SnapshotRules) -> (tempfile::TempDir, Ledger, Handle) {
+        let data = tempfile::tempdir().unwrap();
+        let (ledger, writer) = Ledger::open(data.path(), &OpenOptions::default()).unwrap();
+        let handle = start_on(writer, snapshots);
+        (data, ledger, handle)
+    }
+
+    fn start_on(writer: Writer, snapshots: SnapshotRules) -> Handle {
+        let (effects, _) = tokio::sync::mpsc::unbounded_channel();
+        let parts = Parts {
+            writer,
+            state: State::new(0),
+            settings: Settings::default(),
+            effects,
+            snapshots,
+        };
+        start(parts).unwrap().handle
+    }
+
+    /// Appends one record.
+    async fn append(handle: &Handle) {
+        let source = Arc::new(Source {
+            user: None,
+            token: None,
+            address: None,
+            method: SmolStr::default(),
+            route: SmolStr::default(),
+            path: None,
+            query: Vec::new(),
+        });
+        let at = crate::clock::now();
+        let write = AuditedWrite {
+            source,
+            status: 403,
+            code: None,
+            duration_us: 0,
+            count: 1,
+            since: at,
+        };
+        let origin = Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::default(),
+            request_id: None,
+            at,
+        };
+        let command = Command::AuditWrite(Box::new(write));
+        handle.submit(origin, command).await.unwrap();
+    }
+
+    async fn snapshot_comes(ledger: &Ledger, meanwhile: impl AsyncFn()) {
+        let come = async {
+            while ledger.load_snapshot().unwrap().is_none() {
+                meanwhile().await;
+            }
+        };
+        let patience = Duration::from_secs(60);
+        tokio::time::timeout(patience, come)
+            .await
+            .expect("a snapshot");
+    }
+
+    #[tokio::test]
+    async fn old_idempotency_keys_are_forgotten_by_and_by() {
+        let data = tempfile::tempdir().unwrap();
+        let (_ledger, mut writer) = Ledger::open(data.path(), &OpenOptions::default()).unwrap();
+        let at = Timestamp::from_millis(1_700_000_000_000);
+        let mut batch = writer.begin().unwrap();
+        let record = NewRecord {
+            plane: PlaneId::ROOT,
+            at,
+            actor: SmolStr::default(),
+            request_id: None,
+            asked: None,
+            event: Event::GatewayStopped { epoch: 1 },
+            payload: bytes::Bytes::new(),
+        };
+        batch.append(record).unwrap();
+        let kept = batch.put_idempotency(PlaneId::ROOT, "start", "key", [1; 32], b"");
+        kept.unwrap();
+        batch.commit().unwrap();
+        let handle = start_on(writer, SnapshotRules::after(Duration::from_secs(1)));
+        let origin = Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::default(),
+            request_id: None,
+            at,
+        };
+        let started = Command::GatewayStarted {
+            epoch: 1,
+            version: SmolStr::default(),
+        };
+        handle.submit(origin.clone(), started).await.unwrap();
+        let again = async || {
+            let once = Once {
+                route: "start",
+                key: "key".into(),
+                body_hash: [2; 32],
+            };
+            let tick = handle.put(origin.clone(), Command::Tick, Some(once), None);
+            tick.await
+        };
+        let forgotten = async {
+            while let Err(refused) = again().await {
+                assert_eq!(refused, SubmitError::Rejected(Rejection::KeyReused));
+            }
+        };
+        let patience = Duration::from_secs(60);
+        tokio::time::timeout(patience, forgotten).await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn questions_do_not_keep_a_snapshot_from_being_written() {
+        let (_data, ledger, handle) = start_with(SnapshotRules {
+            idle: Duration::from_millis(100),
+            idle_records: 1,
+            busy_records: u64::MAX,
+        });
+        append(&handle).await;
+        snapshot_comes(&ledger, async || handle.ask(|_, _, _| ()).await.unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn a_gateway_that_is_never_quiet_writes_snapshots() {
+        let (_data, ledger, handle) = start_with(SnapshotRules {
+            idle: Duration::from_secs(3_600),
+            idle_records: 1,
+            busy_records: 10,
+        });
+        snapshot_comes(&ledger, async || append(&handle).await).await;
+        assert!(ledger.load_snapshot().unwrap().unwrap().0 >= 10);
+    }
+}

@@ -307,7 +307,7 @@ pub enum Event {
     },
 
     // --- data ----------------------------------------------------------------------------------
-    /// The payloads of an ended run's records were removed; the chain stays whole.
+    /// The payloads of an ended run's records are gone; the chain stays whole.
     RunPurged {
         run: RunId,
         records: u64,
@@ -354,15 +354,15 @@ pub enum Event {
         key: RuntimeKey,
         user: SmolStr,
     },
-    /// Its payloads are being removed.
+    /// What still runs in it ends; then what is in it is removed.
     RuntimePurging {
         key: RuntimeKey,
     },
-    /// Forgotten: the next runtime of this name gets a new plane.
+    /// All that was in it is removed, and it is forgotten: the next runtime of this name gets a new plane.
     RuntimeReleased {
         key: RuntimeKey,
     },
-    /// The payloads of a plane's records that belong to no run were removed, those of its commands.
+    /// All payloads of a plane are gone, and its runs and commands from all lists; the chain stays whole.
     PlanePurged {
         plane: PlaneId,
     },

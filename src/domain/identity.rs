@@ -166,6 +166,40 @@ pub enum TokenHash {
     },
 }
 
+/// What a token is found by when it is shown. No two tokens have the same.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum TokenDigest {
+    /// Its keyed hash.
+    Keyed([u8; 32]),
+    /// The fingerprint of an imported one.
+    Fingerprint([u8; 6]),
+}
+
+impl TokenDigest {
+    pub fn as_bytes(&self) -> &[u8] {
+        match self {
+            TokenDigest::Keyed(digest) => digest,
+            TokenDigest::Fingerprint(fingerprint) => fingerprint,
+        }
+    }
+}
+
+impl fmt::Debug for TokenDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("TokenDigest(..)")
+    }
+}
+
+impl TokenHash {
+    /// What its token is found by.
+    pub fn digest(&self) -> TokenDigest {
+        match self {
+            TokenHash::Keyed(digest) => TokenDigest::Keyed(*digest),
+            TokenHash::Pbkdf2 { fingerprint, .. } => TokenDigest::Fingerprint(*fingerprint),
+        }
+    }
+}
+
 /// Hashes are no secrets, yet nobody's log needs them.
 impl fmt::Debug for TokenHash {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -359,7 +393,7 @@ pub enum IdentityCommand {
     BeginPurge {
         key: RuntimeKey,
     },
-    /// All runs of the plane are purged: forget the runtime.
+    /// All runs of the plane have ended: remove all that is in it, then forget the runtime.
     FinishPurge {
         key: RuntimeKey,
     },
@@ -409,11 +443,13 @@ pub enum IdentityRejection {
     #[error("Runtime {0} is being purged")]
     RuntimePurging(RuntimeKey),
     #[error("{runs} runs of the runtime have not ended yet; purge it again in a moment")]
-    RunsEnding { runs: usize },
+    RunsEnding { runs: u64 },
     #[error("Token not found")]
     TokenNotFound,
     #[error("A token named '{0}' exists already")]
     TokenExists(SmolStr),
+    #[error("The token is in use already; choose another")]
+    TokenTaken,
     #[error("A user may have {0} tokens; revoke one first")]
     TooManyTokens(usize),
     #[error("The password was changed meanwhile; log in with the new one")]
@@ -444,6 +480,7 @@ impl IdentityRejection {
             IdentityRejection::RunsEnding { .. } => "runs_ending",
             IdentityRejection::TokenNotFound => "token_not_found",
             IdentityRejection::TokenExists(_) => "token_exists",
+            IdentityRejection::TokenTaken => "token_taken",
             IdentityRejection::TooManyTokens(_) => "too_many_tokens",
             IdentityRejection::PasswordStale => "password_stale",
             IdentityRejection::TenantExists(_) => "tenant_exists",

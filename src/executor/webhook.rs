@@ -1,9 +1,7 @@
 //! Standard Webhooks: the secret and the signature of a message. Source: github.com/standard-webhooks/standard-webhooks,
 //! `spec/standard-webhooks.md`: `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
-use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::io;
 use std::path::Path;
 
 use base64::Engine;
@@ -11,6 +9,8 @@ use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
 use secrecy::{ExposeSecret, SecretSlice};
 use sha2::Sha256;
+
+use crate::{private_file, random};
 
 const PREFIX: &str = "whsec_";
 /// What is made, and what the standard allows.
@@ -41,7 +41,7 @@ impl Secret {
     /// As `load_or_create`.
     pub fn check(data_dir: &Path) -> Result<(), SecretError> {
         let there = data_dir.join("auth").join("webhook-secret");
-        match fs::symlink_metadata(there) {
+        match std::fs::symlink_metadata(there) {
             Ok(_) => Secret::load_or_create(data_dir).map(drop),
             // A missing one will be made; any other trouble is the ledger's to tell, which lies beside it.
             Err(_) => Ok(()),
@@ -50,28 +50,20 @@ impl Secret {
 
     /// From `<data_dir>/auth/webhook-secret`, which is made (readable by its owner only) when it is missing.
     pub fn load_or_create(data_dir: &Path) -> Result<Secret, SecretError> {
-        let dir = data_dir.join("auth");
-        let path = dir.join("webhook-secret");
+        let path = data_dir.join("auth").join("webhook-secret");
         let shown = path.display().to_string();
         let file = |source| SecretError::File {
             path: shown.clone(),
             source,
         };
-        let text = match fs::read_to_string(&path) {
-            Ok(text) => {
-                let mode = fs::metadata(&path).map_err(file)?.permissions().mode();
-                if mode & 0o077 != 0 {
-                    tracing::warn!(
-                        file.path = shown,
-                        "others can read the webhook secret; chmod it to 600"
-                    );
-                }
+        let text = match private_file::read(&path).map_err(file)? {
+            Some(text) => text,
+            None => {
+                let key = random::bytes::<KEY_BYTES>();
+                let text = format!("{PREFIX}{}\n", STANDARD.encode(key));
+                private_file::write(&path, text.as_bytes()).map_err(file)?;
                 text
             }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                create(&dir, &path).map_err(file)?
-            }
-            Err(error) => return Err(file(error)),
         };
         Secret::parse(&text).ok_or(SecretError::Damaged { path: shown })
     }
@@ -95,28 +87,11 @@ impl Secret {
     }
 }
 
-/// Written whole under another name first: a crash leaves no half of a secret.
-fn create(dir: &Path, path: &Path) -> io::Result<String> {
-    DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-    let mut key = [0; KEY_BYTES];
-    File::open("/dev/urandom")?.read_exact(&mut key)?;
-    let text = format!("{PREFIX}{}\n", STANDARD.encode(key));
-    let part = path.with_extension("part");
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&part)?;
-    file.write_all(text.as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&part, path)?;
-    File::open(dir)?.sync_all()?;
-    Ok(text)
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     /// The example of the standard's own test suite.

@@ -147,7 +147,7 @@ impl Ledger {
         let snapshot = self.inner.store.snapshot()?;
         let before = match (before, filter.until) {
             (Some(before), _) => before,
-            (None, Some(until)) => first_at(&*snapshot, self.tail(), until)?,
+            (None, Some(until)) => read::first_at(&*snapshot, self.tail(), until)?,
             (None, None) => Seq::MAX,
         };
         page(&*snapshot, filter, before, limit)
@@ -162,45 +162,38 @@ fn page(
 ) -> Result<AuditPage, ReadError> {
     let audited = first_byte_of_audited();
     let mut found = AuditPage::default();
-    let (mut examined, mut failure) = (0usize, None);
+    let mut examined = 0usize;
     let high = keys::seq(before);
     let bounds = (Bound::Unbounded, Bound::Excluded(&high[..]));
-    snapshot.scan(Table::Events, bounds, Direction::Down, &mut |key, bytes| {
-        let seq = keys::parse_seq(key).unwrap_or_default();
-        let raw = match Raw::parse(seq, bytes) {
-            Ok(raw) => raw,
-            Err(error) => {
-                failure = Some(error);
-                return ControlFlow::Break(());
+    read::walk_range(
+        snapshot,
+        Table::Events,
+        bounds,
+        Direction::Down,
+        |key, bytes| {
+            let seq = keys::parse_seq(key).unwrap_or_default();
+            let raw = Raw::parse(seq, bytes)?;
+            // Time never runs backwards in the ledger.
+            if filter.since.is_some_and(|since| raw.at < since) {
+                found.next = None;
+                return Ok(ControlFlow::Break(()));
             }
-        };
-        // Time never runs backwards in the ledger.
-        if filter.since.is_some_and(|since| raw.at < since) {
-            found.next = None;
-            return ControlFlow::Break(());
-        }
-        if raw.has_request() || raw.event.first() == Some(&audited) {
-            match raw.decode(seq) {
-                Ok(record) => {
-                    let entry = AuditEntry::of(record);
-                    found
-                        .items
-                        .extend(entry.filter(|entry| filter.accepts(entry)));
-                }
-                Err(error) => failure = Some(error),
+            if raw.has_request() || raw.event.first() == Some(&audited) {
+                let entry = AuditEntry::of(raw.decode(seq)?);
+                found
+                    .items
+                    .extend(entry.filter(|entry| filter.accepts(entry)));
             }
-        }
-        examined += 1;
-        found.next = (seq > 1).then_some(seq);
-        if failure.is_some() || found.items.len() >= limit || examined >= MAX_EXAMINED {
-            return ControlFlow::Break(());
-        }
-        ControlFlow::Continue(())
-    })?;
-    match failure {
-        Some(error) => Err(error),
-        None => Ok(found),
-    }
+            examined += 1;
+            found.next = (seq > 1).then_some(seq);
+            let done = found.items.len() >= limit || examined >= MAX_EXAMINED;
+            Ok::<_, ReadError>(match done {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            })
+        },
+    )?;
+    Ok(found)
 }
 
 /// What the bytes of an audited write begin with: postcard writes a variant's number first.
@@ -223,17 +216,4 @@ fn first_byte_of_audited() -> u8 {
         since: Timestamp(0),
     };
     record_codec::encode(&Event::WriteAudited { write })[0]
-}
-
-/// The first record at or after an instant, found by halving; one after `tail` when there is none.
-fn first_at(snapshot: &dyn Snapshot, tail: Seq, at: Timestamp) -> Result<Seq, ReadError> {
-    let (mut low, mut high) = (1, tail + 1);
-    while low < high {
-        let middle = low + (high - low) / 2;
-        match read::record(snapshot, middle)? {
-            Some(record) if record.at < at => low = middle + 1,
-            _ => high = middle,
-        }
-    }
-    Ok(low)
 }

@@ -15,12 +15,15 @@ use crate::domain::ids::{CommandId, Cursor, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::record::{NewRecord, Record};
 use crate::domain::time::Timestamp;
 
+use super::counts::Moves;
 use super::error::{CommitError, ReadError};
+use super::expiry::KeyWalk;
 use super::hub::Published;
 use super::projection::inbox::{self, InboxEntry};
 use super::projection::people;
 use super::projection::run::{self as run_projection, Place, RunStatus, RunSummary};
 use super::projection::service::{self, PlaneView, ServiceView};
+use super::purge::Share;
 use super::record_codec::{self, Hash, Meta, Raw};
 use super::store::{Direction, Snapshot, Table, WriteSet};
 use super::{Inner, keys, read, view};
@@ -35,6 +38,9 @@ pub struct Writer {
     pub(super) next_seq: Seq,
     pub(super) tail_hash: Hash,
     pub(super) poisoned: bool,
+    /// Purges may have something left to remove.
+    pub(super) purging: bool,
+    pub(super) keys: KeyWalk,
 }
 
 /// A record's place.
@@ -72,12 +78,19 @@ impl Writer {
             services: BTreeMap::new(),
             inbox: HashMap::new(),
             published: Vec::new(),
+            share: Share::default(),
+            moves: Moves::default(),
         })
     }
 
     /// The last committed record's hash.
     pub fn tail_hash(&self) -> Hash {
         self.tail_hash
+    }
+
+    /// Whether purges may have something left to remove: then `Batch::purge_on` goes on with them.
+    pub fn is_purging(&self) -> bool {
+        self.purging
     }
 
     pub(super) fn check(&self) -> Result<(), CommitError> {
@@ -87,19 +100,20 @@ impl Writer {
         Ok(())
     }
 
-    /// Commits, and refuses all further work when that fails.
-    pub(super) fn write(&mut self, writes: WriteSet) -> Result<(), CommitError> {
+    /// Commits, and refuses all further work when that fails. `moves` is what it changes in the counts.
+    pub(super) fn write(&mut self, writes: WriteSet, moves: Moves) -> Result<(), CommitError> {
         self.check()?;
         // Set first, so that a panic in the store poisons as well.
         self.poisoned = true;
-        self.inner.store.commit(writes)?;
+        let store = &self.inner.store;
+        self.inner.counts.commit(moves, || store.commit(writes))?;
         self.poisoned = false;
         Ok(())
     }
 }
 
 /// A run as the batch sees it.
-struct RunSlot {
+pub(super) struct RunSlot {
     /// Its status on disk, which the index by status shows.
     stored: Option<RunStatus>,
     now: Option<RunSummary>,
@@ -116,15 +130,18 @@ impl RunSlot {
 
 /// Records and projections that become durable together.
 pub struct Batch<'a> {
-    writer: &'a mut Writer,
-    snapshot: Box<dyn Snapshot>,
+    pub(super) writer: &'a mut Writer,
+    pub(super) snapshot: Box<dyn Snapshot>,
     seq: Seq,
     prev_hash: Hash,
-    writes: WriteSet,
-    runs: FxHashMap<(PlaneId, RunId), RunSlot>,
+    pub(super) writes: WriteSet,
+    pub(super) runs: FxHashMap<(PlaneId, RunId), RunSlot>,
     services: BTreeMap<ServiceName, Option<ServiceView>>,
-    inbox: HashMap<(PlaneId, CommandId), InboxEntry>,
+    pub(super) inbox: HashMap<(PlaneId, CommandId), InboxEntry>,
     published: Vec<Published>,
+    /// What it may still do for purges.
+    pub(super) share: Share,
+    pub(super) moves: Moves,
 }
 
 /// A record about to be appended, encoded, whatever it came from.
@@ -201,6 +218,11 @@ impl Batch<'_> {
     /// Whether it holds no record.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    /// Whether there is anything to commit.
+    pub fn has_changes(&self) -> bool {
+        !self.is_empty() || !self.writes.is_empty()
     }
 
     /// Appends a record and folds its event into the projections.
@@ -330,7 +352,7 @@ impl Batch<'_> {
         }
         self.project_people(event, at)?;
         match event {
-            Event::PlanePurged { plane } => self.purge_plane(*plane)?,
+            Event::PlanePurged { plane } => self.purge_plane(*plane),
             Event::GpusListed { gpus } => {
                 self.writes
                     .put(Table::Gpus, keys::GPUS, record_codec::encode(gpus));
@@ -346,7 +368,7 @@ impl Batch<'_> {
                     runtime: runtime.clone(),
                     opened_at: at,
                 };
-                let key = plane.0.to_be_bytes();
+                let key = keys::plane(*plane);
                 self.writes
                     .put(Table::Planes, key, record_codec::encode(&view));
             }
@@ -362,33 +384,6 @@ impl Batch<'_> {
                 Some(value) => self.writes.put(change.table, change.key, value),
                 None => self.writes.remove(change.table, change.key),
             }
-        }
-        Ok(())
-    }
-
-    /// Removes the payloads of a plane's commands that belong to no run. Its runs were purged before.
-    fn purge_plane(&mut self, plane: PlaneId) -> Result<(), CommitError> {
-        let mut seqs = Vec::new();
-        let low = plane.0.to_be_bytes();
-        let high = plane.0.saturating_add(1).to_be_bytes();
-        let bounds = (Bound::Included(&low[..]), Bound::Excluded(&high[..]));
-        let mut failure = None;
-        self.snapshot
-            .scan(Table::Inbox, bounds, Direction::Up, &mut |_, bytes| {
-                match read::entry::<InboxEntry>(Table::Inbox, bytes) {
-                    Ok(entry) => seqs.push(entry.seq),
-                    Err(error) => {
-                        failure = Some(error);
-                        return ControlFlow::Break(());
-                    }
-                }
-                ControlFlow::Continue(())
-            })?;
-        if let Some(error) = failure {
-            return Err(error.into());
-        }
-        for seq in seqs {
-            self.purge_record(seq)?;
         }
         Ok(())
     }
@@ -419,7 +414,7 @@ impl Batch<'_> {
             self.occupy(occupied_after, (plane, run), true)?;
         }
         if matches!(event, Event::RunPurged { .. }) {
-            self.purge(plane, run, raw.cursor)?;
+            self.purge_run(plane, run, raw.cursor)?;
         }
         Ok(())
     }
@@ -439,37 +434,8 @@ impl Batch<'_> {
         Ok(())
     }
 
-    /// Removes the payloads of a run's records before `cursor`; hashes and lengths stay.
-    fn purge(&mut self, plane: PlaneId, run: RunId, cursor: Cursor) -> Result<(), CommitError> {
-        for earlier in 1..cursor {
-            let key = keys::run_record(plane, run, earlier);
-            let Some(seq_key) = self.get(Table::RunRecords, &key)? else {
-                continue;
-            };
-            self.purge_record(keys::parse_seq(&seq_key).unwrap_or_default())?;
-        }
-        Ok(())
-    }
-
-    /// Removes a record's payload; its hash and length stay.
-    fn purge_record(&mut self, seq: Seq) -> Result<(), CommitError> {
-        let key = keys::seq(seq);
-        let Some(bytes) = self.get(Table::Events, &key)? else {
-            return Ok(());
-        };
-        let raw = Raw::parse(seq, &bytes)?;
-        if !raw.purged && !raw.payload.is_empty() {
-            let purged = Raw {
-                purged: true,
-                ..raw
-            };
-            self.writes.put(Table::Events, key, purged.to_bytes());
-        }
-        Ok(())
-    }
-
     /// A table's entry, this batch's changes included.
-    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, ReadError> {
+    pub(super) fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, ReadError> {
         match self.writes.get(table, key) {
             Some(change) => Ok(change.map(<[u8]>::to_vec)),
             None => Ok(self.snapshot.get(table, key)?),
@@ -511,6 +477,7 @@ impl Batch<'_> {
             prev_hash,
             writes,
             published,
+            moves,
             ..
         } = self;
         // Gone before the commit, so that the pages it pins can be used again.
@@ -519,7 +486,7 @@ impl Batch<'_> {
             return Ok(seq - 1);
         }
         let started = Instant::now();
-        writer.write(writes)?;
+        writer.write(writes, moves)?;
         metrics::histogram!("rungate_ledger_commit_seconds").record(started.elapsed());
         metrics::histogram!("rungate_ledger_batch_records").record(published.len() as f64);
         writer.next_seq = seq;
@@ -538,6 +505,7 @@ impl Batch<'_> {
             self.writes
                 .put(Table::Runs, keys::run(*plane, *run), encoded);
             if slot.stored != Some(summary.status) {
+                self.moves.count(slot.stored, Some(summary.status));
                 if let Some(stored) = slot.stored {
                     let key = keys::status(*plane, stored, *run);
                     self.writes.remove(Table::RunsByStatus, key);

@@ -124,14 +124,6 @@ impl Follower {
         }
     }
 
-    /// Whether all that was committed when it last looked has been given out: the next call waits, or
-    /// takes what came since.
-    pub fn is_caught_up(&self) -> bool {
-        !self.behind
-            && self.ready.is_empty()
-            && self.ring.as_ref().is_none_or(|ring| ring.is_empty())
-    }
-
     /// The position after which it goes on.
     pub fn position(&self) -> u64 {
         self.after

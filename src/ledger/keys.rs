@@ -16,6 +16,16 @@ pub fn parse_seq(key: &[u8]) -> Option<Seq> {
     Some(Seq::from_be_bytes(key.try_into().ok()?))
 }
 
+/// Key of `planes`; prefix of all keys that begin with a plane.
+pub fn plane(plane: PlaneId) -> [u8; 4] {
+    plane.0.to_be_bytes()
+}
+
+/// Back from `plane`; `None` when it is no such key.
+pub fn parse_plane(key: &[u8]) -> Option<PlaneId> {
+    Some(PlaneId(u32::from_be_bytes(key.try_into().ok()?)))
+}
+
 /// Key of `runs`; prefix of `run_records`.
 pub fn run(plane: PlaneId, run: RunId) -> [u8; 20] {
     let mut key = [0; 20];

@@ -7,16 +7,19 @@
 //! | `store`, `redb_store`, `keys` | the seam to the database, redb under it, key layouts |
 //! | `record_codec` | a record's bytes and the hash chain |
 //! | `open` | opening, creating, and why not |
-//! | `batch`, `projection/` | appending, and what each event changes |
+//! | `batch`, `projection/`, `purge` | appending, what each event changes, and removing what is purged |
 //! | `read`, `people`, `listing`, `audit`, `replay`, `snapshot` | reading |
 //! | `hub`, `follow`, `view` | live followers and the JSON they see |
+//! | `counts`, `expiry` | how many runs stand in each status; forgetting Idempotency-Keys |
 //! | `verify`, `checkpoint` | proving a ledger, and that it is the one it was |
 //! | `transfer`, `stats` | moving and measuring a ledger |
 
 pub mod audit;
 pub mod batch;
 pub mod checkpoint;
+mod counts;
 pub mod error;
+mod expiry;
 pub mod follow;
 mod hub;
 mod keys;
@@ -24,6 +27,7 @@ pub mod listing;
 mod open;
 mod people;
 pub mod projection;
+mod purge;
 mod read;
 pub mod record_codec;
 mod redb_store;
@@ -44,11 +48,11 @@ use uuid::Uuid;
 
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
-use crate::domain::spec::GpuFacts;
 
 pub use audit::{AuditEntry, AuditFilter, AuditPage};
 pub use batch::{Appended, Batch, MAX_PAYLOAD_BYTES, StoredReply, Writer};
 pub use error::{CommitError, OpenError, ReadError, StoreError};
+pub use expiry::KEY_LIFE_MS;
 pub use follow::{Follower, Frame};
 pub use hub::Topic;
 pub use listing::{RunFilter, RunPage};
@@ -57,12 +61,15 @@ pub use projection::inbox::{InboxEntry, InboxState};
 pub use projection::people::{SessionOwner, TokenOwner};
 pub use projection::run::{RunStatus, RunSummary};
 pub use projection::service::{InstancePhase, InstanceView, PlaneView, ServiceView};
+pub use purge::PurgeLeft;
 pub use record_codec::Hash;
 pub use stats::Stats;
 pub use transfer::{TransferError, Transferred};
 pub use verify::{Verified, VerifyError};
 pub use view::record_json;
 
+use counts::StatusCounts;
+use purge::Purges;
 use read::Chunk;
 use store::{Snapshot, Store, Table};
 
@@ -92,6 +99,7 @@ pub struct Ledger {
 struct Inner {
     store: Box<dyn Store>,
     hub: hub::Hub,
+    counts: StatusCounts,
     instance_id: Uuid,
     path: PathBuf,
 }
@@ -131,15 +139,11 @@ impl Ledger {
 
     /// A record's payload; `None` when the record does not exist or was purged.
     pub fn payload(&self, seq: Seq) -> Result<Option<Bytes>, ReadError> {
-        let Some(bytes) = self
-            .inner
-            .store
-            .snapshot()?
-            .get(Table::Events, &keys::seq(seq))?
-        else {
+        let snapshot = self.inner.store.snapshot()?;
+        let Some(bytes) = snapshot.get(Table::Events, &keys::seq(seq))? else {
             return Ok(None);
         };
-        let raw = record_codec::Raw::parse(seq, &bytes)?;
+        let raw = Purges::of(&*snapshot).show(record_codec::Raw::parse(seq, &bytes)?)?;
         Ok((!raw.purged).then(|| Bytes::copy_from_slice(raw.payload)))
     }
 
@@ -240,11 +244,6 @@ impl Ledger {
         Ok(RunPage { items, next })
     }
 
-    /// How many runs of a plane stand in each status.
-    pub fn count_by_status(&self, plane: PlaneId) -> Result<Vec<(RunStatus, u64)>, ReadError> {
-        listing::count_by_status(&*self.inner.store.snapshot()?, plane)
-    }
-
     /// A command's place in the inbox.
     pub fn command(&self, plane: PlaneId, id: &str) -> Result<Option<InboxEntry>, ReadError> {
         read::command(&*self.inner.store.snapshot()?, plane, id)
@@ -257,13 +256,6 @@ impl Ledger {
 
     pub fn service(&self, name: &str) -> Result<Option<ServiceView>, ReadError> {
         read::service(&*self.inner.store.snapshot()?, name)
-    }
-
-    /// The machine's GPUs as they were last listed.
-    pub fn gpus(&self) -> Result<Vec<GpuFacts>, ReadError> {
-        let snapshot = self.inner.store.snapshot()?;
-        let gpus = read::get(&*snapshot, Table::Gpus, keys::GPUS)?;
-        Ok(gpus.unwrap_or_default())
     }
 
     /// All data planes.

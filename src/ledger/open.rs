@@ -13,7 +13,9 @@ use redb::{Builder, DatabaseError, ReadOnlyDatabase, StorageBackend, StorageErro
 use uuid::Uuid;
 
 use super::batch::{self, Writer};
+use super::counts::StatusCounts;
 use super::error::{OpenError, ReadError, StoreError};
+use super::expiry::KeyWalk;
 use super::hub::Hub;
 use super::redb_store::RedbStore;
 use super::store::{Direction, Store, Table, WriteSet};
@@ -220,6 +222,7 @@ fn finish(path: &Path, store: RedbStore, initialise: bool) -> Result<(Ledger, Wr
     let inner = Arc::new(Inner {
         store: Box::new(store),
         hub,
+        counts: StatusCounts::default(),
         instance_id,
         path: path.to_path_buf(),
     });
@@ -228,6 +231,9 @@ fn finish(path: &Path, store: RedbStore, initialise: bool) -> Result<(Ledger, Wr
         next_seq: seq + 1,
         tail_hash: hash,
         poisoned: false,
+        // Until somebody has looked.
+        purging: true,
+        keys: KeyWalk::default(),
     };
     Ok((Ledger { inner }, writer))
 }

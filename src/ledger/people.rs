@@ -1,6 +1,6 @@
 //! Reads of users, tokens, runtimes, tenants and quotas.
 
-use std::ops::{Bound, ControlFlow};
+use std::ops::ControlFlow;
 
 use crate::domain::identity::{Credentials, Runtime, RuntimeKey, Token, TokenKey, User, UserKey};
 use crate::domain::ids::RunId;
@@ -10,7 +10,8 @@ use super::error::ReadError;
 use super::projection::inbox::InboxEntry;
 use super::projection::people::{self, SessionOwner, TokenOwner};
 use super::projection::run::RunSummary;
-use super::store::{Direction, Snapshot, Table};
+use super::purge::Purges;
+use super::store::{Snapshot, Table};
 use super::{Ledger, hide_foreign, read};
 
 impl Ledger {
@@ -58,7 +59,7 @@ impl Ledger {
         Ok(quotas.unwrap_or_default())
     }
 
-    /// A tenant's runtimes, by name.
+    /// A tenant's runtimes, by name, without those that are being removed.
     pub fn runtimes_of(&self, tenant: &str) -> Result<Vec<Runtime>, ReadError> {
         runtimes_of(&*self.inner.store.snapshot()?, tenant)
     }
@@ -123,6 +124,25 @@ impl Ledger {
         read::all(&*self.inner.store.snapshot()?, Table::Users)
     }
 
+    /// The same with their quotas, as of one moment.
+    pub fn users_with_quotas(&self) -> Result<Vec<(User, Quotas)>, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        let any = snapshot.len(Table::UserQuotas)? > 0;
+        let mut users = Vec::new();
+        read::walk(&*snapshot, Table::Users, &[], |key, bytes| {
+            let quotas = match any {
+                true => read::get(&*snapshot, Table::UserQuotas, key)?,
+                false => None,
+            };
+            users.push((
+                read::entry(Table::Users, bytes)?,
+                quotas.unwrap_or_default(),
+            ));
+            Ok::<_, ReadError>(ControlFlow::Continue(()))
+        })?;
+        Ok(users)
+    }
+
     pub fn user(&self, key: &UserKey) -> Result<Option<User>, ReadError> {
         let snapshot = self.inner.store.snapshot()?;
         read::get(&*snapshot, Table::Users, &people::user_key(key))
@@ -146,15 +166,11 @@ impl Ledger {
             token: "".into(),
         });
         let mut tokens = Vec::new();
-        let bounds = (Bound::Included(&first[..]), Bound::Unbounded);
-        snapshot.scan(Table::Tokens, bounds, Direction::Up, &mut |key, bytes| {
-            if !key.starts_with(&first) {
-                return ControlFlow::Break(());
-            }
-            tokens.push(read::entry(Table::Tokens, bytes));
-            ControlFlow::Continue(())
+        read::walk(&*snapshot, Table::Tokens, &first, |_, bytes| {
+            tokens.push(read::entry(Table::Tokens, bytes)?);
+            Ok::<_, ReadError>(ControlFlow::Continue(()))
         })?;
-        tokens.into_iter().collect()
+        Ok(tokens)
     }
 }
 
@@ -178,13 +194,13 @@ fn runtimes_of(snapshot: &dyn Snapshot, tenant: &str) -> Result<Vec<Runtime>, Re
         runtime: "".into(),
     });
     let mut runtimes = Vec::new();
-    let bounds = (Bound::Included(&first[..]), Bound::Unbounded);
-    snapshot.scan(Table::Runtimes, bounds, Direction::Up, &mut |key, bytes| {
-        if !key.starts_with(&first) {
-            return ControlFlow::Break(());
+    let purges = Purges::of(snapshot);
+    read::walk(snapshot, Table::Runtimes, &first, |_, bytes| {
+        let runtime: Runtime = read::entry(Table::Runtimes, bytes)?;
+        if !purges.has_plane(runtime.plane)? {
+            runtimes.push(runtime);
         }
-        runtimes.push(read::entry(Table::Runtimes, bytes));
-        ControlFlow::Continue(())
+        Ok::<_, ReadError>(ControlFlow::Continue(()))
     })?;
-    runtimes.into_iter().collect()
+    Ok(runtimes)
 }

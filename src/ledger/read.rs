@@ -6,13 +6,15 @@ use serde::de::DeserializeOwned;
 
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
+use crate::domain::time::Timestamp;
 
-use super::error::ReadError;
+use super::error::{ReadError, StoreError};
 use super::projection::inbox::InboxEntry;
 use super::projection::run::RunSummary;
 use super::projection::service::ServiceView;
+use super::purge::Purges;
 use super::record_codec::Raw;
-use super::store::{Direction, Snapshot, Table};
+use super::store::{Direction, KeyBounds, Snapshot, Table};
 use super::{Scope, keys};
 
 /// Decodes a projection's entry.
@@ -33,6 +35,44 @@ pub fn get<T: DeserializeOwned>(
         Some(bytes) => entry(table, &bytes).map(Some),
         None => Ok(None),
     }
+}
+
+/// Shows the entries under a prefix in order of their keys until `visit` breaks or fails.
+pub fn walk<E: From<StoreError>>(
+    snapshot: &dyn Snapshot,
+    table: Table,
+    prefix: &[u8],
+    mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, E>,
+) -> Result<(), E> {
+    let bounds = (Bound::Included(prefix), Bound::Unbounded);
+    walk_range(
+        snapshot,
+        table,
+        bounds,
+        Direction::Up,
+        |key, value| match key.starts_with(prefix) {
+            true => visit(key, value),
+            false => Ok(ControlFlow::Break(())),
+        },
+    )
+}
+
+/// Shows the entries of a range until `visit` breaks or fails.
+pub fn walk_range<E: From<StoreError>>(
+    snapshot: &dyn Snapshot,
+    table: Table,
+    bounds: KeyBounds<'_>,
+    direction: Direction,
+    mut visit: impl FnMut(&[u8], &[u8]) -> Result<ControlFlow<()>, E>,
+) -> Result<(), E> {
+    let mut failure = None;
+    snapshot.scan(table, bounds, direction, &mut |key, value| {
+        visit(key, value).unwrap_or_else(|error| {
+            failure = Some(error);
+            ControlFlow::Break(())
+        })
+    })?;
+    failure.map_or(Ok(()), Err)
 }
 
 /// All entries of a projection, by key.
@@ -71,7 +111,10 @@ pub fn service(snapshot: &dyn Snapshot, name: &str) -> Result<Option<ServiceView
 
 pub fn record(snapshot: &dyn Snapshot, seq: Seq) -> Result<Option<Record>, ReadError> {
     match snapshot.get(Table::Events, &keys::seq(seq))? {
-        Some(bytes) => Raw::parse(seq, &bytes)?.decode(seq).map(Some),
+        Some(bytes) => {
+            let raw = Purges::of(snapshot).show(Raw::parse(seq, &bytes)?)?;
+            raw.decode(seq).map(Some)
+        }
         None => Ok(None),
     }
 }
@@ -91,43 +134,34 @@ pub fn records(
     chunk: Chunk,
 ) -> Result<(Vec<Record>, Seq), ReadError> {
     let (mut found, mut bytes, mut last, mut examined) = (Vec::new(), 0, after, 0usize);
-    let mut failure = None;
+    let purges = Purges::of(snapshot);
     let from = keys::seq(after.saturating_add(1));
     let bounds = (Bound::Included(&from[..]), Bound::Unbounded);
-    snapshot.scan(Table::Events, bounds, Direction::Up, &mut |key, value| {
-        let seq = keys::parse_seq(key).unwrap_or_default();
-        let raw = match Raw::parse(seq, value) {
-            Ok(raw) => raw,
-            Err(error) => {
-                failure = Some(error);
-                return ControlFlow::Break(());
+    walk_range(
+        snapshot,
+        Table::Events,
+        bounds,
+        Direction::Up,
+        |key, value| {
+            let seq = keys::parse_seq(key).unwrap_or_default();
+            let raw = Raw::parse(seq, value)?;
+            last = seq;
+            examined += 1;
+            if scope.holds(raw.plane) {
+                let raw = purges.show(raw)?;
+                found.push(raw.decode(seq)?);
+                bytes += raw.payload.len();
             }
-        };
-        last = seq;
-        examined += 1;
-        if scope.holds(raw.plane) {
-            match raw.decode(seq) {
-                Ok(record) => {
-                    bytes += raw.payload.len();
-                    found.push(record);
-                }
-                Err(error) => failure = Some(error),
-            }
-        }
-        let done = failure.is_some()
-            || found.len() >= chunk.records
-            || bytes >= chunk.payload_bytes
-            || examined >= MAX_EXAMINED;
-        if done {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
-    })?;
-    match failure {
-        Some(error) => Err(error),
-        None => Ok((found, last)),
-    }
+            let done = found.len() >= chunk.records
+                || bytes >= chunk.payload_bytes
+                || examined >= MAX_EXAMINED;
+            Ok::<_, ReadError>(match done {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            })
+        },
+    )?;
+    Ok((found, last))
 }
 
 /// Most records of other planes that one read steps over, so that a read ends in bounded time.
@@ -166,4 +200,17 @@ pub fn run_records(
         }
     }
     Ok(found)
+}
+
+/// The first record at or after an instant, found by halving; one after `tail` when there is none.
+pub fn first_at(snapshot: &dyn Snapshot, tail: Seq, at: Timestamp) -> Result<Seq, ReadError> {
+    let (mut low, mut high) = (1, tail + 1);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match record(snapshot, middle)? {
+            Some(record) if record.at < at => low = middle + 1,
+            _ => high = middle,
+        }
+    }
+    Ok(low)
 }

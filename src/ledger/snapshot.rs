@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::domain::ids::Seq;
 
 use super::batch::Writer;
+use super::counts::Moves;
 use super::error::{CommitError, ReadError};
 use super::record_codec::{self, Hash};
 use super::store::{Direction, Snapshot, Table, WriteSet};
@@ -49,7 +50,7 @@ impl Writer {
         };
         let encoded = record_codec::encode(&manifest);
         writes.put(Table::SnapshotManifests, keys::seq(at), encoded);
-        self.write(writes)
+        self.write(writes, Moves::default())
     }
 }
 

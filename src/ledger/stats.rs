@@ -1,7 +1,7 @@
 //! What a ledger holds, counted: events by kind, bytes, runs by status, and where it ends.
 
 use std::collections::BTreeMap;
-use std::ops::{Bound, ControlFlow};
+use std::ops::ControlFlow;
 
 use serde::Serialize;
 
@@ -9,10 +9,9 @@ use crate::domain::ids::Seq;
 use crate::domain::time::Timestamp;
 
 use super::error::ReadError;
-use super::projection::run::RunStatus;
 use super::record_codec::{GENESIS, HEADER_BYTES, Raw};
-use super::store::{Direction, Snapshot, Table};
-use super::{Ledger, keys, view};
+use super::store::{Snapshot, Table};
+use super::{Ledger, keys, listing, read, view};
 
 /// Counts over a whole ledger.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -59,7 +58,11 @@ impl Ledger {
             tail_hash: view::hex(&GENESIS),
         };
         count_records(&*snapshot, &mut stats)?;
-        count_statuses(&*snapshot, &mut stats)?;
+        for (status, count) in listing::count_by_status(&*snapshot)? {
+            if count > 0 {
+                stats.runs_by_status.insert(status.name(), count);
+            }
+        }
         for table in Table::ALL {
             let bytes = snapshot.disk_bytes(table)?;
             stats.table_bytes.insert(table.name(), bytes);
@@ -72,17 +75,9 @@ fn count_records(snapshot: &dyn Snapshot, stats: &mut Stats) -> Result<(), ReadE
     // An event's bytes begin with its variant's number (postcard; one byte, as there are fewer than
     // 128 variants). Its name comes from decoding one event of each.
     let mut kinds: BTreeMap<u8, (Seq, u64)> = BTreeMap::new();
-    let mut failure = None;
-    let all = (Bound::Unbounded, Bound::Unbounded);
-    snapshot.scan(Table::Events, all, Direction::Up, &mut |key, bytes| {
+    read::walk(snapshot, Table::Events, &[], |key, bytes| {
         let seq = keys::parse_seq(key).unwrap_or_default();
-        let raw = match Raw::parse(seq, bytes) {
-            Ok(raw) => raw,
-            Err(error) => {
-                failure = Some(error);
-                return ControlFlow::Break(());
-            }
-        };
+        let raw = Raw::parse(seq, bytes)?;
         let kind = raw.event.first().copied().unwrap_or_default();
         kinds.entry(kind).or_insert((seq, 0)).1 += 1;
         stats.records += 1;
@@ -92,30 +87,15 @@ fn count_records(snapshot: &dyn Snapshot, stats: &mut Stats) -> Result<(), ReadE
         stats.first_at = stats.first_at.or(Some(raw.at));
         stats.last_at = Some(raw.at);
         stats.tail_seq = seq;
-        ControlFlow::Continue(())
+        Ok::<_, ReadError>(ControlFlow::Continue(()))
     })?;
-    if let Some(error) = failure {
-        return Err(error);
-    }
     let (_, hash) = super::batch::tail(snapshot)?;
     stats.tail_hash = view::hex(&hash);
     for (seq, count) in kinds.into_values() {
-        if let Some(record) = super::read::record(snapshot, seq)? {
+        if let Some(record) = read::record(snapshot, seq)? {
             let (name, _) = view::name_and_fields(&record.event);
             *stats.events.entry(name).or_default() += count;
         }
     }
-    Ok(())
-}
-
-fn count_statuses(snapshot: &dyn Snapshot, stats: &mut Stats) -> Result<(), ReadError> {
-    let all = (Bound::Unbounded, Bound::Unbounded);
-    snapshot.scan(Table::RunsByStatus, all, Direction::Up, &mut |key, _| {
-        let status = key.get(4).and_then(|n| RunStatus::ALL.get(usize::from(*n)));
-        if let Some(status) = status {
-            *stats.runs_by_status.entry(status.name()).or_default() += 1;
-        }
-        ControlFlow::Continue(())
-    })?;
     Ok(())
 }

@@ -46,10 +46,12 @@ pub enum Table {
     Tenants,
     /// (tenant, user) → quotas, of users that have some.
     UserQuotas,
+    /// (plane) or (plane, run) → what a purge of it still has to remove.
+    Purges,
 }
 
 impl Table {
-    pub const ALL: [Table; 20] = [
+    pub const ALL: [Table; 21] = [
         Table::Events,
         Table::RunRecords,
         Table::Runs,
@@ -70,6 +72,7 @@ impl Table {
         Table::Credentials,
         Table::Tenants,
         Table::UserQuotas,
+        Table::Purges,
     ];
 
     /// Its name on disk.
@@ -95,6 +98,7 @@ impl Table {
             Table::Credentials => "credentials",
             Table::Tenants => "tenants",
             Table::UserQuotas => "user_quotas",
+            Table::Purges => "purges",
         }
     }
 }
@@ -133,6 +137,11 @@ impl WriteSet {
     pub fn get(&self, table: Table, key: &[u8]) -> Option<Option<&[u8]>> {
         let change = self.tables.get(&table)?.get(key)?;
         Some(change.as_deref())
+    }
+
+    /// Whether it changes anything of a table.
+    pub fn touches(&self, table: Table) -> bool {
+        self.tables.contains_key(&table)
     }
 
     pub fn is_empty(&self) -> bool {

@@ -16,8 +16,10 @@ use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::time::Timestamp;
 
 use super::batch::{Batch, Encoded, MAX_PAYLOAD_BYTES, Writer};
-use super::error::{CommitError, OpenError, ReadError};
+use super::error::{CommitError, OpenError, ReadError, StoreError};
 use super::open::{FILE_NAME, OpenOptions};
+use super::purge::Purges;
+use super::read;
 use super::record_codec::{self, GENESIS, Raw};
 use super::store::{Direction, Table};
 use super::{Ledger, keys, view};
@@ -52,6 +54,12 @@ pub enum TransferError {
     BadLine { line: u64, detail: String },
 }
 
+impl From<StoreError> for TransferError {
+    fn from(error: StoreError) -> Self {
+        TransferError::Read(error.into())
+    }
+}
+
 /// One line. `event`, `actor` and `request_id` are for the reader; the bytes are what counts.
 #[derive(Serialize, Deserialize)]
 struct Line {
@@ -84,34 +92,28 @@ impl Ledger {
             tail_seq: after,
             tail_hash: view::hex(&GENESIS),
         };
-        let mut failure = None;
+        let purges = Purges::of(&*snapshot);
         let from = keys::seq(after.saturating_add(1));
         let bounds = (Bound::Included(&from[..]), Bound::Unbounded);
-        let scanned = snapshot.scan(Table::Events, bounds, Direction::Up, &mut |key, bytes| {
-            let seq = keys::parse_seq(key).unwrap_or_default();
-            match export_one(seq, bytes, out) {
-                Ok(hash) => {
-                    done.records += 1;
-                    done.tail_seq = seq;
-                    done.tail_hash = hash;
-                    ControlFlow::Continue(())
-                }
-                Err(error) => {
-                    failure = Some(error);
-                    ControlFlow::Break(())
-                }
-            }
-        });
-        scanned.map_err(ReadError::from)?;
-        match failure {
-            Some(error) => Err(error),
-            None => out.flush().map(|()| done).map_err(TransferError::Write),
-        }
+        read::walk_range(
+            &*snapshot,
+            Table::Events,
+            bounds,
+            Direction::Up,
+            |key, bytes| {
+                let seq = keys::parse_seq(key).unwrap_or_default();
+                let raw = purges.show(Raw::parse(seq, bytes)?)?;
+                done.tail_hash = export_one(seq, &raw, out)?;
+                done.records += 1;
+                done.tail_seq = seq;
+                Ok::<_, TransferError>(ControlFlow::Continue(()))
+            },
+        )?;
+        out.flush().map(|()| done).map_err(TransferError::Write)
     }
 }
 
-fn export_one(seq: Seq, bytes: &[u8], out: &mut dyn Write) -> Result<String, TransferError> {
-    let raw = Raw::parse(seq, bytes)?;
+fn export_one(seq: Seq, raw: &Raw<'_>, out: &mut dyn Write) -> Result<String, TransferError> {
     let record = raw.decode(seq)?;
     let line = Line {
         seq,
@@ -177,8 +179,12 @@ fn import_all(input: &mut dyn BufRead, writer: &mut Writer) -> Result<Transferre
             number += 1;
             import_one(&mut batch, number, &text)?;
         }
+        let purging = batch.is_purging();
+        if purging {
+            batch.purge_on()?;
+        }
         let tail_seq = batch.commit()?;
-        if number == before {
+        if number == before && !purging {
             return Ok(Transferred {
                 records: number,
                 tail_seq,

@@ -2,23 +2,23 @@
 //! fold of the events gives. Stops at the first thing that is wrong, and names it.
 
 use std::collections::{BTreeMap, HashMap};
-use std::ops::{Bound, ControlFlow};
+use std::ops::ControlFlow;
 
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::domain::event::Event;
-use crate::domain::identity::{Credentials, Runtime, Token, User};
 use crate::domain::ids::{PlaneId, RunId, Seq, ServiceName};
 use crate::domain::state::user::People;
-use crate::domain::tenant::{Quotas, Tenant};
 
 use super::error::{ReadError, StoreError};
 use super::projection::inbox::{self, InboxEntry, InboxState};
 use super::projection::people as people_projection;
 use super::projection::run::{self as run_projection, Place, RunSummary};
 use super::projection::service::{self, PlaneView, ServiceView};
+use super::purge::Purges;
 use super::record_codec::{self, GENESIS, Hash, Raw};
-use super::store::{Direction, KeyBounds, Snapshot, Table};
+use super::store::{Snapshot, Table};
 use super::{Ledger, keys, read, view};
 
 /// What was proved.
@@ -65,6 +65,17 @@ impl From<ReadError> for VerifyError {
     }
 }
 
+/// Tables whose keys begin with a plane and that a purge of it empties.
+const OF_A_PLANE: [Table; 7] = [
+    Table::RunRecords,
+    Table::Runs,
+    Table::RunsByStatus,
+    Table::RunsBySession,
+    Table::Inbox,
+    Table::Idempotency,
+    Table::Planes,
+];
+
 /// How often `progress` hears of it.
 const PROGRESS_EVERY: u64 = 65_536;
 
@@ -84,11 +95,11 @@ impl Ledger {
             }
             Ok(())
         })?;
+        fold.check_purged_planes(snapshot)?;
         fold.check_small_tables(snapshot)?;
-        fold.check_purged_planes()?;
         check_people(snapshot, &fold.people)?;
         let commands = fold.check_inbox(snapshot)?;
-        let runs = check_runs(snapshot, fold.in_runs)?;
+        let runs = fold.check_runs(snapshot)?;
         Ok(Verified {
             records: fold.seq,
             purged: fold.purged,
@@ -107,19 +118,27 @@ struct Fold {
     seq: Seq,
     hash: Hash,
     purged: u64,
-    /// Records that belong to a run.
-    in_runs: u64,
-    accepted: u64,
-    decided: u64,
+    /// Of each plane.
+    counts: BTreeMap<PlaneId, Counts>,
     services: BTreeMap<ServiceName, ServiceView>,
     /// Which service each live attempt occupies.
     occupied: HashMap<(PlaneId, RunId), ServiceName>,
     gpus: Option<Vec<u8>>,
     planes: BTreeMap<u32, PlaneView>,
     people: People,
-    /// The last record without a run whose payload is gone, of each plane; and when a plane was purged.
-    bare: BTreeMap<PlaneId, Seq>,
+    /// What is right in a purged plane only: the first such fault of each plane, and the last record that has one.
+    lacking: BTreeMap<PlaneId, (VerifyError, Seq)>,
+    /// When a plane was purged.
     planes_purged: BTreeMap<PlaneId, Seq>,
+}
+
+/// What the projections of a plane must amount to.
+#[derive(Clone, Copy, Default)]
+struct Counts {
+    /// Records that belong to a run.
+    in_runs: u64,
+    accepted: u64,
+    decided: u64,
 }
 
 impl Fold {
@@ -161,31 +180,63 @@ impl Fold {
         Ok(expected)
     }
 
-    /// That the run's index names the record, and that a purged payload was purged by its run.
+    /// That the run's index names the record, and that a purged payload was purged by its run or its plane.
     fn check_run(&mut self, snapshot: &dyn Snapshot, raw: &Raw<'_>) -> Result<(), VerifyError> {
+        self.purged += u64::from(raw.purged);
         let Some(run) = raw.run else {
             if raw.purged {
-                self.purged += 1;
-                self.bare.insert(raw.plane, self.seq);
+                let error = self.bad("its payload is gone, and its plane was never purged");
+                self.lacks(raw.plane, error);
             }
             return Ok(());
         };
-        self.in_runs += 1;
+        self.counts.entry(raw.plane).or_default().in_runs += 1;
         let key = keys::run_record(raw.plane, run, raw.cursor);
-        if snapshot.get(Table::RunRecords, &key)?.as_deref() != Some(&keys::seq(self.seq)[..]) {
-            return Err(wrong(
-                Table::RunRecords,
-                format!("cursor {} of run {run}", raw.cursor),
-                format!("it should name record {}", self.seq),
-            ));
-        }
-        if raw.purged {
-            self.purged += 1;
-            if !read::run(snapshot, raw.plane, run)?.is_some_and(|run| run.purged) {
-                return Err(self.bad("its payload is gone, and its run was never purged"));
+        match snapshot.get(Table::RunRecords, &key)? {
+            Some(seq) if seq == keys::seq(self.seq) => {}
+            found => {
+                let error = wrong(
+                    Table::RunRecords,
+                    format!("cursor {} of run {run}", raw.cursor),
+                    format!("it should name record {}", self.seq),
+                );
+                if found.is_some() {
+                    return Err(error);
+                }
+                self.lacks(raw.plane, error);
             }
         }
+        if raw.purged && !read::run(snapshot, raw.plane, run)?.is_some_and(|run| run.purged) {
+            let error = self.bad("its payload is gone, and its run was never purged");
+            self.lacks(raw.plane, error);
+        }
         Ok(())
+    }
+
+    /// The current record shows something that is right in a purged plane only.
+    fn lacks(&mut self, plane: PlaneId, error: VerifyError) {
+        let (_, last) = self.lacking.entry(plane).or_insert((error, self.seq));
+        *last = self.seq;
+    }
+
+    /// Whether a plane was purged: its rows are gone, or on their way.
+    fn is_purged(&self, plane: PlaneId) -> bool {
+        self.planes_purged.contains_key(&plane)
+    }
+
+    /// Whether what a key stands for was not purged; the key begins with a plane.
+    fn unpurged(&self, key: &[u8]) -> bool {
+        let plane = key.get(..4).and_then(keys::parse_plane);
+        plane.is_none_or(|plane| !self.is_purged(plane))
+    }
+
+    /// The sum over the planes that were not purged.
+    fn expected(&self, of: impl Fn(&Counts) -> u64) -> u64 {
+        let counts = self
+            .counts
+            .iter()
+            .filter(|(plane, _)| !self.is_purged(**plane));
+        counts.map(|(_, counts)| of(counts)).sum()
     }
 
     fn bad(&self, detail: &str) -> VerifyError {
@@ -211,10 +262,11 @@ impl Fold {
             ..entry
         });
         let after = inbox::apply(before, event, self.seq, raw.at, raw.payload_hash);
+        let counts = self.counts.entry(raw.plane).or_default();
         let agrees = match (event, &after, &entry) {
             // The decision comes later in the ledger, and is checked there.
             (Event::CommandAccepted { .. }, Some(after), Some(entry)) => {
-                self.accepted += 1;
+                counts.accepted += 1;
                 let undecided = InboxEntry {
                     state: InboxState::Accepted,
                     decided_at: None,
@@ -223,7 +275,7 @@ impl Fold {
                 *after == undecided
             }
             (_, Some(_), Some(_)) => {
-                self.decided += 1;
+                counts.decided += 1;
                 after == entry
             }
             (Event::CommandAccepted { .. }, ..) => false,
@@ -233,11 +285,16 @@ impl Fold {
         if agrees {
             return Ok(());
         }
-        Err(wrong(
+        let error = wrong(
             Table::Inbox,
             format!("command {id}"),
             format!("record {} says otherwise", self.seq),
-        ))
+        );
+        if entry.is_some() {
+            return Err(error);
+        }
+        self.lacks(raw.plane, error);
+        Ok(())
     }
 
     fn small_tables(&mut self, event: &Event, raw: &Raw<'_>) {
@@ -325,162 +382,191 @@ impl Fold {
             return Err(wrong(Table::Gpus, "the list".into(), detail));
         }
         let planes: Vec<PlaneView> = read::all(snapshot, Table::Planes)?;
-        if !planes.iter().eq(self.planes.values()) {
+        let planes = planes.iter().filter(|view| !self.is_purged(view.plane));
+        let expected = self.planes.values();
+        if !planes.eq(expected.filter(|view| !self.is_purged(view.plane))) {
             let detail = "it differs from what the events give".to_owned();
             return Err(wrong(Table::Planes, "the list".into(), detail));
         }
         Ok(())
     }
 
-    /// That payloads of records without a run went only where their plane was purged.
-    fn check_purged_planes(&self) -> Result<(), VerifyError> {
-        for (plane, seq) in &self.bare {
-            if self
-                .planes_purged
-                .get(plane)
-                .is_none_or(|purged| purged < seq)
-            {
-                return Err(VerifyError::Record {
-                    seq: *seq,
-                    detail: "its payload is gone, and its plane was never purged".to_owned(),
-                });
+    /// That what a purge removes is lacking only where there was one, and that nothing is left of a plane that is
+    /// said to be removed.
+    fn check_purged_planes(&mut self, snapshot: &dyn Snapshot) -> Result<(), VerifyError> {
+        let purged = |plane| self.planes_purged.get(&plane).copied().unwrap_or(0);
+        let mut lacking = std::mem::take(&mut self.lacking).into_iter();
+        if let Some((_, (error, _))) = lacking.find(|(plane, (_, last))| purged(*plane) < *last) {
+            return Err(error);
+        }
+        let purges = Purges::of(snapshot);
+        for plane in self.planes_purged.keys() {
+            if purges.has_plane(*plane)? {
+                continue;
+            }
+            for table in OF_A_PLANE {
+                read::walk(snapshot, table, &keys::plane(*plane), |_, _| {
+                    let detail = "it was purged, and no purge goes on".to_owned();
+                    Err(wrong(
+                        table,
+                        format!("something of plane {}", plane.0),
+                        detail,
+                    ))
+                })?;
             }
         }
-        Ok(())
+        read::walk(snapshot, Table::Purges, &[], |key, _| {
+            let plane = keys::parse_plane(key);
+            match plane.is_none_or(|plane| self.is_purged(plane)) {
+                true => Ok(ControlFlow::Continue(())),
+                false => {
+                    let detail = "it was never purged".to_owned();
+                    Err(wrong(Table::Purges, "a plane".into(), detail))
+                }
+            }
+        })
     }
 
     /// That the inbox holds no more than the records account for.
     fn check_inbox(&self, snapshot: &dyn Snapshot) -> Result<u64, VerifyError> {
         let (mut entries, mut decided) = (0, 0);
-        walk(snapshot, Table::Inbox, &mut |_, bytes| {
+        walk(snapshot, Table::Inbox, &mut |key, bytes| {
+            if !self.unpurged(key) {
+                return Ok(());
+            }
             let entry: InboxEntry = read::entry(Table::Inbox, bytes)?;
             entries += 1;
             decided += u64::from(entry.state != InboxState::Accepted);
             Ok(())
         })?;
-        if (entries, decided) != (self.accepted, self.decided) {
+        let expected = (self.expected(|c| c.accepted), self.expected(|c| c.decided));
+        if (entries, decided) != expected {
             return Err(wrong(
                 Table::Inbox,
                 "the number of commands".into(),
                 format!(
                     "{entries} of which {decided} are decided, instead of {} and {}",
-                    self.accepted, self.decided
+                    expected.0, expected.1
                 ),
             ));
         }
         Ok(entries)
     }
+
+    /// Folds each run's records again and compares the summary and its place in the indexes.
+    fn check_runs(&self, snapshot: &dyn Snapshot) -> Result<u64, VerifyError> {
+        let (mut runs, mut records, mut sessions) = (0, 0, 0);
+        walk(snapshot, Table::Runs, &mut |key, bytes| {
+            if !self.unpurged(key) {
+                return Ok(());
+            }
+            let stored: RunSummary = read::entry(Table::Runs, bytes)?;
+            check_run(snapshot, key, &stored)?;
+            runs += 1;
+            records += stored.ledger_len;
+            sessions += u64::from(stored.session.is_some());
+            Ok(())
+        })?;
+        let counts = [
+            (Table::RunRecords, self.expected(|c| c.in_runs)),
+            (Table::RunRecords, records),
+            (Table::RunsByStatus, runs),
+            (Table::RunsBySession, sessions),
+        ];
+        for (table, expected) in counts {
+            let found = snapshot.len(table)? - self.purged_rows(snapshot, table)?;
+            if found != expected {
+                let detail = format!("{found} instead of {expected}");
+                return Err(wrong(table, "the number of entries".into(), detail));
+            }
+        }
+        Ok(runs)
+    }
+
+    /// Rows of planes whose purge goes on.
+    fn purged_rows(&self, snapshot: &dyn Snapshot, table: Table) -> Result<u64, VerifyError> {
+        let mut rows = 0;
+        for plane in self.planes_purged.keys() {
+            read::walk(snapshot, table, &keys::plane(*plane), |_, _| {
+                rows += 1;
+                Ok::<_, VerifyError>(ControlFlow::Continue(()))
+            })?;
+        }
+        Ok(rows)
+    }
 }
 
-/// That users, tokens, runtimes, tenants and quotas are what the events give, and each token is found by its hash.
-fn check_people(snapshot: &dyn Snapshot, people: &People) -> Result<(), VerifyError> {
-    let differs = |table: Table| {
-        let detail = "it differs from what the events give".to_owned();
-        Err(wrong(table, "the list".into(), detail))
-    };
-    if !read::all::<User>(snapshot, Table::Users)?
-        .iter()
-        .eq(people.users.values())
-    {
-        return differs(Table::Users);
+/// That a run is what its records give, and stands in the indexes.
+fn check_run(snapshot: &dyn Snapshot, key: &[u8], stored: &RunSummary) -> Result<(), VerifyError> {
+    let (plane, run) = (stored.plane, stored.run);
+    let what = || format!("run {run}");
+    if keys::parse_run(key) != Some((plane, run)) {
+        return Err(wrong(
+            Table::Runs,
+            what(),
+            "it stands under another key".into(),
+        ));
     }
-    if !read::all::<Token>(snapshot, Table::Tokens)?
-        .iter()
-        .eq(people.tokens.values())
-    {
-        return differs(Table::Tokens);
+    if fold_run(snapshot, stored)?.as_ref() != Some(stored) {
+        let detail = "it differs from what its records give".to_owned();
+        return Err(wrong(Table::Runs, what(), detail));
     }
-    if !read::all::<Runtime>(snapshot, Table::Runtimes)?
-        .iter()
-        .eq(people.runtimes.values())
-    {
-        return differs(Table::Runtimes);
+    let key = keys::status(plane, stored.status, run);
+    if snapshot.get(Table::RunsByStatus, &key)?.is_none() {
+        return Err(wrong(Table::RunsByStatus, what(), "it is missing".into()));
     }
-    if !read::all::<Credentials>(snapshot, Table::Credentials)?
-        .iter()
-        .eq(people.credentials.values())
-    {
-        return differs(Table::Credentials);
-    }
-    if !read::all::<Tenant>(snapshot, Table::Tenants)?
-        .iter()
-        .eq(people.tenants.values())
-    {
-        return differs(Table::Tenants);
-    }
-    if !read::all::<Quotas>(snapshot, Table::UserQuotas)?
-        .iter()
-        .eq(people.quotas.values())
-    {
-        return differs(Table::UserQuotas);
-    }
-    for token in people.tokens.values() {
-        let key = people_projection::digest_key(&token.hash);
-        let found = snapshot.get(Table::TokenDigests, &key)?;
-        if found != Some(people_projection::token_key(&token.key)) {
-            return differs(Table::TokenDigests);
+    if let Some(session) = &stored.session {
+        let key = keys::session(plane, session, run);
+        if snapshot.get(Table::RunsBySession, &key)?.is_none() {
+            return Err(wrong(Table::RunsBySession, what(), "it is missing".into()));
         }
-    }
-    if snapshot.len(Table::TokenDigests)? != people.tokens.len() as u64 {
-        return differs(Table::TokenDigests);
     }
     Ok(())
 }
 
-/// Folds each run's records again and compares the summary and its place in the indexes.
-fn check_runs(snapshot: &dyn Snapshot, in_runs: u64) -> Result<u64, VerifyError> {
-    let (mut runs, mut records, mut sessions) = (0, 0, 0);
-    walk(snapshot, Table::Runs, &mut |key, bytes| {
-        let stored: RunSummary = read::entry(Table::Runs, bytes)?;
-        let (plane, run) = (stored.plane, stored.run);
-        let what = || format!("run {run}");
-        if keys::parse_run(key) != Some((plane, run)) {
-            return Err(wrong(
-                Table::Runs,
-                what(),
-                "it stands under another key".into(),
-            ));
-        }
-        if fold_run(snapshot, &stored)?.as_ref() != Some(&stored) {
-            let detail = "it differs from what its records give".to_owned();
-            return Err(wrong(Table::Runs, what(), detail));
-        }
-        let key = keys::status(plane, stored.status, run);
-        if snapshot.get(Table::RunsByStatus, &key)?.is_none() {
-            return Err(wrong(Table::RunsByStatus, what(), "it is missing".into()));
-        }
-        if let Some(session) = &stored.session {
-            sessions += 1;
-            let key = keys::session(plane, session, run);
-            if snapshot.get(Table::RunsBySession, &key)?.is_none() {
-                return Err(wrong(Table::RunsBySession, what(), "it is missing".into()));
-            }
-        }
-        runs += 1;
-        records += stored.ledger_len;
-        Ok(())
-    })?;
-    let counts = [
-        (Table::RunRecords, in_runs),
-        (Table::RunRecords, records),
-        (Table::RunsByStatus, runs),
-        (Table::RunsBySession, sessions),
-    ];
-    for (table, expected) in counts {
-        let found = snapshot.len(table)?;
-        if found != expected {
-            let detail = format!("{found} instead of {expected}");
-            return Err(wrong(table, "the number of entries".into(), detail));
+/// That users, tokens, runtimes, tenants and quotas are what the events give, and each token is found by its hash.
+fn check_people(snapshot: &dyn Snapshot, people: &People) -> Result<(), VerifyError> {
+    check_list(snapshot, Table::Users, people.users.values())?;
+    check_list(snapshot, Table::Tokens, people.tokens.values())?;
+    check_list(snapshot, Table::Runtimes, people.runtimes.values())?;
+    check_list(snapshot, Table::Credentials, people.credentials.values())?;
+    check_list(snapshot, Table::Tenants, people.tenants.values())?;
+    check_list(snapshot, Table::UserQuotas, people.quotas.values())?;
+    for token in people.tokens.values() {
+        let digest = token.hash.digest();
+        let found = snapshot.get(Table::TokenDigests, digest.as_bytes())?;
+        if found != Some(people_projection::token_key(&token.key)) {
+            return Err(differs(Table::TokenDigests));
         }
     }
-    Ok(runs)
+    if snapshot.len(Table::TokenDigests)? != people.tokens.len() as u64 {
+        return Err(differs(Table::TokenDigests));
+    }
+    Ok(())
+}
+
+fn check_list<'a, T: DeserializeOwned + PartialEq + 'a>(
+    snapshot: &dyn Snapshot,
+    table: Table,
+    expected: impl Iterator<Item = &'a T>,
+) -> Result<(), VerifyError> {
+    match read::all::<T>(snapshot, table)?.iter().eq(expected) {
+        true => Ok(()),
+        false => Err(differs(table)),
+    }
+}
+
+fn differs(table: Table) -> VerifyError {
+    let detail = "it differs from what the events give".to_owned();
+    wrong(table, "the list".into(), detail)
 }
 
 fn fold_run(
     snapshot: &dyn Snapshot,
     stored: &RunSummary,
 ) -> Result<Option<RunSummary>, VerifyError> {
-    let mut folded = None;
+    let (mut folded, mut kept) = (None, None);
+    let purges = Purges::of(snapshot);
     for cursor in 1..=stored.ledger_len {
         let key = keys::run_record(stored.plane, stored.run, cursor);
         let seq = snapshot.get(Table::RunRecords, &key)?;
@@ -498,7 +584,15 @@ fn fold_run(
             at: raw.at,
             has_payload: raw.payload_len > 0,
         };
-        folded = run_projection::apply(folded, &raw.decode_event(seq)?, place);
+        let event = raw.decode_event(seq)?;
+        if let (Event::RunPurged { .. }, Some(seq)) = (&event, kept) {
+            let detail = "its payload is there, and its run was purged".to_owned();
+            return Err(VerifyError::Record { seq, detail });
+        }
+        if !raw.payload.is_empty() && !purges.hides(&raw)? {
+            kept = Some(seq);
+        }
+        folded = run_projection::apply(folded, &event, place);
     }
     Ok(folded)
 }
@@ -516,19 +610,7 @@ type Check<'c> = dyn FnMut(&[u8], &[u8]) -> Result<(), VerifyError> + 'c;
 
 /// Shows every entry of a table until `visit` fails.
 fn walk(snapshot: &dyn Snapshot, table: Table, visit: &mut Check<'_>) -> Result<(), VerifyError> {
-    let mut failure = None;
-    let all: KeyBounds<'_> = (Bound::Unbounded, Bound::Unbounded);
-    snapshot.scan(
-        table,
-        all,
-        Direction::Up,
-        &mut |key, bytes| match visit(key, bytes) {
-            Ok(()) => ControlFlow::Continue(()),
-            Err(error) => {
-                failure = Some(error);
-                ControlFlow::Break(())
-            }
-        },
-    )?;
-    failure.map_or(Ok(()), Err)
+    read::walk(snapshot, table, &[], |key, bytes| {
+        visit(key, bytes).map(|()| ControlFlow::Continue(()))
+    })
 }

@@ -2,7 +2,6 @@
 //! (`contracts/run-gateway.md` section 6.1) and more, whatever the event.
 
 use std::collections::HashMap;
-use std::fmt::Write;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -424,21 +423,10 @@ fn step_id(record: &Record, run: Option<RunId>, attempt: Option<Attempt>) -> Uui
 
 /// Back from `hex`.
 pub fn parse_hex(text: &str) -> Option<Hash> {
-    let mut hash = [0; 32];
-    if text.len() != 2 * hash.len() || !text.bytes().all(|byte| byte.is_ascii_hexdigit()) {
-        return None;
-    }
-    for (byte, digits) in hash.iter_mut().zip(text.as_bytes().chunks(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(digits).ok()?, 16).ok()?;
-    }
-    Some(hash)
+    crate::hex::decode(text)?.try_into().ok()
 }
 
 /// A hash as 64 hex digits.
 pub fn hex(hash: &Hash) -> String {
-    let mut text = String::with_capacity(64);
-    for byte in hash {
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
+    crate::hex::encode(hash)
 }

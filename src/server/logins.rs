@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tokio::runtime::Handle;
+
 use super::{ServeError, patiently};
 use crate::api::{App, session_counts};
 use crate::auth::logins::{Logins, LoginsError};
@@ -67,7 +69,16 @@ pub(super) async fn keep_up(app: App) {
     }
 }
 
+/// Off the runtime's threads: it reads all sessions, and what each of them stands on.
 async fn sweep(app: &App) {
+    let (app, runtime) = (app.clone(), Handle::current());
+    let swept = tokio::task::spawn_blocking(move || runtime.block_on(sweep_all(&app)));
+    if let Err(error) = swept.await {
+        tracing::error!(%error, "the sweep of sessions did not end");
+    }
+}
+
+async fn sweep_all(app: &App) {
     let at = now();
     app.logins.throttle.sweep(at);
     let counts = |session: &_| session_counts(app, session, at);

@@ -10,7 +10,6 @@ use futures_util::future::BoxFuture;
 use smol_str::SmolStr;
 
 use crate::auth::jwt::work::{Work, WorkTokens};
-use crate::auth::private_file;
 use crate::clock::now;
 use crate::coordinator::{Handle, SubmitError};
 use crate::domain::command::{Command, Origin};
@@ -18,6 +17,7 @@ use crate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
 use crate::driver::{Credentials, NotTaken, Sink};
 use crate::executor::{CallbackBody, CallbackStatus, JobToken, Source, SourceError};
 use crate::ledger::{Ledger, RunStatus};
+use crate::private_file;
 
 /// Outcomes go to the coordinator in the executor's name.
 pub struct ToCoordinator(pub Handle);

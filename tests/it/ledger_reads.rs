@@ -190,12 +190,6 @@ fn lists_page_newest_first_by_time_status_and_session() {
         ..RunFilter::default()
     };
     assert_eq!(all(&own), [run_id(7)]);
-    let window = RunFilter {
-        created_from: Some(START + 100),
-        created_until: Some(START + 110),
-        ..RunFilter::default()
-    };
-    assert_eq!(all(&window), expected(&|n| (100..110).contains(&n)));
     assert!(
         ledger
             .runs(PlaneId(1), &RunFilter::default(), None, 10)
@@ -371,4 +365,66 @@ fn a_damaged_snapshot_falls_back_to_the_one_before() {
         ledger.load_snapshot().unwrap(),
         Some((3, b"again".to_vec()))
     );
+}
+
+#[test]
+fn runs_are_counted_by_status_as_they_change() {
+    let (_directory, ledger, mut writer) = open();
+    let counted = || {
+        let counts = ledger.runs_by_status().unwrap().into_iter();
+        let counts = counts.filter(|(_, count)| *count > 0);
+        counts
+            .map(|(status, count)| (status.name(), count))
+            .collect()
+    };
+    let scanned = || ledger.stats().unwrap().runs_by_status;
+    write_trace(&mut writer, 5, 30, |_, _| {}).unwrap();
+    assert_eq!(scanned(), counted(), "counted for the first time");
+    write_trace(&mut writer, 6, 30, |_, _| {}).unwrap();
+    assert_eq!(scanned(), counted(), "kept up");
+    append(&mut writer, [(queued(run_id(9_999)), "{}")]);
+    assert_eq!(scanned(), counted());
+}
+
+#[test]
+fn idempotency_keys_are_forgotten_after_a_day_and_a_few_at_a_time() {
+    let (_directory, _ledger, mut writer) = open();
+    let day_ms = rungate::ledger::KEY_LIFE_MS;
+    let (old, young) = (2_500, 100);
+    let keep = |writer: &mut Writer, at, names: std::ops::Range<u64>| {
+        let mut batch = writer.begin().unwrap();
+        let event = queued(run_id(names.start));
+        batch.append(record(at, event, "{}")).unwrap();
+        for name in names {
+            let name = name.to_string();
+            batch
+                .put_idempotency(ROOT, "start", &name, [1; 32], b"r")
+                .unwrap();
+        }
+        batch.commit().unwrap();
+    };
+    keep(&mut writer, START, 0..old);
+    keep(&mut writer, START + 1_000, old..old + young);
+    let kept = |writer: &mut Writer| {
+        let batch = writer.begin().unwrap();
+        let is_kept = |name: &u64| {
+            let kept = batch.idempotency(ROOT, "start", &name.to_string()).unwrap();
+            kept.is_some()
+        };
+        (0..old + young).filter(is_kept).count() as u64
+    };
+    let step = |writer: &mut Writer, now| {
+        let mut batch = writer.begin().unwrap();
+        let again = batch.expire_keys(now).unwrap();
+        batch.commit().unwrap();
+        again
+    };
+    step(&mut writer, START + day_ms);
+    assert_eq!(kept(&mut writer), old + young, "a day is not over");
+    let now = START + (day_ms + 1);
+    let mut steps = 1;
+    while step(&mut writer, now).is_zero() {
+        steps += 1;
+    }
+    assert_eq!((steps, kept(&mut writer)), (3, young));
 }

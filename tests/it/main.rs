@@ -48,6 +48,7 @@ mod ledger_world;
 mod limits;
 mod logins;
 mod preempt;
+mod purge;
 mod queue;
 mod recovery;
 mod rungate;

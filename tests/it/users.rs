@@ -416,6 +416,32 @@ async fn imported_tokens_go_on_working() {
     gateway.get("/api/gateway/ledger/verify").await.expect(200);
 }
 
+#[tokio::test]
+async fn a_token_has_one_owner() {
+    let gateway = Gateway::start(Options::default()).await;
+    let secret = "a-token-of-the-administrators-choice";
+    let chosen = |user: &str| json!({"user_id": user, "token": secret});
+    gateway.post(USERS, chosen("ann")).await.expect(200);
+    let refused = gateway.post(USERS, chosen("bob")).await.expect(409);
+    assert_eq!(refused["code"], "token_taken");
+    assert!(!refused.to_string().contains("ann"), "{refused}");
+
+    let user =
+        |user: &str| json!({"user_id": user, "token_hash": HASH, "token_fingerprint": FINGERPRINT});
+    let path = format!("{USERS}/import");
+    let users = json!({"users": [user("carl"), user("dora")]});
+    let done = gateway.post(&path, users).await.expect(200);
+    assert_eq!(done["imported"], json!(["carl"]), "{done}");
+    assert_eq!(done["refused"][0]["code"], "token_taken", "{done}");
+    assert_eq!(status(&gateway, "agw_imported-token-for-tests").await, 200);
+    gateway.get("/api/gateway/ledger/verify").await.expect(200);
+
+    // What is free again may be somebody else's.
+    gateway.delete(&format!("{USERS}/ann")).await.expect(200);
+    gateway.post(USERS, chosen("bob")).await.expect(200);
+    assert_eq!(status(&gateway, secret).await, 200);
+}
+
 /// Runs a command as the administrator.
 pub async fn cli(gateway: &Gateway, words: &[&str]) -> (i32, String, String) {
     let (url, token) = (gateway.url(""), gateway.token().to_owned());

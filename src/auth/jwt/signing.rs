@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::LEEWAY_S;
-use crate::auth::private_file;
 use crate::domain::time::Timestamp;
+use crate::private_file;
 
 /// Earlier keys that are kept at most. Who rotates more often than that within the life of a token wants the oldest
 /// gone; the file stays small.

@@ -22,11 +22,11 @@ use tower_sessions_core::SessionStore;
 use tower_sessions_core::session::Id;
 
 use self::kept::Kept;
-use super::random;
 use super::secret::TokenKey;
 use super::store::{Change, LoginStore, StoreError, Table};
 use crate::domain::identity::{TokenKey as UserToken, UserKey};
 use crate::domain::time::Timestamp;
+use crate::random;
 
 /// What a session's secret begins with (`contracts/run-gateway.md` section 3.2).
 const SECRET_PREFIX: &str = "agws_";

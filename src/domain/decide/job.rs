@@ -6,6 +6,7 @@ use smol_str::SmolStr;
 use super::{Context, Decision};
 use crate::domain::command::{JobFailure, Rejection, Reply};
 use crate::domain::event::{Event, JobStopCause, RequeueCause};
+use crate::domain::identity::IdentityRejection;
 use crate::domain::ids::{Attempt, PlaneId, RunId};
 use crate::domain::scheduler::stop_job;
 use crate::domain::spec::JobSpec;
@@ -22,6 +23,7 @@ impl Context<'_> {
         labels: Vec<(SmolStr, SmolStr)>,
         payload: Bytes,
     ) -> Result<Decision, Rejection> {
+        self.check_open(plane)?;
         self.may_queue(plane)?;
         let queue = &self.state.queue;
         let key = queue.key(run, self.now, spec.priority);
@@ -41,6 +43,14 @@ impl Context<'_> {
             labels,
         };
         Ok(Decision::with(event, payload, reply))
+    }
+
+    /// A request that was let in before its plane was purged comes too late.
+    pub(super) fn check_open(&self, plane: PlaneId) -> Result<(), Rejection> {
+        match self.state.is_open(plane) {
+            true => Ok(()),
+            false => Err(IdentityRejection::UserNotFound.into()),
+        }
     }
 
     /// Whether quotas let one run more of a plane wait.
@@ -126,6 +136,7 @@ impl Context<'_> {
         if self.state.job(plane, run).is_some() {
             return Err(Rejection::RunNotEnded(run));
         }
+        self.check_open(plane)?;
         Ok(Decision::done(vec![Event::RunPurged { run, records: 0 }]))
     }
 

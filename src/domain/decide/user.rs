@@ -10,6 +10,7 @@ use crate::domain::identity::{
     ReserveReason, RevokeCause, Role, Runtime, RuntimeKey, TokenHash, TokenKey, UserKey,
 };
 use crate::domain::ids::PlaneId;
+use crate::domain::state::job::{Job, Phase};
 use crate::domain::tenant::QuotasChange;
 
 /// Users at most: each costs memory in State.
@@ -17,6 +18,9 @@ const MAX_USERS: usize = 100_000;
 
 /// Tokens of one user at most.
 const MAX_TOKENS: usize = 50;
+
+/// Runs that a purge ends in one decision.
+const ENDED_AT_ONCE: usize = 4_096;
 
 /// Why a purge ends the runs of its plane.
 const PURGE_REASON: &str = "The runtime is being purged";
@@ -99,11 +103,10 @@ impl Context<'_> {
             runtime: runtime.clone(),
         };
         let people = &self.state.people;
-        if people.runtimes.contains_key(&key) || people.owner_of(&key).is_some() {
+        if people.runtimes.contains_key(&key) {
             return Err(IdentityRejection::RuntimeTaken(key));
         }
-        let last = self.state.planes.keys().next_back();
-        let plane = PlaneId(last.map_or(0, |plane| plane.0) + 1);
+        let plane = PlaneId(self.state.last_plane.0 + 1);
         let opened = Event::PlaneOpened {
             plane,
             tenant: key.tenant,
@@ -114,7 +117,7 @@ impl Context<'_> {
 
     fn create_user(&self, key: UserKey, profile: Profile, token: NewToken) -> Decided {
         let mut events = self.provision_user(key.clone(), profile)?;
-        self.check_hash(&token)?;
+        self.check_hash(&token.hash)?;
         events.push(Event::TokenIssued { owner: key, token });
         Ok(events)
     }
@@ -137,14 +140,11 @@ impl Context<'_> {
     }
 
     /// Two tokens with one secret would make whose it is a matter of luck.
-    fn check_hash(&self, new: &NewToken) -> Result<(), IdentityRejection> {
-        let known = |token: &crate::domain::identity::Token| {
-            matches!(token.hash, TokenHash::Keyed(_)) && token.hash == new.hash
-        };
-        if self.state.people.tokens.values().any(known) {
-            return Err(IdentityRejection::TokenExists(new.name.clone()));
+    fn check_hash(&self, hash: &TokenHash) -> Result<(), IdentityRejection> {
+        match self.state.people.is_taken(&hash.digest()) {
+            true => Err(IdentityRejection::TokenTaken),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     fn update_user(
@@ -191,7 +191,7 @@ impl Context<'_> {
         }
         events.extend(self.change_quotas(&key, quotas));
         if let Some(token) = rotate {
-            self.check_hash(&token)?;
+            self.check_hash(&token.hash)?;
             events.extend(self.revoke_all(&key, RevokeCause::Rotated));
             events.push(Event::TokenIssued { owner: key, token });
         }
@@ -248,6 +248,7 @@ impl Context<'_> {
         if count >= MAX_TOKENS {
             return Err(IdentityRejection::TooManyTokens(MAX_TOKENS));
         }
+        self.check_hash(&token.hash)?;
         Ok(vec![Event::TokenIssued { owner, token }])
     }
 
@@ -264,7 +265,10 @@ impl Context<'_> {
         match self.state.people.tokens.get(&key).map(|token| &token.hash) {
             None => Err(IdentityRejection::TokenNotFound),
             Some(TokenHash::Keyed(_)) => Ok(Vec::new()),
-            Some(TokenHash::Pbkdf2 { .. }) => Ok(vec![Event::TokenUpgraded { key, digest }]),
+            Some(TokenHash::Pbkdf2 { .. }) => {
+                self.check_hash(&TokenHash::Keyed(digest))?;
+                Ok(vec![Event::TokenUpgraded { key, digest }])
+            }
         }
     }
 
@@ -308,10 +312,9 @@ impl Context<'_> {
         let people = &self.state.people;
         match people.runtimes.get(key) {
             Some(runtime) if runtime.reservation.is_some() => Ok(runtime),
-            Some(_) if people.owner_of(key).is_some() => {
-                Err(IdentityRejection::RuntimeInUse(key.clone()))
-            }
-            _ => Err(IdentityRejection::RuntimeNotFound),
+            // One that is not reserved is a user's, from the user's creation on.
+            Some(_) => Err(IdentityRejection::RuntimeInUse(key.clone())),
+            None => Err(IdentityRejection::RuntimeNotFound),
         }
     }
 
@@ -360,7 +363,7 @@ impl Context<'_> {
         ])
     }
 
-    /// Asked again it goes on: runs that wait are cancelled, those that work are asked to stop.
+    /// Asked again it goes on: runs that wait are cancelled, those that work are asked to stop; so many at once.
     fn begin_purge(&self, key: RuntimeKey) -> Decided {
         let runtime = self.reserved(&key)?;
         let plane = runtime.plane;
@@ -368,17 +371,22 @@ impl Context<'_> {
         if !runtime.reservation.as_ref().is_some_and(|r| r.purging) {
             events.push(Event::RuntimePurging { key });
         }
+        if self.state.accounts.plane(plane).live == 0 {
+            return Ok(events);
+        }
+        let is_ending = |job: &Job| {
+            let Phase::Stopping { cause, .. } = &job.phase else {
+                return false;
+            };
+            matches!(cause, JobStopCause::Cancel { .. })
+        };
         let jobs = self.state.jobs.iter();
-        let mut jobs: Vec<_> = jobs.filter(|(_, job)| job.plane == plane).collect();
+        let jobs = jobs.filter(|(_, job)| job.plane == plane && !is_ending(job));
+        let mut jobs: Vec<_> = jobs.take(ENDED_AT_ONCE).collect();
         jobs.sort_unstable_by_key(|(run, _)| **run);
         for (run, job) in jobs {
-            use crate::domain::state::job::Phase;
             let reason = PURGE_REASON.to_owned();
             match &job.phase {
-                Phase::Stopping {
-                    cause: JobStopCause::Cancel { .. },
-                    ..
-                } => {}
                 Phase::Running { .. } | Phase::Stopping { .. } => {
                     events.push(self.request_stop(*run, job, JobStopCause::Cancel { reason }));
                 }
@@ -388,19 +396,124 @@ impl Context<'_> {
         Ok(events)
     }
 
+    /// Nothing of the plane is seen from then on. The runtime is released when all of it is removed.
     fn finish_purge(&self, key: RuntimeKey) -> Decided {
         let runtime = self.reserved(&key)?;
         let plane = runtime.plane;
         if !runtime.reservation.as_ref().is_some_and(|r| r.purging) {
             return Err(IdentityRejection::RuntimeNotFound);
         }
-        let runs = self.state.jobs.values().filter(|job| job.plane == plane);
-        match runs.count() {
-            0 => Ok(vec![
-                Event::PlanePurged { plane },
-                Event::RuntimeReleased { key },
-            ]),
+        match self.state.accounts.plane(plane).live {
+            0 if self.state.is_open(plane) => Ok(vec![Event::PlanePurged { plane }]),
+            0 => Ok(Vec::new()),
             runs => Err(IdentityRejection::RunsEnding { runs }),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::domain::command::{Command, Origin, Rejection};
+    use crate::domain::decide::decide;
+    use crate::domain::ids::RunId;
+    use crate::domain::settings::Settings;
+    use crate::domain::spec::{JobSpec, Priority, Target};
+    use crate::domain::state::State;
+    use crate::domain::time::Timestamp;
+
+    const PLANE: PlaneId = PlaneId(1);
+
+    fn spec() -> JobSpec {
+        JobSpec {
+            target: Target::Type("t".into()),
+            service_type: None,
+            priority: Priority::default(),
+            ttl_ms: None,
+            max_attempts: 1,
+            timeout_ms: 1_000,
+            callback_url: None,
+        }
+    }
+
+    fn apply(state: &mut State, events: impl IntoIterator<Item = Event>) {
+        for event in events {
+            state.apply(state.seq + 1, Timestamp(1), PLANE, &event);
+        }
+    }
+
+    fn decided(state: &State, command: Command) -> Result<Vec<Event>, Rejection> {
+        let origin = Origin {
+            plane: PLANE,
+            actor: SmolStr::default(),
+            request_id: None,
+            at: Timestamp(1),
+        };
+        let settings = Settings::default();
+        let decision = decide(state, &settings, &origin, command, Timestamp(1))?;
+        Ok(decision
+            .events
+            .into_iter()
+            .map(|(event, _)| event)
+            .collect())
+    }
+
+    #[test]
+    fn a_runtime_is_purged_once_its_runs_have_ended() {
+        let key = RuntimeKey {
+            tenant: "default".into(),
+            runtime: "ann".into(),
+        };
+        let run = RunId(uuid::Uuid::from_u128(7));
+        let begin = || IdentityCommand::BeginPurge { key: key.clone() };
+        let finish = || IdentityCommand::FinishPurge { key: key.clone() };
+        let asked = |state: &State, command| decided(state, Command::Identity(Box::new(command)));
+        let mut state = State::new(0);
+        let opened = Event::PlaneOpened {
+            plane: PLANE,
+            tenant: key.tenant.clone(),
+            runtime: key.runtime.clone(),
+        };
+        let reserved = Event::RuntimeReserved {
+            key: key.clone(),
+            owner: "ann".into(),
+            reason: ReserveReason::DeletedUser,
+        };
+        let queued = Event::JobQueued {
+            run,
+            spec: spec(),
+            session: None,
+            labels: Vec::new(),
+        };
+        apply(&mut state, [opened, reserved, queued]);
+        let events = asked(&state, begin()).unwrap();
+        assert!(matches!(
+            &events[..],
+            [Event::RuntimePurging { .. }, Event::JobCancelled { .. }]
+        ));
+        apply(&mut state, events.into_iter().take(1));
+        let ending = IdentityRejection::RunsEnding { runs: 1 };
+        assert_eq!(asked(&state, finish()), Err(ending.into()));
+        let events = asked(&state, begin()).unwrap();
+        apply(&mut state, events);
+        let events = asked(&state, finish()).unwrap();
+        assert_eq!(events, [Event::PlanePurged { plane: PLANE }]);
+        apply(&mut state, events);
+        for again in [begin(), finish()] {
+            assert_eq!(asked(&state, again).unwrap(), []);
+        }
+        let late = Command::StartJob {
+            run,
+            spec: spec(),
+            session: None,
+            labels: Vec::new(),
+            payload: Bytes::new(),
+        };
+        assert_eq!(
+            decided(&state, late),
+            Err(IdentityRejection::UserNotFound.into())
+        );
     }
 }

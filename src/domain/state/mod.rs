@@ -37,7 +37,10 @@ pub struct State {
     pub now: Timestamp,
     /// Gateway processes so far.
     pub epoch: u64,
+    /// Those that were not purged.
     pub planes: BTreeMap<PlaneId, Plane>,
+    /// The last plane opened: numbers are not used again, as records bear them for ever.
+    pub last_plane: PlaneId,
     /// Boxed, so that the table stays small when it grows or is half empty.
     pub jobs: FxHashMap<RunId, Box<Job>>,
     pub services: BTreeMap<ServiceName, Service>,
@@ -84,6 +87,7 @@ impl PartialEq for State {
         self.seq == other.seq
             && self.epoch == other.epoch
             && self.planes == other.planes
+            && self.last_plane == other.last_plane
             && self.jobs == other.jobs
             && self.services == other.services
             && self.gpus == other.gpus
@@ -102,6 +106,7 @@ struct SnapshotRef<'a> {
     now: Timestamp,
     epoch: u64,
     planes: &'a BTreeMap<PlaneId, Plane>,
+    last_plane: PlaneId,
     jobs: &'a FxHashMap<RunId, Box<Job>>,
     services: &'a BTreeMap<ServiceName, Service>,
     gpus: &'a BTreeMap<GpuUuid, Gpu>,
@@ -119,6 +124,7 @@ struct SnapshotOwned {
     now: Timestamp,
     epoch: u64,
     planes: BTreeMap<PlaneId, Plane>,
+    last_plane: PlaneId,
     jobs: FxHashMap<RunId, Box<Job>>,
     services: BTreeMap<ServiceName, Service>,
     gpus: BTreeMap<GpuUuid, Gpu>,
@@ -130,7 +136,7 @@ struct SnapshotOwned {
 }
 
 /// What a snapshot's bytes begin with. One of another form is passed over: the events say the same.
-const SNAPSHOT_FORM: &[u8; 8] = b"rgstate2";
+const SNAPSHOT_FORM: &[u8; 8] = b"rgstate3";
 
 impl State {
     /// An empty State. `ageing_ms_per_level` orders the queue (`Settings`).
@@ -148,6 +154,7 @@ impl State {
             now: self.now,
             epoch: self.epoch,
             planes: &self.planes,
+            last_plane: self.last_plane,
             jobs: &self.jobs,
             services: &self.services,
             gpus: &self.gpus,
@@ -170,12 +177,14 @@ impl State {
         state.now = snapshot.now;
         state.epoch = snapshot.epoch;
         state.planes = snapshot.planes;
+        state.last_plane = snapshot.last_plane;
         state.gpus = snapshot.gpus;
         state.holds = snapshot.holds;
         state.retired = snapshot.retired;
         state.callbacks = snapshot.callbacks;
         state.people = snapshot.people;
         state.accounts = snapshot.accounts;
+        state.people.index_tokens();
         state.index_limits();
         for (name, service) in &snapshot.services {
             if let Some(instance) = &service.instance {
@@ -219,6 +228,7 @@ impl State {
                 self.doubt_instances(at);
             }
             Event::PlaneOpened { .. }
+            | Event::PlanePurged { .. }
             | Event::UserCreated { .. }
             | Event::UserUpdated { .. }
             | Event::UserDeleted { .. }
@@ -245,7 +255,6 @@ impl State {
             | Event::InstanceSignalled { .. }
             | Event::InstanceUnhealthy { .. }
             | Event::RunPurged { .. }
-            | Event::PlanePurged { .. }
             | Event::WriteAudited { .. } => {}
             Event::JobQueued { .. }
             | Event::JobDispatched { .. }
@@ -294,17 +303,26 @@ impl State {
     }
 
     fn apply_people(&mut self, at: Timestamp, event: &Event) {
-        if let Event::PlaneOpened {
-            plane,
-            tenant,
-            runtime,
-        } = event
-        {
-            let value = Plane {
-                tenant: tenant.clone(),
-                runtime: runtime.clone(),
-            };
-            self.planes.insert(*plane, value);
+        match event {
+            Event::PlaneOpened {
+                plane,
+                tenant,
+                runtime,
+            } => {
+                let value = Plane {
+                    tenant: tenant.clone(),
+                    runtime: runtime.clone(),
+                };
+                self.planes.insert(*plane, value);
+                self.last_plane = self.last_plane.max(*plane);
+            }
+            Event::PlanePurged { plane } => {
+                self.planes.remove(plane);
+                // There is nothing left to tell of.
+                self.callbacks
+                    .retain(|_, callback| callback.plane != *plane);
+            }
+            _ => {}
         }
         self.apply_tenancy(at, event);
     }

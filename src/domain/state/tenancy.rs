@@ -39,6 +39,11 @@ impl State {
         plane.map_or(&DEFAULT_TENANT, |plane| &plane.tenant)
     }
 
+    /// Whether a plane takes anything in: it was not purged.
+    pub fn is_open(&self, plane: PlaneId) -> bool {
+        plane == PlaneId::ROOT || self.planes.contains_key(&plane)
+    }
+
     /// Whether anybody has quotas that a waiting run may have to wait for.
     pub fn is_limited(&self) -> bool {
         self.limited

@@ -1,15 +1,15 @@
 //! How events change users, tokens and runtimes. Each event changes one entry, by a pure fold that State,
 //! the projections and their verification share.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use crate::domain::event::Event;
 use crate::domain::identity::{
-    Credentials, PasswordHash, Reservation, Runtime, RuntimeKey, Token, TokenHash, TokenKey, User,
-    UserKey,
+    Credentials, PasswordHash, Reservation, Runtime, RuntimeKey, Token, TokenDigest, TokenHash,
+    TokenKey, User, UserKey,
 };
 use crate::domain::ids::PlaneId;
 use crate::domain::tenant::{Quotas, Tenant};
@@ -26,6 +26,9 @@ pub struct People {
     pub tenants: BTreeMap<SmolStr, Tenant>,
     /// Of users that have some.
     pub quotas: BTreeMap<UserKey, Quotas>,
+    /// Those of all tokens: an index, not part of a snapshot.
+    #[serde(skip)]
+    digests: BTreeSet<TokenDigest>,
 }
 
 /// The entry that an event is about.
@@ -237,7 +240,7 @@ impl People {
     pub fn apply(&mut self, event: &Event, at: Timestamp) {
         match subject(event) {
             Some(Subject::User(key)) => fold(&mut self.users, key, |u| fold_user(u, event, at)),
-            Some(Subject::Token(key)) => fold(&mut self.tokens, key, |t| fold_token(t, event, at)),
+            Some(Subject::Token(key)) => self.apply_token(key, event, at),
             Some(Subject::Runtime(key)) => {
                 fold(&mut self.runtimes, key, |r| fold_runtime(r, event, at));
             }
@@ -250,6 +253,28 @@ impl People {
             Some(Subject::Quotas(key)) => fold(&mut self.quotas, key, |q| fold_quotas(q, event)),
             None => {}
         }
+    }
+
+    fn apply_token(&mut self, key: TokenKey, event: &Event, at: Timestamp) {
+        let before = self.tokens.remove(&key);
+        if let Some(before) = &before {
+            self.digests.remove(&before.hash.digest());
+        }
+        if let Some(after) = fold_token(before, event, at) {
+            self.digests.insert(after.hash.digest());
+            self.tokens.insert(key, after);
+        }
+    }
+
+    /// Makes the index of tokens anew.
+    pub(super) fn index_tokens(&mut self) {
+        let digests = self.tokens.values().map(|token| token.hash.digest());
+        self.digests = digests.collect();
+    }
+
+    /// Whether a token is found by this.
+    pub fn is_taken(&self, digest: &TokenDigest) -> bool {
+        self.digests.contains(digest)
     }
 
     /// A tenant's users, by id.
@@ -279,11 +304,10 @@ impl People {
         self.credentials.get(key)?.password.as_ref()
     }
 
-    /// Whose a runtime is.
-    pub fn owner_of(&self, key: &RuntimeKey) -> Option<&User> {
-        self.users
-            .values()
-            .find(|user| user.key.tenant == key.tenant && user.profile.runtime == key.runtime)
+    /// Runtimes whose purge has begun.
+    pub fn purging(&self) -> impl Iterator<Item = &Runtime> {
+        let runtimes = self.runtimes.values();
+        runtimes.filter(|runtime| runtime.reservation.as_ref().is_some_and(|r| r.purging))
     }
 
     /// The plane of a runtime that was opened and not released.

@@ -1,9 +1,10 @@
 //! Users, tokens and runtimes as requests read them, and the index that a token is found by.
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
 use crate::domain::event::Event;
-use crate::domain::identity::{
-    PasswordHash, RuntimeKey, Token, TokenHash, TokenKey, User, UserKey,
-};
+use crate::domain::identity::{PasswordHash, RuntimeKey, Token, TokenKey, User, UserKey};
 use crate::domain::state::user::{
     Subject, fold_credentials, fold_quotas, fold_runtime, fold_tenant, fold_token, fold_user,
     subject,
@@ -56,14 +57,6 @@ pub fn runtime_key(key: &RuntimeKey) -> Vec<u8> {
     joined(&[&key.tenant, &key.runtime])
 }
 
-/// What a token is found by: its keyed hash, or the fingerprint of an imported one.
-pub fn digest_key(hash: &TokenHash) -> Vec<u8> {
-    match hash {
-        TokenHash::Keyed(digest) => digest.to_vec(),
-        TokenHash::Pbkdf2 { fingerprint, .. } => fingerprint.to_vec(),
-    }
-}
-
 /// What an event changes; `get` reads an entry as it was before.
 pub fn changes(
     event: &Event,
@@ -73,59 +66,53 @@ pub fn changes(
     let Some(subject) = subject(event) else {
         return Ok(Vec::new());
     };
-    let change = |table, key, value| Change { table, key, value };
-    Ok(match subject {
-        Subject::User(key) => {
-            let key = user_key(&key);
-            let before = entry(get(Table::Users, &key)?, Table::Users)?;
-            let after = fold_user(before, event, at);
-            vec![change(Table::Users, key, after.as_ref().map(encode))]
-        }
-        Subject::Credentials(key) => {
-            let key = user_key(&key);
-            let before = entry(get(Table::Credentials, &key)?, Table::Credentials)?;
-            let after = fold_credentials(before, event);
-            vec![change(Table::Credentials, key, after.as_ref().map(encode))]
-        }
-        Subject::Runtime(key) => {
-            let key = runtime_key(&key);
-            let before = entry(get(Table::Runtimes, &key)?, Table::Runtimes)?;
-            let after = fold_runtime(before, event, at);
-            vec![change(Table::Runtimes, key, after.as_ref().map(encode))]
-        }
+    match subject {
+        Subject::User(key) => folded(get, Table::Users, user_key(&key), |user| {
+            fold_user(user, event, at)
+        }),
+        Subject::Credentials(key) => folded(get, Table::Credentials, user_key(&key), |kept| {
+            fold_credentials(kept, event)
+        }),
+        Subject::Runtime(key) => folded(get, Table::Runtimes, runtime_key(&key), |runtime| {
+            fold_runtime(runtime, event, at)
+        }),
+        Subject::Tenant(key) => folded(get, Table::Tenants, key.as_bytes().to_vec(), |tenant| {
+            fold_tenant(tenant, event, at)
+        }),
+        Subject::Quotas(key) => folded(get, Table::UserQuotas, user_key(&key), |quotas| {
+            fold_quotas(quotas, event)
+        }),
         Subject::Token(key) => {
             let key = token_key(&key);
-            let before: Option<Token> = entry(get(Table::Tokens, &key)?, Table::Tokens)?;
-            let after = fold_token(before.clone(), event, at);
-            let mut changes = Vec::new();
-            if let Some(before) = before {
-                changes.push(change(Table::TokenDigests, digest_key(&before.hash), None));
-            }
-            if let Some(after) = &after {
-                let digest = digest_key(&after.hash);
-                changes.push(change(Table::TokenDigests, digest, Some(key.clone())));
-            }
-            changes.push(change(Table::Tokens, key, after.as_ref().map(encode)));
-            changes
+            let mut digests = Vec::new();
+            let mut digest = |token: &Option<Token>, value: Option<&Vec<u8>>| {
+                digests.extend(token.as_ref().map(|token| Change {
+                    table: Table::TokenDigests,
+                    key: token.hash.digest().as_bytes().to_vec(),
+                    value: value.cloned(),
+                }));
+            };
+            let mut changes = folded(get, Table::Tokens, key.clone(), |before| {
+                digest(&before, None);
+                let after = fold_token(before, event, at);
+                digest(&after, Some(&key));
+                after
+            })?;
+            changes.extend(digests);
+            Ok(changes)
         }
-        Subject::Tenant(tenant) => {
-            let key = tenant.as_bytes().to_vec();
-            let before = entry(get(Table::Tenants, &key)?, Table::Tenants)?;
-            let after = fold_tenant(before, event, at);
-            vec![change(Table::Tenants, key, after.as_ref().map(encode))]
-        }
-        Subject::Quotas(key) => {
-            let key = user_key(&key);
-            let before = entry(get(Table::UserQuotas, &key)?, Table::UserQuotas)?;
-            let after = fold_quotas(before, event);
-            vec![change(Table::UserQuotas, key, after.as_ref().map(encode))]
-        }
-    })
+    }
 }
 
-fn entry<T: serde::de::DeserializeOwned>(
-    bytes: Option<Vec<u8>>,
+/// What a fold makes of one entry.
+fn folded<T: Serialize + DeserializeOwned>(
+    get: impl Fn(Table, &[u8]) -> Result<Option<Vec<u8>>, ReadError>,
     table: Table,
-) -> Result<Option<T>, ReadError> {
-    bytes.map(|bytes| read::entry(table, &bytes)).transpose()
+    key: Vec<u8>,
+    fold: impl FnOnce(Option<T>) -> Option<T>,
+) -> Result<Vec<Change>, ReadError> {
+    let before = get(table, &key)?;
+    let before = before.map(|bytes| read::entry(table, &bytes)).transpose()?;
+    let value = fold(before).as_ref().map(encode);
+    Ok(vec![Change { table, key, value }])
 }
