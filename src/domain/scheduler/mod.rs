@@ -4,6 +4,7 @@
 pub mod fair;
 pub mod placement;
 pub mod queue;
+pub mod quota;
 pub mod room;
 pub mod status;
 pub mod upkeep;
