@@ -106,11 +106,11 @@ pub struct Account {
 }
 
 impl Account {
-    /// What it held on average and, added to it, a part of what it holds, at `now`; with `FRACTION_BITS`. Places,
-    /// MiB, thousandths of GPUs.
-    pub fn usage(&self, half_life_ms: u64, now: Timestamp) -> [u64; 3] {
+    /// What it held on average and, added to it, a part of `held`, which is what it holds or might hold, at `now`; with
+    /// `FRACTION_BITS`. Places, MiB, thousandths of GPUs.
+    pub fn usage(&self, half_life_ms: u64, now: Timestamp, held: Amount) -> [u64; 3] {
         let averages = self.averages(half_life_ms, now);
-        let held = self.holding.held.members().map(fixed);
+        let held = held.members().map(fixed);
         std::array::from_fn(|i| averages[i].saturating_add(held[i] / HELD_PARTS))
     }
 
@@ -329,7 +329,10 @@ mod tests {
         accounts.begin(&tenant, plane);
         accounts.hold((&tenant, plane), (Amount::default(), one), Timestamp(0));
         let at = Timestamp::from_millis(hour);
-        let used = |accounts: &Accounts, at| accounts.tenant("t").unwrap().usage(3_600_000, at)[0];
+        let used = |accounts: &Accounts, at| {
+            let account = accounts.tenant("t").unwrap();
+            account.usage(3_600_000, at, account.holding.held)[0]
+        };
         assert_eq!(used(&accounts, at), fixed(1) / 8 + fixed(1) / 2);
         accounts.hold((&tenant, plane), (one, Amount::default()), at);
         accounts.end(&tenant, plane);
@@ -350,7 +353,7 @@ mod tests {
         let target = Target::Type("x".into());
         accounts.serve(&tenant, &target, one, Timestamp(5), true);
         let account = accounts.tenant("t").unwrap();
-        assert!(account.usage(3_600_000, Timestamp(0))[0] > 0);
+        assert!(account.usage(3_600_000, Timestamp(0), Amount::default())[0] > 0);
         assert_eq!(account.served.get(&target), Some(&Timestamp(5)));
         accounts.forget_served("t", &target);
         assert!(accounts.tenant("t").unwrap().served.is_empty());

@@ -59,7 +59,7 @@ impl State {
         self.accounts.hold((&tenant, plane), (before, after), at);
         match self.limited {
             true => self.queue.unpark_all(),
-            false => self.queue.unpark_contested(),
+            false => self.queue.unpark_shared(),
         }
     }
 
@@ -134,7 +134,7 @@ impl State {
         let mut users = self.user_limits.values();
         self.limited = tenants.any(|tenant| tenant.profile.quotas.limits_running())
             || users.any(|(_, quotas)| quotas.limits_running());
-        self.queue.set_limited(self.limited);
+        self.queue.unpark_all();
     }
 
     /// A user's quotas or plane may have changed. Its waiting runs change lanes with them, which takes a look at

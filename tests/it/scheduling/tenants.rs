@@ -8,7 +8,7 @@ use proptest::test_runner::Config;
 use rungate::domain::command::{Command, Origin};
 use rungate::domain::decide::decide;
 use rungate::domain::engine::follow_up;
-use rungate::domain::event::Event;
+use rungate::domain::event::{Event, JobStopCause};
 use rungate::domain::identity::{IdentityCommand, ProfileChange};
 use rungate::domain::ids::{Generation, PlaneId, RunId};
 use rungate::domain::settings::Settings;
@@ -207,6 +207,8 @@ struct Machine {
     /// Whose each dispatch was, by number of the tenant, in order.
     dispatched: Vec<usize>,
     running: Vec<RunId>,
+    /// Runs that were told to stop for others: whose they are, and whose the others.
+    stopping: Vec<(RunId, (usize, usize))>,
     /// Microseconds of places that each tenant had.
     held_us: Vec<i64>,
 }
@@ -222,6 +224,7 @@ impl Machine {
             planes: Vec::new(),
             dispatched: Vec::new(),
             running: Vec::new(),
+            stopping: Vec::new(),
             held_us: vec![0; weights.len()],
         };
         for (number, weight) in weights.iter().enumerate() {
@@ -290,19 +293,37 @@ impl Machine {
         let plane = job.map_or(plane, |job| job.plane);
         let seq = self.state.seq + 1;
         self.state.apply(seq, self.now, plane, &event);
-        if let Event::JobDispatched { run, .. } = event {
-            let tenant = self.planes.iter().position(|of| *of == plane).unwrap();
-            self.dispatched.push(tenant);
-            self.running.push(run);
+        match event {
+            Event::JobDispatched { run, .. } => {
+                self.dispatched.push(self.tenant(plane));
+                self.running.push(run);
+            }
+            Event::JobStopRequested {
+                run,
+                cause: JobStopCause::Preempt { by },
+                ..
+            } => {
+                let by = self.tenant(self.state.jobs[&by].plane);
+                self.stopping.push((run, (self.tenant(plane), by)));
+            }
+            _ => {}
         }
     }
 
+    fn tenant(&self, plane: PlaneId) -> usize {
+        self.planes.iter().position(|of| *of == plane).unwrap()
+    }
+
     fn start(&mut self, tenant: usize) {
+        self.start_urgent(tenant, 3);
+    }
+
+    fn start_urgent(&mut self, tenant: usize, priority: u8) {
         self.next_run += 1;
         let spec = JobSpec {
             target: Target::Type("t0".into()),
             service_type: None,
-            priority: Priority::default(),
+            priority: Priority::new(priority).unwrap(),
             ttl_ms: None,
             max_attempts: 1,
             timeout_ms: 300_000,
@@ -322,7 +343,7 @@ impl Machine {
         let us = i64::try_from(ms * 1_000).unwrap();
         for run in &self.running {
             let plane = self.state.jobs[run].plane;
-            let tenant = self.planes.iter().position(|of| *of == plane).unwrap();
+            let tenant = self.tenant(plane);
             self.held_us[tenant] += us;
         }
         self.now = self.now + ms;
@@ -333,10 +354,29 @@ impl Machine {
         let run = self.running.remove(index % self.running.len());
         let command = Command::JobAnswered {
             run,
-            attempt: 1,
+            attempt: self.state.jobs[&run].attempt,
             outcome: Ok(payload()),
         };
         self.submit(PlaneId::ROOT, command);
+    }
+
+    /// Those that were told to stop have stopped; answers each one's tenant, and the one of whom it made way for.
+    fn stop(&mut self) -> Vec<(usize, usize)> {
+        let stopping = std::mem::take(&mut self.stopping);
+        for (run, _) in &stopping {
+            self.running.retain(|running| running != run);
+            // It may have ended by itself.
+            let Some(attempt) = self.state.jobs.get(run).map(|job| job.attempt) else {
+                continue;
+            };
+            let command = Command::JobStopDone {
+                run: *run,
+                attempt,
+                confirmed: true,
+            };
+            self.submit(PlaneId::ROOT, command);
+        }
+        stopping.into_iter().map(|(_, tenants)| tenants).collect()
     }
 }
 
@@ -405,6 +445,45 @@ fn ten_jobs_do_not_wait_for_ten_thousand() {
                     "{theirs} before the {ours}th of ours"
                 );
             }
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(Config { cases: 12, max_shrink_iters: 20, ..config() })]
+
+    /// The same whatever priorities either gives its jobs: those of a flood let none of it go first, and nothing of the
+    /// other tenant's is stopped for it.
+    #[test]
+    fn a_flood_of_urgent_jobs_goes_before_nobody_elses(
+        places in 1..5u32,
+        urgent in prop::collection::vec(prop_oneof![4 => Just(1u8), 1 => 1..6u8], 20),
+        ours in prop::collection::vec(1..6u8, 10),
+        alone in 0..300usize,
+    ) {
+        let mut machine = Machine::new(places, &[100, 100]);
+        for number in 0..1_000 {
+            machine.start_urgent(0, urgent[number % urgent.len()]);
+        }
+        for _ in 0..alone {
+            machine.wait(1_000);
+            machine.answer(0);
+            machine.stop();
+        }
+        for priority in ours {
+            machine.start_urgent(1, priority);
+        }
+        let (mut seen, mut served) = (machine.dispatched.len(), [0, 0]);
+        while served[1] < 10 {
+            machine.wait(1_000);
+            machine.answer(0);
+            prop_assert!(!machine.stop().contains(&(1, 0)), "ours made way for theirs");
+            for tenant in &machine.dispatched[seen..] {
+                served[*tenant] += 1;
+                let [theirs, ours] = served;
+                prop_assert!(theirs <= ours + places as usize, "{theirs} before the {ours}th of ours");
+            }
+            seen = machine.dispatched.len();
         }
     }
 }
