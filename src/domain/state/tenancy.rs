@@ -86,7 +86,7 @@ impl State {
         at.millis_since(served.map_or(job.queued_at, |served| job.queued_at.max(*served)))
     }
 
-    /// The last run of a tenant that waited for this may be gone.
+    /// The last run of a tenant that waited for this may be gone, and not only to come back at once.
     pub(super) fn forget_served(&mut self, plane: PlaneId, target: &Target) {
         let tenant = self.tenant_of(plane);
         let known = |account: &Account| account.served.contains_key(target);
