@@ -62,6 +62,13 @@ enum Outcome {
 fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
     let state = fair.state;
     let all = candidates(state, target);
+    if all.is_empty() {
+        let parking = Parking {
+            unserved: true,
+            ..Parking::default()
+        };
+        return Outcome::Park(parking, None);
+    }
     let mut serving = fair.serving(target);
     // It may be another tenant's turn by then, where a turn is worth something.
     let may_serve = |service: &&Service| {
@@ -135,7 +142,7 @@ fn try_harder(
         let parking = Parking {
             tried: Some(key),
             enough_for,
-            by_share: false,
+            ..Parking::default()
         };
         return Outcome::Park(parking, None);
     }
@@ -177,8 +184,8 @@ fn try_harder(
             let (wake_at, by_share) = wake_at(&bid, all, !startable.is_empty());
             let parking = Parking {
                 tried: Some(key),
-                enough_for: None,
                 by_share,
+                ..Parking::default()
             };
             Outcome::Park(parking, wake_at)
         },

@@ -158,6 +158,8 @@ pub struct Parking {
     pub enough_for: Option<usize>,
     /// It may get going when tenants' shares change.
     pub by_share: bool,
+    /// No service takes such jobs: only one that comes opens it.
+    pub unserved: bool,
 }
 
 impl Shape {
@@ -218,7 +220,10 @@ pub struct Queue {
     shapes: BTreeMap<Target, Shape>,
     /// Shapes worth trying: their chances have changed since they were last tried.
     open: BTreeSet<Target>,
-    /// Shapes in which several lanes wait.
+    /// Shapes with waiting jobs that some service may take. Anybody can think up any number of others, which must not
+    /// cost a decision anything.
+    served: BTreeSet<Target>,
+    /// Those in which several lanes wait.
     contested: BTreeSet<Target>,
     /// Shapes parked until shares change, perhaps opened since.
     by_share: BTreeSet<Target>,
@@ -356,17 +361,18 @@ impl Queue {
             // Who may push whom aside depends on it.
             self.open_all = true;
         }
-        if shape.is_empty() {
+        let is_served = !shape.is_empty() && !shape.parking.unserved;
+        put(&mut self.served, target, is_served);
+        put(
+            &mut self.contested,
+            target,
+            is_served && shape.is_contested(),
+        );
+        if !is_served {
             self.open.remove(target);
             self.by_share.remove(target);
         } else if opens && !self.open.contains(target) {
             self.open.insert(target.clone());
-        }
-        if shape.is_contested() != self.contested.contains(target) {
-            match shape.is_contested() {
-                true => self.contested.insert(target.clone()),
-                false => self.contested.remove(target),
-            };
         }
         if shape.is_empty() && shape.held == 0 {
             self.shapes.remove(target);
@@ -378,17 +384,27 @@ impl Queue {
         if let Some(shape) = self.shapes.get_mut(target) {
             self.open.remove(target);
             shape.parking = parking;
-            match parking.by_share {
-                true => self.by_share.insert(target.clone()),
-                false => self.by_share.remove(target),
-            };
+            put(&mut self.by_share, target, parking.by_share);
+            if parking.unserved {
+                self.served.remove(target);
+                self.contested.remove(target);
+            }
         }
+    }
+
+    /// A service came that takes such jobs, or may.
+    pub fn serve(&mut self, target: &Target) {
+        if let Some(shape) = self.shapes.get_mut(target) {
+            shape.parking.unserved = false;
+            put(&mut self.served, target, !shape.is_empty());
+            put(&mut self.contested, target, shape.is_contested());
+        }
+        self.unpark(target);
     }
 
     /// Lets a shape be tried again.
     pub fn unpark(&mut self, target: &Target) {
-        let waits = self.shapes.get(target).is_some_and(|s| !s.is_empty());
-        if waits && !self.open.contains(target) {
+        if self.served.contains(target) && !self.open.contains(target) {
             self.open.insert(target.clone());
         }
     }
@@ -407,10 +423,22 @@ impl Queue {
     /// The shapes worth trying, by name; `fair` puts them in order.
     pub fn open(&mut self) -> &BTreeSet<Target> {
         if std::mem::take(&mut self.open_all) {
-            let waiting = self.shapes.iter().filter(|(_, shape)| !shape.is_empty());
-            self.open = waiting.map(|(target, _)| target.clone()).collect();
+            self.open.clone_from(&self.served);
         }
         &self.open
+    }
+}
+
+/// Puts a target into a set, or takes it out.
+fn put(set: &mut BTreeSet<Target>, target: &Target, is_in: bool) {
+    match is_in {
+        true if !set.contains(target) => {
+            set.insert(target.clone());
+        }
+        true => {}
+        false => {
+            set.remove(target);
+        }
     }
 }
 

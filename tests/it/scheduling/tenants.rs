@@ -271,12 +271,7 @@ impl Machine {
     }
 
     fn submit(&mut self, plane: PlaneId, command: Command) {
-        let origin = Origin {
-            plane,
-            actor: SmolStr::new_static("test"),
-            request_id: None,
-            at: self.now,
-        };
+        let origin = origin_of(plane, self.now);
         let decision = decide(&self.state, &self.settings, &origin, command, self.now).unwrap();
         for (event, _) in decision.events {
             self.apply(plane, event);
@@ -319,9 +314,13 @@ impl Machine {
     }
 
     fn start_urgent(&mut self, tenant: usize, priority: u8) {
+        self.start_on(tenant, "t0", priority);
+    }
+
+    fn start_on(&mut self, tenant: usize, service_type: &str, priority: u8) {
         self.next_run += 1;
         let spec = JobSpec {
-            target: Target::Type("t0".into()),
+            target: Target::Type(service_type.into()),
             service_type: None,
             priority: Priority::new(priority).unwrap(),
             ttl_ms: None,
@@ -377,6 +376,15 @@ impl Machine {
             self.submit(PlaneId::ROOT, command);
         }
         stopping.into_iter().map(|(_, tenants)| tenants).collect()
+    }
+}
+
+fn origin_of(plane: PlaneId, at: Timestamp) -> Origin {
+    Origin {
+        plane,
+        actor: SmolStr::new_static("test"),
+        request_id: None,
+        at,
     }
 }
 
@@ -447,6 +455,49 @@ fn ten_jobs_do_not_wait_for_ten_thousand() {
             }
         }
     }
+}
+
+/// Jobs that no service takes cost no decision anything, however many kinds of them somebody thinks up.
+#[test]
+fn kinds_of_jobs_that_nobody_takes_are_not_looked_at() {
+    let mut machine = Machine::new(1, &[100, 100]);
+    for number in 0..10_000 {
+        machine.start_on(
+            number % 2,
+            &format!("none-{}", number / 2),
+            1 + (number % 5) as u8,
+        );
+    }
+    for tenant in [0, 1, 0, 1] {
+        machine.start(tenant);
+    }
+    for _ in 0..2 {
+        let run = machine.running[0];
+        let (attempt, outcome) = (1, Ok(payload()));
+        let answered = Command::JobAnswered {
+            run,
+            attempt,
+            outcome,
+        };
+        let (origin, now) = (origin_of(PlaneId::ROOT, machine.now), machine.now);
+        let decision = decide(&machine.state, &machine.settings, &origin, answered, now).unwrap();
+        let mut state = machine.state.clone();
+        for (event, _) in decision.events {
+            state.apply(state.seq + 1, now, PlaneId::ROOT, &event);
+        }
+        assert!(state.queue.open().len() <= 1, "{:?}", state.queue.open());
+        machine.answer(0);
+    }
+    let late = ServiceSpec {
+        service_type: "none-7".into(),
+        ..plain_spec(1)
+    };
+    let spec = Box::new(late);
+    machine.submit(PlaneId::ROOT, Command::RegisterService { spec });
+    assert!(
+        machine.state.services["s1"].instance.is_some(),
+        "it is started for those that wait"
+    );
 }
 
 proptest! {
