@@ -105,6 +105,11 @@ fn describe() {
         "One durable commit"
     );
     describe_histogram!("rungate_ledger_batch_records", "Records in one commit");
+    describe_gauge!(
+        "rungate_disk_free_bytes",
+        Unit::Bytes,
+        "Free space of the ledger's disk"
+    );
     describe_gauge!("rungate_ledger_followers", "Open streams of the ledger");
     describe_gauge!(
         "rungate_ledger_seq",

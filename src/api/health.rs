@@ -54,7 +54,7 @@ async fn livez() -> &'static str {
     "ok\n"
 }
 
-/// Say whether the gateway takes work: 503 while it stops or cannot write.
+/// Say whether the gateway takes work: 503 while it stops, cannot write, or has no room for more.
 #[utoipa::path(get, path = "/readyz", tag = "health", security(()),
     params(("verbose" = Option<bool>, Query, description = "Each check on a line")),
     responses((status = 200, body = String, example = "ok"), (status = 503, body = String)))]
@@ -65,6 +65,7 @@ async fn readyz(State(app): State<App>, query: Query) -> Response {
     let checks = [
         ("serving", !app.stopping.is_cancelled()),
         ("ledger", app.ledger.planes().is_ok()),
+        ("disk", !app.space.is_short()),
         ("coordinator", matches!(coordinator.await, Ok(Ok(_)))),
     ];
     let ready = checks.iter().all(|(_, good)| *good);

@@ -17,18 +17,22 @@ use crate::domain::record::NewRecord;
 use crate::domain::settings::Settings;
 use crate::domain::state::State;
 use crate::domain::time::Timestamp;
-use crate::ledger::{Batch, CommitError};
+use crate::ledger::{Batch, CommitError, Space};
 
 type Answer = (
     oneshot::Sender<Result<Answered, Rejection>>,
     Result<Answered, Rejection>,
 );
 
+/// What a record takes besides its payload, with its part of the indexes; rather more than less.
+const RECORD_BYTES: usize = 1 << 10;
+
 /// A batch under way.
 struct Work<'a> {
     batch: Batch<'a>,
     state: &'a mut State,
     settings: &'a Settings,
+    space: &'a Space,
     now: Timestamp,
     /// The request that is worked on, until a record carries it.
     asked: Option<Asked>,
@@ -47,6 +51,7 @@ impl Coordinator {
             batch: self.writer.begin()?,
             state: &mut self.state,
             settings: &self.settings,
+            space: &self.space,
             now,
             asked: None,
             effects: Vec::new(),
@@ -130,6 +135,12 @@ impl Work<'_> {
             && let Some(answered) = self.replayed(plane, once)?
         {
             return Ok(answered);
+        }
+        if command.grows() && self.space.is_short() {
+            return Ok(Err(Rejection::DiskReserve {
+                free_mib: self.space.free_bytes() >> 20,
+                reserve_mib: self.space.reserve_bytes() >> 20,
+            }));
         }
         if let Command::Inbox(inbox) = &mut command
             && let Some(answered) = self.prepare_inbox(plane, inbox)?
@@ -289,6 +300,7 @@ impl Work<'_> {
         payload: Bytes,
     ) -> Result<u64, CommitError> {
         let plane = self.plane_of(&event).unwrap_or(plane);
+        self.space.spend(payload.len() + RECORD_BYTES);
         let record = NewRecord {
             plane,
             at: self.now,

@@ -24,7 +24,7 @@ pub use crate::domain::scheduler::status::{GpuStatus, QueueStats};
 pub use crate::domain::scheduler::why::{Blocking, Why};
 use crate::domain::settings::Settings;
 use crate::domain::state::State;
-use crate::ledger::{CommitError, Writer};
+use crate::ledger::{CommitError, Space, Writer};
 
 /// Messages decided in one batch at most: beyond it the first caller would wait for too long.
 const BATCH: usize = 4_096;
@@ -46,6 +46,8 @@ pub struct Parts {
     pub effects: UnboundedSender<Vec<Effect>>,
     /// Silence after which a snapshot is written.
     pub snapshot_idle: Duration,
+    /// Of the ledger's disk.
+    pub space: Space,
 }
 
 /// The running coordinator.
@@ -74,6 +76,7 @@ struct Coordinator {
     effects: UnboundedSender<Vec<Effect>>,
     inbox: Receiver<Message>,
     snapshot_idle: Duration,
+    space: Space,
     /// Seq of the newest snapshot.
     snapshot_at: u64,
     last_work: Instant,
@@ -94,6 +97,7 @@ impl Coordinator {
             effects: parts.effects,
             inbox,
             snapshot_idle: parts.snapshot_idle,
+            space: parts.space,
             last_work: Instant::now(),
             quiet: true,
         }

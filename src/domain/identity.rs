@@ -384,6 +384,19 @@ pub enum IdentityCommand {
     },
 }
 
+impl IdentityCommand {
+    /// Whether there is more to be kept after it.
+    pub fn adds(&self) -> bool {
+        matches!(
+            self,
+            IdentityCommand::CreateUser { .. }
+                | IdentityCommand::ProvisionUser { .. }
+                | IdentityCommand::IssueToken { .. }
+                | IdentityCommand::SetTenant { create: true, .. }
+        )
+    }
+}
+
 /// Why nothing was changed about people. `Display` is what the caller reads.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityRejection {
