@@ -368,7 +368,8 @@ impl From<Rejection> for ApiError {
         match rejection {
             Rejection::Stopping => error.retry_after(5),
             Rejection::DiskReserve { .. } => error.retry_after(DISK_RETRY_S),
-            Rejection::QuotaExceeded(hit) => error
+            Rejection::QuotaExceeded(hit)
+            | Rejection::Identity(IdentityRejection::QuotaExceeded(hit)) => error
                 .with("quota", hit.quota)
                 .with("limit", hit.limit)
                 .with("used", hit.used)
@@ -420,6 +421,7 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::UserNotFound => ErrorCode::UserNotFound,
         IdentityRejection::UserProtected => ErrorCode::UserProtected,
         IdentityRejection::TooManyUsers(_) => ErrorCode::TooManyUsers,
+        IdentityRejection::QuotaExceeded(_) => ErrorCode::QuotaExceeded,
         IdentityRejection::RuntimeTaken(_) => ErrorCode::RuntimeTaken,
         IdentityRejection::RuntimeNotFound => ErrorCode::RuntimeNotFound,
         IdentityRejection::RuntimeInUse(_) => ErrorCode::RuntimeInUse,

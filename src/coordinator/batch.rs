@@ -149,7 +149,10 @@ impl Work<'_> {
         }
         let purged = match &command {
             Command::PurgeRun { run } => match self.batch.run(plane, *run)? {
-                Some(summary) => Some(summary.ledger_len),
+                Some(summary) => {
+                    let records = summary.ledger_len;
+                    Some((records, self.batch.payload_bytes(plane, *run, records)?))
+                }
                 None => return Ok(Err(not_found(*run))),
             },
             _ => None,
@@ -161,8 +164,11 @@ impl Work<'_> {
         };
         let mut reply = decision.reply;
         for (mut event, payload) in decision.events {
-            if let (Event::RunPurged { records, .. }, Some(len)) = (&mut event, purged) {
-                *records = len;
+            match (&mut event, purged) {
+                (Event::RunPurged { records, .. }, Some((len, _))) => *records = len,
+                (Event::PayloadsPurged { .. }, Some((_, 0))) => continue,
+                (Event::PayloadsPurged { bytes, .. }, Some((_, sum))) => *bytes = sum,
+                _ => {}
             }
             let accepted = matches!(event, Event::CommandAccepted { .. });
             let seq = self.append(
@@ -300,7 +306,8 @@ impl Work<'_> {
         payload: Bytes,
     ) -> Result<u64, CommitError> {
         let plane = self.plane_of(&event).unwrap_or(plane);
-        self.space.spend(payload.len() + RECORD_BYTES);
+        let payload_bytes = payload.len();
+        self.space.spend(payload_bytes + RECORD_BYTES);
         let record = NewRecord {
             plane,
             at: self.now,
@@ -312,6 +319,7 @@ impl Work<'_> {
         };
         let appended = self.batch.append(record)?;
         self.state.apply(appended.seq, self.now, plane, &event);
+        self.state.keep(plane, &event, payload_bytes as u64);
         self.effects.extend(implied(self.state, &event));
         Ok(appended.seq)
     }

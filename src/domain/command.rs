@@ -191,8 +191,7 @@ impl Command {
             | Command::RegisterService { .. }
             | Command::UpdateService { .. } => true,
             Command::Inbox(command) => {
-                let retries = matches!(command.action, InboxAction::Retry);
-                retries || command.payload.len() > SMALL_COMMAND_BYTES
+                matches!(command.action, InboxAction::Retry) || !command.is_small()
             }
             Command::Identity(command) => command.adds(),
             _ => false,
@@ -233,6 +232,13 @@ pub enum InboxAction {
         priority: Priority,
     },
     Retry,
+}
+
+impl InboxCommand {
+    /// Whether its payload is what such commands need.
+    pub fn is_small(&self) -> bool {
+        self.payload.len() <= SMALL_COMMAND_BYTES
+    }
 }
 
 impl InboxAction {
@@ -367,7 +373,7 @@ pub enum Rejection {
         "The gateway's disk has {free_mib} MiB left, of which {reserve_mib} MiB are kept free; an administrator has to make room"
     )]
     DiskReserve { free_mib: u64, reserve_mib: u64 },
-    #[error("{0}; wait until some have started or ended, or ask an administrator for more")]
+    #[error("{0}; {remedy}, or ask an administrator for more", remedy = .0.remedy())]
     QuotaExceeded(Box<QuotaHit>),
     #[error(transparent)]
     Identity(#[from] IdentityRejection),

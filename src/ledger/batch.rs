@@ -180,6 +180,27 @@ impl Batch<'_> {
         }
     }
 
+    /// Bytes of the payloads that are kept of a run's first `records` records, this batch's own included.
+    pub fn payload_bytes(
+        &self,
+        plane: PlaneId,
+        run: RunId,
+        records: Cursor,
+    ) -> Result<u64, CommitError> {
+        let mut sum = 0;
+        for cursor in 1..=records {
+            let key = keys::run_record(plane, run, cursor);
+            let Some(seq_key) = self.get(Table::RunRecords, &key)? else {
+                continue;
+            };
+            let seq = keys::parse_seq(&seq_key).unwrap_or_default();
+            if let Some(bytes) = self.get(Table::Events, &keys::seq(seq))? {
+                sum += Raw::parse(seq, &bytes)?.payload.len() as u64;
+            }
+        }
+        Ok(sum)
+    }
+
     /// How many records the batch holds.
     pub fn len(&self) -> u64 {
         self.seq - self.writer.next_seq

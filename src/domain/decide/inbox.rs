@@ -13,9 +13,17 @@ use crate::domain::scheduler::fair::Fair;
 use crate::domain::state::job::{Job, Phase};
 
 impl Context<'_> {
-    /// Never fails: a command that cannot be applied is accepted, and rejected with its reason. The
-    /// coordinator has already refused a reused id. The reply's `seq` is filled in when it is appended.
-    pub(super) fn inbox(&self, plane: PlaneId, command: InboxCommand) -> Decision {
+    /// A command that cannot be applied is accepted, and rejected with its reason; only one that brings more along than
+    /// quotas let it is refused. The coordinator has already refused a reused id. The reply's `seq` is filled in when
+    /// it is appended.
+    pub(super) fn inbox(
+        &self,
+        plane: PlaneId,
+        command: InboxCommand,
+    ) -> Result<Decision, Rejection> {
+        if !command.is_small() {
+            self.may_keep(plane, command.payload.len())?;
+        }
         let kind = command.action.kind();
         let known = command
             .run
@@ -56,13 +64,11 @@ impl Context<'_> {
                 events.push((event, Bytes::new()));
             }
         }
-        Decision {
-            events,
-            reply: Reply::Inbox {
-                seq: 0,
-                duplicate: false,
-            },
-        }
+        let reply = Reply::Inbox {
+            seq: 0,
+            duplicate: false,
+        };
+        Ok(Decision { events, reply })
     }
 
     fn act(

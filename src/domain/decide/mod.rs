@@ -74,7 +74,7 @@ pub fn decide(
             labels,
             payload,
         } => cx.start_job(origin.plane, run, spec, session, labels, payload),
-        Command::Inbox(command) => Ok(cx.inbox(origin.plane, command)),
+        Command::Inbox(command) => cx.inbox(origin.plane, command),
         Command::CancelQueued { run } => cx.cancel_queued(origin.plane, run),
         Command::PushProgress { run, attempt, body } => {
             cx.push_progress(origin.plane, run, attempt, body)

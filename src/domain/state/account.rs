@@ -97,6 +97,8 @@ impl Holding {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Account {
     pub holding: Holding,
+    /// Bytes of its runs' payloads, results, progress and checkpoints that are not purged.
+    pub kept_bytes: u64,
     /// Places, MiB and thousandths of GPUs, averaged; with `FRACTION_BITS`.
     average: [u64; 3],
     /// As of then.
@@ -215,6 +217,18 @@ impl Accounts {
         } else {
             account.served.remove(target);
         }
+    }
+
+    /// So many bytes more are kept of the tenant's runs.
+    pub(super) fn keep(&mut self, tenant: &SmolStr, bytes: u64) {
+        let account = self.account(tenant);
+        account.kept_bytes = account.kept_bytes.saturating_add(bytes);
+    }
+
+    /// So many bytes are kept no more.
+    pub(super) fn give_back(&mut self, tenant: &SmolStr, bytes: u64) {
+        let account = self.account(tenant);
+        account.kept_bytes = account.kept_bytes.saturating_sub(bytes);
     }
 
     /// No run of the tenant waits for this any more.

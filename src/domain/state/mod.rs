@@ -234,6 +234,7 @@ impl State {
             | Event::SessionsEnded { .. }
             | Event::TenantCreated { .. }
             | Event::TenantUpdated { .. }
+            | Event::TenantAllowanceChanged { .. }
             | Event::UserQuotasChanged { .. }
             | Event::ShareHalfLifeChanged { .. } => self.apply_people(at, event),
             Event::GatewayStopped { .. }
@@ -263,6 +264,7 @@ impl State {
             | Event::JobCancelled { .. }
             | Event::JobRevived { .. } => self.apply_job(seq, at, plane, event),
             Event::CallbackAttempted { .. } => self.apply_callback(event),
+            Event::PayloadsPurged { bytes, .. } => self.give_back(plane, *bytes),
             of_machine => self.apply_machine(at, of_machine),
         }
     }

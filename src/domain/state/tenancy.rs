@@ -12,7 +12,7 @@ use crate::domain::event::Event;
 use crate::domain::identity::UserKey;
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::spec::Target;
-use crate::domain::tenant::{DEFAULT_TENANT, DEFAULT_WEIGHT, TenantProfile};
+use crate::domain::tenant::{DEFAULT_TENANT, DEFAULT_WEIGHT, Holder, QuotaHit, TenantProfile};
 use crate::domain::time::Timestamp;
 
 impl People {
@@ -70,6 +70,50 @@ impl State {
             true => self.accounts.begin(&tenant, plane),
             false => self.accounts.end(&tenant, plane),
         }
+    }
+
+    /// Counts what a record keeps of its run's bytes. Beside `apply`, since a record knows its length and the event
+    /// does not.
+    pub fn keep(&mut self, plane: PlaneId, event: &Event, payload_bytes: u64) {
+        if payload_bytes > 0 && event.run().is_some() {
+            let tenant = self.tenant_of(plane).clone();
+            self.accounts.keep(&tenant, payload_bytes);
+        }
+    }
+
+    pub(super) fn give_back(&mut self, plane: PlaneId, bytes: u64) {
+        let tenant = self.tenant_of(plane).clone();
+        self.accounts.give_back(&tenant, bytes);
+    }
+
+    /// The quota that forbids to keep so many bytes more.
+    pub fn ledger_hit(&self, plane: PlaneId, bytes: usize) -> Option<QuotaHit> {
+        let tenant = self.tenant_of(plane);
+        let limit = self.people.tenants.get(tenant)?.allowance.ledger_bytes?;
+        let used = self
+            .accounts
+            .tenant(tenant)
+            .map_or(0, |account| account.kept_bytes);
+        (used.saturating_add(bytes as u64) > limit).then(|| QuotaHit {
+            holder: Holder::Tenant(tenant.clone()),
+            quota: "ledger_bytes",
+            unit: "bytes in the ledger",
+            limit,
+            used,
+        })
+    }
+
+    /// The quota that forbids a tenant one user more.
+    pub fn users_hit(&self, tenant: &SmolStr) -> Option<QuotaHit> {
+        let limit = self.people.tenants.get(tenant)?.allowance.users?;
+        let used = self.people.users_of(tenant).count() as u64;
+        (used >= limit).then(|| QuotaHit {
+            holder: Holder::Tenant(tenant.clone()),
+            quota: "users",
+            unit: "users",
+            limit,
+            used,
+        })
     }
 
     /// A run was dispatched: its tenant has been served.
