@@ -41,7 +41,7 @@ use crate::domain::spec::GpuFacts;
 use crate::driver::{Driver, DriverError, DriverOptions, Outcomes, ProbeTimings, Tasks};
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
 use crate::gpu::{self, InventoryError};
-use crate::ledger::{CommitError, Ledger, OpenError, OpenOptions, Writer};
+use crate::ledger::{CommitError, Ledger, OpenError, OpenOptions, Space, Writer};
 use crate::outbound::{Purpose, Reach, Rules};
 use crate::telemetry::Metrics;
 
@@ -138,6 +138,7 @@ impl Http {
 /// What runs while the gateway does.
 struct Core {
     ledger: Ledger,
+    space: Space,
     handle: Handle,
     driver: Driver,
     executor: Executor,
@@ -191,6 +192,7 @@ pub async fn serve(
         config: api_config(&config, addr, inventory.reason),
         handle: core.handle.clone(),
         ledger: core.ledger.clone(),
+        space: core.space.clone(),
         auth: Authenticator::new(&token.token, token_key, uses.clone()).with_signed(work, sso),
         checkpoint_key: CheckpointKey::load_or_create(&config.data_dir)?,
         logins: logins.clone(),
@@ -329,6 +331,7 @@ impl Core {
         let settings = config.scheduling();
         let state = coordinator::recover(&ledger, settings.ageing_ms_per_level)?;
         let epoch = state.epoch + 1;
+        let space = Space::new(&config.data_dir, config.min_free_bytes);
         let (sender, effects) = tokio::sync::mpsc::unbounded_channel();
         let Running { handle, thread } = coordinator::start(coordinator::Parts {
             writer,
@@ -336,14 +339,17 @@ impl Core {
             settings,
             effects: sender,
             snapshots: SnapshotRules::after(Duration::from_millis(config.snapshot_idle_ms)),
+            space: space.clone(),
         })
         .map_err(ServeError::Thread)?;
         let tasks = Tasks::new();
         let (executor, driver) = executor(config, addr, &ledger, (&handle, &tasks), work)?;
         let performing = executor.clone();
+        tasks.spawn("disk space", space.clone().keep_looking());
         tasks.spawn("executor", async move { performing.run(effects).await });
         Ok(Core {
             ledger,
+            space,
             handle,
             driver,
             executor,

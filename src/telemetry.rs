@@ -105,6 +105,11 @@ fn describe() {
         "One durable commit"
     );
     describe_histogram!("rungate_ledger_batch_records", "Records in one commit");
+    describe_gauge!(
+        "rungate_disk_free_bytes",
+        Unit::Bytes,
+        "Free space of the ledger's disk"
+    );
     describe_gauge!("rungate_ledger_followers", "Open streams of the ledger");
     describe_gauge!(
         "rungate_ledger_seq",
@@ -120,21 +125,7 @@ fn describe() {
         Unit::Seconds,
         "Calls of services by outcome"
     );
-    describe_gauge!(
-        "rungate_gpu_reserved_bytes",
-        Unit::Bytes,
-        "GPU memory reserved for instances"
-    );
-    describe_gauge!(
-        "rungate_gpu_used_bytes",
-        Unit::Bytes,
-        "GPU memory in use, ours and others'"
-    );
-    describe_gauge!(
-        "rungate_gpu_memory_bytes",
-        Unit::Bytes,
-        "GPU memory there is"
-    );
+    describe_gpus();
     describe_histogram!(
         "rungate_http_request_seconds",
         Unit::Seconds,
@@ -160,6 +151,24 @@ fn describe() {
     describe_counter!(
         "rungate_audit_lost_total",
         "Refused writes that could not be recorded"
+    );
+}
+
+fn describe_gpus() {
+    describe_gauge!(
+        "rungate_gpu_reserved_bytes",
+        Unit::Bytes,
+        "GPU memory reserved for instances"
+    );
+    describe_gauge!(
+        "rungate_gpu_used_bytes",
+        Unit::Bytes,
+        "GPU memory in use, ours and others'"
+    );
+    describe_gauge!(
+        "rungate_gpu_memory_bytes",
+        Unit::Bytes,
+        "GPU memory there is"
     );
 }
 

@@ -57,7 +57,7 @@ fn replays(context: &mut Context, scale: &Scale, dir: &Path) -> Result<(), Failu
     let mut decode = Vec::new();
     for _ in 0..scale.rounds.min(3) {
         let started = Instant::now();
-        ledger.replay(0, |_, _, _, event| drop(std::hint::black_box(event)))?;
+        ledger.replay(0, |_, _, _, (event, _)| drop(std::hint::black_box(event)))?;
         decode.push(events / started.elapsed().as_secs_f64());
     }
     context.add(Figure::of(GROUP, "decoding alone", "events/s", &decode));
@@ -68,7 +68,7 @@ fn replays(context: &mut Context, scale: &Scale, dir: &Path) -> Result<(), Failu
 fn replay(ledger: &Ledger) -> Result<f64, Failure> {
     let started = Instant::now();
     let mut state = State::new(AGEING_MS);
-    ledger.replay(0, |seq, at, plane, event| {
+    ledger.replay(0, |seq, at, plane, (event, _)| {
         state.apply(seq, at, plane, &event)
     })?;
     std::hint::black_box(&state);

@@ -38,14 +38,30 @@ pub struct Level {
 
 /// All buckets of one limit.
 pub struct Buckets {
-    /// Nanoseconds after which a bucket holds one request more.
-    interval_ns: u64,
-    /// Nanoseconds in which an empty bucket fills.
-    depth_ns: u64,
+    pace: Pace,
     began: Instant,
     /// Keyed by chance: nobody can choose whose bucket to share.
     hasher: RandomState,
     shards: Box<[Mutex<Shard>]>,
+}
+
+/// How fast a bucket fills.
+#[derive(Clone, Copy)]
+struct Pace {
+    /// Nanoseconds after which a bucket holds one request more.
+    interval_ns: u64,
+    /// Nanoseconds in which an empty bucket fills.
+    depth_ns: u64,
+}
+
+impl Pace {
+    fn new(per_minute: u64) -> Pace {
+        let interval_ns = (WINDOW_NS / per_minute.max(1)).max(1);
+        Pace {
+            interval_ns,
+            depth_ns: interval_ns * per_minute.clamp(1, WINDOW_NS),
+        }
+    }
 }
 
 #[derive(Default)]
@@ -60,10 +76,8 @@ struct Shard {
 impl Buckets {
     /// `per_minute` is at least 1.
     pub fn new(per_minute: u64) -> Buckets {
-        let interval_ns = (WINDOW_NS / per_minute.max(1)).max(1);
         Buckets {
-            interval_ns,
-            depth_ns: interval_ns * per_minute.clamp(1, WINDOW_NS),
+            pace: Pace::new(per_minute),
             began: Instant::now(),
             hasher: RandomState::new(),
             shards: (0..SHARDS).map(|_| Mutex::default()).collect(),
@@ -75,7 +89,7 @@ impl Buckets {
         let now_ns = ns(now.saturating_duration_since(self.began));
         let key = self.hasher.hash_one(key);
         let full_at = self.shard(key).full_at(key);
-        full_at.saturating_sub(now_ns) + self.interval_ns > self.depth_ns
+        full_at.saturating_sub(now_ns) + self.pace.interval_ns > self.pace.depth_ns
     }
 
     fn shard(&self, key: u64) -> MutexGuard<'_, Shard> {
@@ -86,23 +100,32 @@ impl Buckets {
 
     /// Takes one request out of `key`'s bucket at `now`, unless it is empty.
     pub fn take(&self, key: &impl Hash, now: Instant) -> Level {
+        self.take_at(self.pace, key, now)
+    }
+
+    /// The same of a bucket that has a limit of its own.
+    pub fn take_of(&self, per_minute: u64, key: &impl Hash, now: Instant) -> Level {
+        self.take_at(Pace::new(per_minute), key, now)
+    }
+
+    fn take_at(&self, pace: Pace, key: &impl Hash, now: Instant) -> Level {
         let now_ns = ns(now.saturating_duration_since(self.began));
         let key = self.hasher.hash_one(key);
         let mut shard = self.shard(key);
         let full_at = shard.bucket(key, now_ns);
-        let mut fills_in = full_at.saturating_sub(now_ns) + self.interval_ns;
-        let retry_after_s = match fills_in.checked_sub(self.depth_ns) {
+        let mut fills_in = full_at.saturating_sub(now_ns) + pace.interval_ns;
+        let retry_after_s = match fills_in.checked_sub(pace.depth_ns) {
             None | Some(0) => {
                 *full_at = now_ns + fills_in;
                 None
             }
             Some(wait_ns) => {
-                fills_in -= self.interval_ns;
+                fills_in -= pace.interval_ns;
                 Some(u32::try_from(wait_ns.div_ceil(NS_PER_S)).unwrap_or(u32::MAX))
             }
         };
         Level {
-            remaining: self.depth_ns.saturating_sub(fills_in) / self.interval_ns,
+            remaining: pace.depth_ns.saturating_sub(fills_in) / pace.interval_ns,
             full_in_s: fills_in.div_ceil(NS_PER_S),
             retry_after_s,
         }

@@ -56,6 +56,7 @@ error_codes! {
     ConfirmationRequired = "confirmation_required", BAD_REQUEST, "The confirmation does not fit";
     CrossSite = "cross_site", FORBIDDEN, "The request comes from another site";
     CsrfRequired = "csrf_required", FORBIDDEN, "The session's CSRF token is missing or wrong";
+    DiskReserve = "disk_reserve", INSUFFICIENT_STORAGE, "The gateway's disk is nearly full";
     DuplicateMember = "duplicate_member", BAD_REQUEST, "An object has a member twice";
     HostNotAllowed = "host_not_allowed", FORBIDDEN, "The Host header is not one of ours";
     HttpsRequired = "https_required", FORBIDDEN, "Sessions need https";
@@ -339,6 +340,9 @@ impl From<ReadError> for ApiError {
 /// When it is worth asking again after a quota was used up: runs end in seconds to hours.
 const QUOTA_RETRY_S: u32 = 10;
 
+/// When it is worth asking again after the disk had no room: somebody has to see to it.
+const DISK_RETRY_S: u32 = 60;
+
 impl From<Rejection> for ApiError {
     fn from(rejection: Rejection) -> Self {
         let detail = match &rejection {
@@ -364,7 +368,9 @@ impl From<Rejection> for ApiError {
         let error = ApiError::new(rejection_code(&rejection), detail);
         match rejection {
             Rejection::Stopping => error.retry_after(5),
-            Rejection::QuotaExceeded(hit) => error
+            Rejection::DiskReserve { .. } => error.retry_after(DISK_RETRY_S),
+            Rejection::QuotaExceeded(hit)
+            | Rejection::Identity(IdentityRejection::QuotaExceeded(hit)) => error
                 .with("quota", hit.quota)
                 .with("limit", hit.limit)
                 .with("used", hit.used)
@@ -404,6 +410,7 @@ fn rejection_code(rejection: &Rejection) -> ErrorCode {
         Rejection::CommandReused(_) => ErrorCode::CommandReused,
         Rejection::KeyReused => ErrorCode::IdempotencyKeyReused,
         Rejection::Stopping => ErrorCode::Stopping,
+        Rejection::DiskReserve { .. } => ErrorCode::DiskReserve,
         Rejection::QuotaExceeded(_) => ErrorCode::QuotaExceeded,
         Rejection::Identity(rejection) => identity_code(rejection),
     }
@@ -415,6 +422,7 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::UserNotFound => ErrorCode::UserNotFound,
         IdentityRejection::UserProtected => ErrorCode::UserProtected,
         IdentityRejection::TooManyUsers(_) => ErrorCode::TooManyUsers,
+        IdentityRejection::QuotaExceeded(_) => ErrorCode::QuotaExceeded,
         IdentityRejection::RuntimeTaken(_) => ErrorCode::RuntimeTaken,
         IdentityRejection::RuntimeNotFound => ErrorCode::RuntimeNotFound,
         IdentityRejection::RuntimeInUse(_) => ErrorCode::RuntimeInUse,

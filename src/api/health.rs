@@ -108,7 +108,8 @@ async fn livez() -> &'static str {
     "ok\n"
 }
 
-/// Say whether the gateway takes work: 503 while it stops or cannot write. What it found holds for a second.
+/// Say whether the gateway takes work: 503 while it stops, cannot write, or has no room for more. What it found holds for a
+/// second.
 #[utoipa::path(get, path = "/readyz", tag = "health", security(()),
     params(("verbose" = Option<bool>, Query, description = "Each check on a line")),
     responses((status = 200, body = String, example = "ok"), (status = 503, body = String)))]
@@ -119,6 +120,7 @@ async fn readyz(State(app): State<App>, query: Query) -> Response {
     let checks = [
         ("serving", !app.stopping.is_cancelled()),
         ("ledger", reads),
+        ("disk", !app.space.is_short()),
         ("coordinator", decides),
     ];
     let ready = checks.iter().all(|(_, good)| *good);

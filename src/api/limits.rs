@@ -76,6 +76,8 @@ impl Default for LimitConfig {
 /// Counts who asks what.
 pub struct Limits {
     users: Option<Rate>,
+    /// Of tenants with a rate, all users together.
+    tenants: Buckets,
     addresses: Option<Rate>,
     are_admins_limited: bool,
     /// Of those who are known.
@@ -127,6 +129,7 @@ impl Limits {
         let config = &config.limits;
         Limits {
             users: Rate::new("user", config.user_per_minute),
+            tenants: Buckets::new(1),
             addresses: Rate::new("address", config.address_per_minute),
             are_admins_limited: config.are_admins_limited,
             requests: Bound::new(config.requests, config.requests_per_user),
@@ -144,6 +147,25 @@ impl Limits {
     pub fn of_user(&self, principal: &Principal, now: Instant) -> Option<Standing> {
         let rate = self.users.as_ref().filter(|_| self.holds_for(principal))?;
         Some(rate.take(rate.buckets.take(&principal.user, now)))
+    }
+
+    /// Counts a request of a tenant that may ask so often.
+    ///
+    /// # Errors
+    /// 429 when its users together have used the rate up.
+    pub fn of_tenant(
+        &self,
+        principal: &Principal,
+        per_minute: u64,
+        now: Instant,
+    ) -> Result<(), ApiError> {
+        if !self.holds_for(principal) {
+            return Ok(());
+        }
+        let level = self
+            .tenants
+            .take_of(per_minute, &principal.user.tenant, now);
+        refusal("tenant", level)
     }
 
     /// Counts a request without valid credentials; `None` when it is not limited.
@@ -263,14 +285,7 @@ impl Standing {
     /// # Errors
     /// 429 when the limit is used up.
     pub fn check(&self) -> Result<(), ApiError> {
-        let Some(seconds) = self.level.retry_after_s else {
-            return Ok(());
-        };
-        let detail = "Too Many Requests (rate limit)";
-        // The member is the draft's, of its problem type `quota-exceeded`.
-        Err(ApiError::new(ErrorCode::RateLimited, detail)
-            .with("violated-policies", vec![self.name])
-            .retry_after(seconds))
+        refusal(self.name, self.level)
     }
 
     /// Tells it in an answer's headers.
@@ -282,6 +297,17 @@ impl Standing {
         }
         headers.insert(RATE_LIMIT_POLICY, self.policy.clone());
     }
+}
+
+fn refusal(name: &'static str, level: Level) -> Result<(), ApiError> {
+    let Some(seconds) = level.retry_after_s else {
+        return Ok(());
+    };
+    let detail = "Too Many Requests (rate limit)";
+    // The member is the draft's, of its problem type `quota-exceeded`.
+    Err(ApiError::new(ErrorCode::RateLimited, detail)
+        .with("violated-policies", vec![name])
+        .retry_after(seconds))
 }
 
 /// Whether a route's answer waits for a service.

@@ -18,7 +18,7 @@ use crate::coordinator::{Answered, Handle, Once, SubmitError};
 use crate::domain::command::{Command, Origin, Reply};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::driver::Logs;
-use crate::ledger::{Ledger, ReadError, RunSummary};
+use crate::ledger::{Ledger, ReadError, RunSummary, Space};
 use crate::telemetry::Metrics;
 
 /// What the HTTP side is made of; filled by the server.
@@ -26,6 +26,8 @@ pub struct Parts {
     pub config: ApiConfig,
     pub handle: Handle,
     pub ledger: Ledger,
+    /// Of the ledger's disk.
+    pub space: Space,
     pub auth: Authenticator,
     pub checkpoint_key: CheckpointKey,
     pub logins: Logins,
@@ -45,6 +47,7 @@ pub struct Inner {
     pub config: ApiConfig,
     pub handle: Handle,
     pub ledger: Ledger,
+    pub space: Space,
     pub auth: Authenticator,
     pub checkpoint_key: CheckpointKey,
     pub audit: Recorder,
@@ -85,6 +88,7 @@ impl App {
             config: parts.config,
             handle: parts.handle,
             ledger: parts.ledger,
+            space: parts.space,
             auth: parts.auth,
             checkpoint_key: parts.checkpoint_key,
             logins: parts.logins,

@@ -2,6 +2,7 @@
 //! theirs and change nothing of it.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 
 use axum::Json;
 use axum::extract::State;
@@ -20,7 +21,8 @@ use super::users::{id, sees, submit};
 use crate::domain::command::Rejection;
 use crate::domain::identity::{IdentityCommand, IdentityRejection, sanitised};
 use crate::domain::tenant::{
-    DEFAULT_TENANT, MAX_WEIGHT, Quotas, QuotasChange, Tenant, TenantChange, TenantProfile,
+    Allowance, AllowanceChange, DEFAULT_TENANT, MAX_WEIGHT, Quotas, QuotasChange, Tenant,
+    TenantChange, TenantProfile,
 };
 use crate::domain::time::Timestamp;
 use crate::ledger::{Ledger, ReadError};
@@ -62,6 +64,29 @@ impl From<Quotas> for QuotasView {
     }
 }
 
+/// How much a tenant may have at once, keep and ask; null is unlimited.
+#[derive(Serialize, ToSchema)]
+pub struct TenantQuotasView {
+    #[serde(flatten)]
+    pub of_runs: QuotasView,
+    /// Bytes of its runs' payloads, results, progress and checkpoints that are not purged.
+    pub ledger_bytes: Option<u64>,
+    /// Requests a minute of all its users together.
+    pub requests_per_minute: Option<u64>,
+    pub users: Option<u64>,
+}
+
+impl TenantQuotasView {
+    fn new(quotas: Quotas, allowance: Allowance) -> TenantQuotasView {
+        TenantQuotasView {
+            of_runs: quotas.into(),
+            ledger_bytes: allowance.ledger_bytes,
+            requests_per_minute: allowance.requests_per_minute,
+            users: allowance.users,
+        }
+    }
+}
+
 /// A tenant.
 #[derive(Serialize, ToSchema)]
 pub struct TenantView {
@@ -70,7 +95,7 @@ pub struct TenantView {
     pub name: String,
     /// Of two tenants that both wait, one of twice the weight gets twice as much.
     pub weight: u32,
-    pub quotas: QuotasView,
+    pub quotas: TenantQuotasView,
     /// The users of one that is not are refused.
     pub enabled: bool,
     pub users: u64,
@@ -86,12 +111,13 @@ impl TenantView {
         let times = known
             .as_ref()
             .map(|known| (known.created_at, known.updated_at));
+        let allowance = known.as_ref().map(|known| known.allowance);
         let profile = known.map_or_else(|| TenantProfile::plain(tenant), |known| known.profile);
         TenantView {
             tenant_id: tenant.to_string(),
             name: profile.name,
             weight: profile.weight,
-            quotas: profile.quotas.into(),
+            quotas: TenantQuotasView::new(profile.quotas, allowance.unwrap_or_default()),
             enabled: profile.enabled,
             users,
             created_at: times.map(|(created, _)| created),
@@ -128,7 +154,7 @@ fn all(ledger: &Ledger) -> Result<Vec<TenantView>, ReadError> {
 }
 
 /// List tenants.
-#[utoipa::path(get, path = "/admin/tenants", tag = "users", responses((status = 200, body = TenantList, example = json!({"tenants": [{"tenant_id": "acme", "name": "Acme Labs", "weight": 200, "quotas": {"queued_runs": 1000, "running_runs": null, "gpus": null, "vram_mib": 49152}, "enabled": true, "users": 3, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}]}))))]
+#[utoipa::path(get, path = "/admin/tenants", tag = "users", responses((status = 200, body = TenantList, example = json!({"tenants": [{"tenant_id": "acme", "name": "Acme Labs", "weight": 200, "quotas": {"queued_runs": 1000, "running_runs": null, "gpus": null, "vram_mib": 49152, "ledger_bytes": 10737418240u64, "requests_per_minute": null, "users": 50}, "enabled": true, "users": 3, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}]}))))]
 async fn list(State(app): State<App>, caller: Caller) -> Result<Json<TenantList>, ApiError> {
     let mut tenants = app.scan(all).await?;
     tenants.retain(|tenant| sees(&caller, &tenant.tenant_id));
@@ -162,26 +188,51 @@ pub struct NewTenant {
     pub name: Option<String>,
     /// 1 to 10000; 100 when absent.
     pub weight: Option<u32>,
-    pub quotas: Option<QuotasView>,
+    pub quotas: Option<TenantQuotasView>,
     pub enabled: Option<bool>,
 }
 
-/// The members of `quotas`: a number, or null for unlimited; absent ones stay as they are.
+/// Largest number of bytes.
+const MAX_QUOTA_BYTES: u64 = 1 << 50;
+
+/// The quotas that users may have too, and those of tenants only.
+const RUN_QUOTAS: [&str; 4] = ["queued_runs", "running_runs", "gpus", "vram_mib"];
+const TENANT_QUOTAS: [&str; 3] = ["ledger_bytes", "requests_per_minute", "users"];
+
+/// The members of a user's `quotas`: a number, or null for unlimited; absent ones stay as they are.
 pub fn read_quotas(fields: &Fields) -> QuotasChange {
-    let whole = fields.is_null("quotas").then_some(None);
+    match fields.object("quotas") {
+        Some(quotas) => {
+            quotas.forbid_others(&RUN_QUOTAS);
+            run_quotas(&quotas)
+        }
+        None => all_run_quotas(fields.is_null("quotas")),
+    }
+}
+
+/// The same of a tenant's, which has more.
+fn read_tenant_quotas(fields: &Fields) -> (QuotasChange, AllowanceChange) {
     let Some(quotas) = fields.object("quotas") else {
-        return QuotasChange {
-            queued_runs: whole,
-            running_runs: whole,
-            gpus: whole,
-            vram_mib: whole,
+        let whole = fields.is_null("quotas").then_some(None);
+        let allowance = AllowanceChange {
+            ledger_bytes: whole,
+            requests_per_minute: whole,
+            users: whole,
         };
+        return (all_run_quotas(whole.is_some()), allowance);
     };
-    quotas.forbid_others(&["queued_runs", "running_runs", "gpus", "vram_mib"]);
-    let quota = |name: &str| match quotas.is_null(name) {
-        true => Some(None),
-        false => quotas.int(name, 0..=MAX_QUOTA).map(Some),
+    quotas.forbid_others(&[&RUN_QUOTAS[..], &TENANT_QUOTAS[..]].concat());
+    let allowance = AllowanceChange {
+        ledger_bytes: quota(&quotas, "ledger_bytes", 0..=MAX_QUOTA_BYTES),
+        // A tenant that may ask nothing is a disabled one.
+        requests_per_minute: quota(&quotas, "requests_per_minute", 1..=MAX_QUOTA),
+        users: quota(&quotas, "users", 0..=MAX_QUOTA),
     };
+    (run_quotas(&quotas), allowance)
+}
+
+fn run_quotas(quotas: &Fields) -> QuotasChange {
+    let quota = |name| quota(quotas, name, 0..=MAX_QUOTA);
     QuotasChange {
         queued_runs: quota("queued_runs"),
         running_runs: quota("running_runs"),
@@ -190,12 +241,32 @@ pub fn read_quotas(fields: &Fields) -> QuotasChange {
     }
 }
 
+/// All of them lifted, or none changed.
+fn all_run_quotas(lifted: bool) -> QuotasChange {
+    let whole = lifted.then_some(None);
+    QuotasChange {
+        queued_runs: whole,
+        running_runs: whole,
+        gpus: whole,
+        vram_mib: whole,
+    }
+}
+
+fn quota(quotas: &Fields, name: &str, range: RangeInclusive<u64>) -> Option<Option<u64>> {
+    match quotas.is_null(name) {
+        true => Some(None),
+        false => quotas.int(name, range).map(Some),
+    }
+}
+
 fn read_change(fields: &Fields) -> TenantChange {
     let weight = fields.int("weight", 1..=u64::from(MAX_WEIGHT));
+    let (quotas, allowance) = read_tenant_quotas(fields);
     TenantChange {
         name: fields.text("name", TextRule::name(MAX_NAME_CHARS)),
         weight: weight.and_then(|weight| u32::try_from(weight).ok()),
-        quotas: read_quotas(fields),
+        quotas,
+        allowance,
         enabled: fields.boolean("enabled"),
     }
 }
@@ -203,7 +274,7 @@ fn read_change(fields: &Fields) -> TenantChange {
 /// Create a tenant, or say something of one that only exists through its users.
 #[utoipa::path(post, path = "/admin/tenants", tag = "users",
     request_body(content = NewTenant, example = json!({"tenant_id": "acme", "name": "Acme Labs", "weight": 200, "quotas": {"queued_runs": 1000}})),
-    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "Acme Labs", "weight": 200, "quotas": {"queued_runs": 1000, "running_runs": null, "gpus": null, "vram_mib": null}, "enabled": true, "users": 0, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 400, description = "Tenant already exists: t")))]
+    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "Acme Labs", "weight": 200, "quotas": {"queued_runs": 1000, "running_runs": null, "gpus": null, "vram_mib": null, "ledger_bytes": 10737418240u64, "requests_per_minute": null, "users": 50}, "enabled": true, "users": 0, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 400, description = "Tenant already exists: t")))]
 async fn create(
     State(app): State<App>,
     caller: Caller,
@@ -242,7 +313,7 @@ async fn set(
 
 /// Read a tenant.
 #[utoipa::path(get, path = "/admin/tenants/{tenant_id}", tag = "users",
-    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "acme", "weight": 100, "quotas": {"queued_runs": null, "running_runs": null, "gpus": null, "vram_mib": null}, "enabled": true, "users": 3, "created_at": null, "updated_at": null}})), (status = 404, description = "Tenant not found")))]
+    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "acme", "weight": 100, "quotas": {"queued_runs": null, "running_runs": null, "gpus": null, "vram_mib": null, "ledger_bytes": 10737418240u64, "requests_per_minute": null, "users": 50}, "enabled": true, "users": 3, "created_at": null, "updated_at": null}})), (status = 404, description = "Tenant not found")))]
 async fn read(
     State(app): State<App>,
     caller: Caller,
@@ -255,7 +326,7 @@ async fn read(
 /// Change a tenant. Absent members stay as they are; a quota that is null is lifted.
 #[utoipa::path(patch, path = "/admin/tenants/{tenant_id}", tag = "users",
     request_body(content = Object, example = json!({"weight": 200, "quotas": {"running_runs": 8, "gpus": null}, "enabled": true})),
-    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "acme", "weight": 200, "quotas": {"queued_runs": null, "running_runs": 8, "gpus": null, "vram_mib": null}, "enabled": true, "users": 3, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 404, description = "Tenant not found")))]
+    responses((status = 200, body = TenantAnswer, example = json!({"tenant": {"tenant_id": "acme", "name": "acme", "weight": 200, "quotas": {"queued_runs": null, "running_runs": 8, "gpus": null, "vram_mib": null, "ledger_bytes": 10737418240u64, "requests_per_minute": null, "users": 50}, "enabled": true, "users": 3, "created_at": "2026-11-21T02:00:00.000120+00:00", "updated_at": "2026-11-21T02:00:00.000120+00:00"}})), (status = 404, description = "Tenant not found")))]
 async fn update(
     State(app): State<App>,
     caller: Caller,

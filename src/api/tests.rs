@@ -29,7 +29,7 @@ use crate::domain::identity::{IdentityCommand, UserKey};
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
 use crate::driver::Logs;
-use crate::ledger::{Ledger, OpenOptions};
+use crate::ledger::{Ledger, OpenOptions, Space};
 use crate::telemetry::Metrics;
 
 const TOKEN: &str = "rgt_admin_for_tests_only";
@@ -52,12 +52,14 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
     let settings = Settings::default();
     let (effects, _unperformed) = tokio::sync::mpsc::unbounded_channel();
     let state = coordinator::recover(&ledger, settings.ageing_ms_per_level).unwrap();
+    let space = Space::new(data.path(), 0);
     let parts = coordinator::Parts {
         writer,
         state,
         settings,
         effects,
         snapshots: coordinator::SnapshotRules::after(Duration::from_secs(60)),
+        space: space.clone(),
     };
     let running = coordinator::start(parts).unwrap();
     let mut config = ApiConfig::for_listener("127.0.0.1:8080".parse().unwrap());
@@ -75,6 +77,7 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         config,
         handle: running.handle.clone(),
         ledger: ledger.clone(),
+        space,
         auth: Authenticator::new(&TOKEN.into(), key.clone(), Uses::forgotten()),
         checkpoint_key: CheckpointKey::random().unwrap(),
         logins: logins.clone(),

@@ -86,7 +86,7 @@ pub(super) async fn perform(context: &Context) -> Result<Exit, CliError> {
     findings.push(data_dir(&config.data_dir));
     findings.extend(ledger_file(&config.data_dir));
     findings.extend(token_file(config));
-    findings.push(disk(&config.data_dir));
+    findings.push(disk(&config.data_dir, config.min_free_bytes));
     findings.extend(address(config).await);
     findings.push(clock(&config.data_dir));
     findings.push(open_files(config));
@@ -266,7 +266,7 @@ fn token_file(config: &Config) -> Option<Finding> {
     })
 }
 
-fn disk(dir: &Path) -> Finding {
+fn disk(dir: &Path, reserve_bytes: u64) -> Finding {
     let check = "disk";
     let free = match rustix::fs::statvfs(nearest_existing(dir)) {
         Ok(stat) => stat.f_bavail.saturating_mul(stat.f_frsize),
@@ -283,6 +283,12 @@ fn disk(dir: &Path) -> Finding {
     let remedy = "free some space, or move the data directory with --data-dir";
     if free < NO_DISK_BYTES {
         Finding::wrong(check, message, remedy)
+    } else if free < reserve_bytes {
+        let short = format!(
+            "{message}, and min_free_bytes keeps {} MiB: starts, progress and checkpoints are refused",
+            reserve_bytes >> 20
+        );
+        Finding::wrong(check, short, format!("{remedy}; or lower min_free_bytes"))
     } else if free < LOW_DISK_BYTES {
         Finding::warning(check, message, remedy)
     } else {

@@ -12,7 +12,15 @@ use super::output::{facts, instant, table, text};
 const PATH: &str = "api/gateway/admin/tenants";
 
 /// The quotas, as the gateway names them.
-const QUOTAS: [&str; 4] = ["queued_runs", "running_runs", "gpus", "vram_mib"];
+const QUOTAS: [&str; 7] = [
+    "queued_runs",
+    "running_runs",
+    "gpus",
+    "vram_mib",
+    "ledger_bytes",
+    "requests_per_minute",
+    "users",
+];
 
 /// Verbs of `rungate tenant`.
 #[derive(Debug, Subcommand)]
@@ -25,7 +33,7 @@ pub enum Tenant {
     #[command(
         after_help = "Example:\n  rungate tenant set acme --weight 200 --running-runs 8 --vram-mib none"
     )]
-    Set(Set),
+    Set(Box<Set>),
 }
 
 #[derive(Args, Debug)]
@@ -49,6 +57,15 @@ pub struct Set {
     /// MiB of GPU memory at once
     #[arg(long, value_name = "N")]
     vram_mib: Option<String>,
+    /// Bytes of payloads, results, progress and checkpoints that are kept
+    #[arg(long, value_name = "N")]
+    ledger_bytes: Option<String>,
+    /// Requests a minute of all its users together
+    #[arg(long, value_name = "N")]
+    requests_per_minute: Option<String>,
+    /// Users
+    #[arg(long, value_name = "N")]
+    users: Option<String>,
     /// Whether its users are let in
     #[arg(long, value_name = "BOOL")]
     enabled: Option<bool>,
@@ -77,7 +94,7 @@ impl Tenant {
 }
 
 impl Set {
-    async fn perform(self, client: &Client) -> Result<Value, CliError> {
+    async fn perform(self: Box<Self>, client: &Client) -> Result<Value, CliError> {
         let path = format!("{PATH}/{}", segment(&self.tenant_id));
         let tenant_id = self.tenant_id.clone();
         let mut body = self.body()?;
@@ -103,6 +120,9 @@ impl Set {
             self.running_runs,
             self.gpus,
             self.vram_mib,
+            self.ledger_bytes,
+            self.requests_per_minute,
+            self.users,
         ];
         let mut quotas = Map::new();
         for (name, given) in QUOTAS.into_iter().zip(given) {
@@ -146,7 +166,7 @@ fn words(answer: &Value) -> String {
             text(tenant, "enabled"),
             text(tenant, "users"),
         ];
-        row.extend(QUOTAS.map(|name| quota(tenant, name)));
+        row.extend(QUOTAS.iter().take(4).map(|name| quota(tenant, name)));
         row
     };
     let head = [
@@ -167,6 +187,9 @@ fn described(answer: &Value) -> String {
         ("running runs", quota(tenant, "running_runs")),
         ("GPUs", quota(tenant, "gpus")),
         ("VRAM MiB", quota(tenant, "vram_mib")),
+        ("ledger bytes", quota(tenant, "ledger_bytes")),
+        ("requests a minute", quota(tenant, "requests_per_minute")),
+        ("users at most", quota(tenant, "users")),
         ("created", instant(tenant, "created_at")),
         ("updated", instant(tenant, "updated_at")),
     ])

@@ -80,6 +80,8 @@ settings! {
         "What is recorded of writes: `on`, `required` (no answer before the record is on disk) or `off`.";
     max_body_bytes: u64, "RUNGATE_MAX_BODY_BYTES", &[], (1_024, 1 << 30), "1048576".to_owned(),
         "Largest request body, in bytes.";
+    min_free_bytes: u64, "RUNGATE_MIN_FREE_BYTES", &[], (0, 1 << 50), "268435456".to_owned(),
+        "Bytes of the data directory's disk that stay free: below, starts, progress and checkpoints are answered 507; 0 for none.";
     rate_limit_user: u64, "RUNGATE_RATE_LIMIT_USER", &[], RATE, "60000".to_owned(),
         "Requests a minute of each user, further ones are answered 429; 0 for any number.";
     rate_limit_address: u64, "RUNGATE_RATE_LIMIT_ADDRESS", &[], RATE, "6000".to_owned(),

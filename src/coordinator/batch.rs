@@ -19,18 +19,22 @@ use crate::domain::record::NewRecord;
 use crate::domain::settings::Settings;
 use crate::domain::state::State;
 use crate::domain::time::Timestamp;
-use crate::ledger::{Batch, CommitError};
+use crate::ledger::{Batch, CommitError, Space};
 
 type Answer = (
     oneshot::Sender<Result<Answered, Rejection>>,
     Result<Answered, Rejection>,
 );
 
+/// What a record takes besides its payload, with its part of the indexes; rather more than less.
+const RECORD_BYTES: usize = 1 << 10;
+
 /// A batch under way.
 struct Work<'a> {
     batch: Batch<'a>,
     state: &'a mut State,
     settings: &'a Settings,
+    space: &'a Space,
     now: Timestamp,
     /// The request that is worked on, until a record carries it.
     asked: Option<Asked>,
@@ -49,6 +53,7 @@ impl Coordinator {
             batch: self.writer.begin()?,
             state: &mut self.state,
             settings: &self.settings,
+            space: &self.space,
             now,
             asked: None,
             effects: Vec::new(),
@@ -139,6 +144,12 @@ impl Work<'_> {
         {
             return Ok(answered);
         }
+        if command.grows() && self.space.is_short() {
+            return Ok(Err(Rejection::DiskReserve {
+                free_mib: self.space.free_bytes() >> 20,
+                reserve_mib: self.space.reserve_bytes() >> 20,
+            }));
+        }
         if let Command::Inbox(inbox) = &mut command
             && let Some(answered) = self.prepare_inbox(plane, inbox)?
         {
@@ -146,7 +157,7 @@ impl Work<'_> {
         }
         let purged = match &command {
             Command::PurgeRun { run } => match self.batch.run(plane, *run)? {
-                Some(summary) => Some(summary.ledger_len),
+                Some(summary) => Some((summary.ledger_len, summary.payload_bytes)),
                 None => return Ok(Err(not_found(*run))),
             },
             _ => None,
@@ -158,8 +169,11 @@ impl Work<'_> {
         };
         let mut reply = decision.reply;
         for (mut event, payload) in decision.events {
-            if let (Event::RunPurged { records, .. }, Some(len)) = (&mut event, purged) {
-                *records = len;
+            match (&mut event, purged) {
+                (Event::RunPurged { records, .. }, Some((len, _))) => *records = len,
+                (Event::PayloadsPurged { .. }, Some((_, 0))) => continue,
+                (Event::PayloadsPurged { bytes, .. }, Some((_, sum))) => *bytes = sum,
+                _ => {}
             }
             let accepted = matches!(event, Event::CommandAccepted { .. });
             let seq = self.append(
@@ -314,6 +328,8 @@ impl Work<'_> {
         payload: Bytes,
     ) -> Result<u64, CommitError> {
         let plane = self.plane_of(&event).unwrap_or(plane);
+        let payload_bytes = payload.len();
+        self.space.spend(payload_bytes + RECORD_BYTES);
         let record = NewRecord {
             plane,
             at: self.now,
@@ -325,6 +341,7 @@ impl Work<'_> {
         };
         let appended = self.batch.append(record)?;
         self.state.apply(appended.seq, self.now, plane, &event);
+        self.state.keep(plane, &event, payload_bytes as u64);
         self.effects.extend(implied(self.state, &event));
         Ok(appended.seq)
     }

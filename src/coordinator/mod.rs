@@ -26,7 +26,7 @@ pub use crate::domain::scheduler::status::{GpuStatus, QueueStats};
 pub use crate::domain::scheduler::why::{Blocking, Why};
 use crate::domain::settings::Settings;
 use crate::domain::state::State;
-use crate::ledger::{CommitError, Writer};
+use crate::ledger::{CommitError, Space, Writer};
 
 /// Messages decided in one batch at most: beyond it the first caller would wait for too long.
 const BATCH: usize = 4_096;
@@ -44,6 +44,8 @@ pub struct Parts {
     /// instances and calls that the scheduler allows, so the channel needs no bound of its own.
     pub effects: UnboundedSender<Vec<Effect>>,
     pub snapshots: SnapshotRules,
+    /// Of the ledger's disk.
+    pub space: Space,
 }
 
 /// The running coordinator.
@@ -72,6 +74,7 @@ struct Coordinator {
     effects: UnboundedSender<Vec<Effect>>,
     inbox: Receiver<Message>,
     snapshots: SnapshotRules,
+    space: Space,
     /// Seq of the newest snapshot.
     snapshot_at: u64,
     /// When the last record was appended.
@@ -95,6 +98,7 @@ impl Coordinator {
             effects: parts.effects,
             inbox,
             snapshots: parts.snapshots,
+            space: parts.space,
             last_work: Instant::now(),
             keys_due: Instant::now(),
             quiet: true,

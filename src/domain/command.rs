@@ -176,6 +176,29 @@ pub enum Command {
     Tick,
 }
 
+/// Longest payload of a command that counts as small: what pauses, cancels or reorders fits easily.
+const SMALL_COMMAND_BYTES: usize = 4 << 10;
+
+impl Command {
+    /// Whether clients make the ledger grow with it by more than a record: refused while the disk has no room. What
+    /// frees, stops or reports passes.
+    pub fn grows(&self) -> bool {
+        match self {
+            Command::StartJob { .. }
+            | Command::PushProgress { .. }
+            | Command::SaveCheckpoint { .. }
+            | Command::ProgressPolled { .. }
+            | Command::RegisterService { .. }
+            | Command::UpdateService { .. } => true,
+            Command::Inbox(command) => {
+                matches!(command.action, InboxAction::Retry) || !command.is_small()
+            }
+            Command::Identity(command) => command.adds(),
+            _ => false,
+        }
+    }
+}
+
 /// A client's command for one run (`contracts/run-gateway.md` section 5.1).
 #[derive(Clone, Debug, PartialEq)]
 pub struct InboxCommand {
@@ -209,6 +232,13 @@ pub enum InboxAction {
         priority: Priority,
     },
     Retry,
+}
+
+impl InboxCommand {
+    /// Whether its payload is what such commands need.
+    pub fn is_small(&self) -> bool {
+        self.payload.len() <= SMALL_COMMAND_BYTES
+    }
 }
 
 impl InboxAction {
@@ -339,7 +369,11 @@ pub enum Rejection {
     KeyReused,
     #[error("The gateway is stopping")]
     Stopping,
-    #[error("{0}; wait until some have started or ended, or ask an administrator for more")]
+    #[error(
+        "The gateway's disk has {free_mib} MiB left, of which {reserve_mib} MiB are kept free; an administrator has to make room"
+    )]
+    DiskReserve { free_mib: u64, reserve_mib: u64 },
+    #[error("{0}; {remedy}, or ask an administrator for more", remedy = .0.remedy())]
     QuotaExceeded(Box<QuotaHit>),
     #[error(transparent)]
     Identity(#[from] IdentityRejection),
@@ -372,6 +406,7 @@ impl Rejection {
             Rejection::CommandReused(_) => "command_reused",
             Rejection::KeyReused => "idempotency_key_reused",
             Rejection::Stopping => "stopping",
+            Rejection::DiskReserve { .. } => "disk_reserve",
             Rejection::QuotaExceeded(_) => "quota_exceeded",
             Rejection::Identity(rejection) => rejection.code(),
         }

@@ -64,6 +64,8 @@ pub enum Effect {
     /// Post the outcome of an ended run, not before `not_before`. Outcome: `CallbackTried`.
     SendCallback {
         plane: PlaneId,
+        /// Whose plane it is.
+        tenant: SmolStr,
         run: RunId,
         number: u32,
         url: SmolStr,
@@ -193,6 +195,7 @@ fn callback(state: &State, run: RunId) -> Option<Effect> {
     let callback = state.callbacks.get(&run)?;
     Some(Effect::SendCallback {
         plane: callback.plane,
+        tenant: state.tenant_of(callback.plane).clone(),
         run,
         number: callback.number + 1,
         url: callback.url.clone(),

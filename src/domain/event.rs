@@ -14,7 +14,7 @@ use super::identity::{
 };
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
-use super::tenant::{Quotas, TenantProfile};
+use super::tenant::{Allowance, Quotas, TenantProfile};
 use super::time::Timestamp;
 
 /// Something that happened. In JSON: `{"job_queued": {…}}`.
@@ -406,6 +406,16 @@ pub enum Event {
     /// From now on tenants' past usage fades at another pace.
     ShareHalfLifeChanged {
         half_life_ms: u64,
+    },
+    /// The whole new allowance of a tenant.
+    TenantAllowanceChanged {
+        tenant: SmolStr,
+        allowance: Allowance,
+    },
+    /// So many bytes of the run's payloads were removed. Of no run's ledger: it tells what its tenant keeps.
+    PayloadsPurged {
+        run: RunId,
+        bytes: u64,
     },
 }
 

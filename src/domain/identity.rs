@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::ids::PlaneId;
-use super::tenant::{QuotasChange, TenantChange};
+use super::tenant::{QuotaHit, QuotasChange, TenantChange};
 use super::time::Timestamp;
 
 /// What somebody may do, from most to least. A user has the powers of the highest of its roles.
@@ -418,6 +418,19 @@ pub enum IdentityCommand {
     },
 }
 
+impl IdentityCommand {
+    /// Whether there is more to be kept after it.
+    pub fn adds(&self) -> bool {
+        matches!(
+            self,
+            IdentityCommand::CreateUser { .. }
+                | IdentityCommand::ProvisionUser { .. }
+                | IdentityCommand::IssueToken { .. }
+                | IdentityCommand::SetTenant { create: true, .. }
+        )
+    }
+}
+
 /// Why nothing was changed about people. `Display` is what the caller reads.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum IdentityRejection {
@@ -462,6 +475,8 @@ pub enum IdentityRejection {
     TenantProtected,
     #[error("The gateway holds as many tenants as it may ({0})")]
     TooManyTenants(usize),
+    #[error("{0}; {remedy}, or ask an administrator for more", remedy = .0.remedy())]
+    QuotaExceeded(Box<QuotaHit>),
 }
 
 impl IdentityRejection {
@@ -487,6 +502,7 @@ impl IdentityRejection {
             IdentityRejection::TenantNotFound => "tenant_not_found",
             IdentityRejection::TenantProtected => "tenant_protected",
             IdentityRejection::TooManyTenants(_) => "too_many_tenants",
+            IdentityRejection::QuotaExceeded(_) => "quota_exceeded",
         }
     }
 }

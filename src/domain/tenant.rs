@@ -61,6 +61,36 @@ impl QuotasChange {
     }
 }
 
+/// How much a tenant may keep, ask and count; `None` is unlimited. Quotas too, apart from `Quotas`, which earlier
+/// events hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Allowance {
+    /// Bytes of payloads, results, progress and checkpoints of its runs that are not purged.
+    pub ledger_bytes: Option<u64>,
+    /// Requests a minute of all its users together.
+    pub requests_per_minute: Option<u64>,
+    pub users: Option<u64>,
+}
+
+/// A change of it: `None` leaves one as it is, `Some(None)` takes the limit away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AllowanceChange {
+    pub ledger_bytes: Option<Option<u64>>,
+    pub requests_per_minute: Option<Option<u64>>,
+    pub users: Option<Option<u64>>,
+}
+
+impl AllowanceChange {
+    /// The allowance with the changes made.
+    pub fn of(self, old: Allowance) -> Allowance {
+        Allowance {
+            ledger_bytes: self.ledger_bytes.unwrap_or(old.ledger_bytes),
+            requests_per_minute: self.requests_per_minute.unwrap_or(old.requests_per_minute),
+            users: self.users.unwrap_or(old.users),
+        }
+    }
+}
+
 /// What an administrator decides about a tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TenantProfile {
@@ -91,6 +121,7 @@ pub struct TenantChange {
     pub name: Option<String>,
     pub weight: Option<u32>,
     pub quotas: QuotasChange,
+    pub allowance: AllowanceChange,
     pub enabled: Option<bool>,
 }
 
@@ -111,6 +142,7 @@ impl TenantChange {
 pub struct Tenant {
     pub tenant: SmolStr,
     pub profile: TenantProfile,
+    pub allowance: Allowance,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
 }
@@ -124,7 +156,7 @@ pub enum Holder {
     User(SmolStr),
 }
 
-/// A quota that leaves no room for one run more. `Display` is what the caller reads.
+/// A quota that leaves no room for more. `Display` is what the caller reads.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{holder} has {used} of {limit} {unit} (quota {quota})")]
 pub struct QuotaHit {
@@ -134,4 +166,15 @@ pub struct QuotaHit {
     pub unit: &'static str,
     pub limit: u64,
     pub used: u64,
+}
+
+impl QuotaHit {
+    /// What makes room within it.
+    pub fn remedy(&self) -> &'static str {
+        match self.quota {
+            "ledger_bytes" => "purge ended runs",
+            "users" => "delete one",
+            _ => "wait until some have started or ended",
+        }
+    }
 }

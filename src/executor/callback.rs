@@ -14,7 +14,7 @@ use crate::clock::now;
 use crate::domain::command::Command;
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::time::Timestamp;
-use crate::driver::{error_text, until};
+use crate::driver::error_text;
 use crate::outbound::{Refused, refusal};
 
 /// How a run ended.
@@ -75,6 +75,8 @@ impl CallbackBody {
 /// One try to deliver, as it was decided.
 pub(super) struct Try {
     pub plane: PlaneId,
+    /// Whose plane it is.
+    pub tenant: SmolStr,
     pub run: RunId,
     /// Counts from 1.
     pub number: u32,
@@ -82,16 +84,15 @@ pub(super) struct Try {
     pub not_before: Timestamp,
 }
 
-/// One try and its report.
+/// One try and its report, when it is due.
 pub(super) async fn send(inner: Arc<Inner>, asked: Try) {
     let Try {
         plane,
         run,
         number,
         url,
-        not_before,
+        ..
     } = asked;
-    tokio::time::sleep(until(not_before)).await;
     let tried = attempt(&inner, plane, run, &url).await;
     let (status, error) = match tried {
         Ok(status @ 200..=299) => (Some(status), None),
@@ -115,12 +116,6 @@ pub(super) async fn send(inner: Arc<Inner>, asked: Try) {
 
 /// The answer's status, or why there is none.
 async fn attempt(inner: &Arc<Inner>, plane: PlaneId, run: RunId, url: &str) -> Result<u16, String> {
-    // Waits for its turn before it reads the body, so that waiting costs no memory.
-    let _turn = inner
-        .callback_slots
-        .acquire()
-        .await
-        .map_err(|error| error.to_string())?;
     let request = inner
         .callback_client
         .post(url)

@@ -2,18 +2,19 @@
 //! carries all that it needs, and whether an outcome still matters is the coordinator's to say.
 //!
 //! `calls` jobs' calls and their stopping, `answer` what counts as an answer, `progress` polling, `callback`
-//! telling others how a run ended, `webhook` signing that.
+//! telling others how a run ended, `owed` when that is due, `webhook` signing it.
 
 mod answer;
 mod callback;
 mod calls;
+mod owed;
 mod progress;
 mod webhook;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 
 pub use answer::ANSWER_MAX_BYTES;
 pub use callback::{CallbackBody, CallbackStatus};
@@ -24,9 +25,6 @@ use crate::domain::ids::{PlaneId, RunId, Seq};
 use crate::driver::{Driver, Outcomes, Tasks};
 use crate::outbound::{GuardedClient, Rules};
 use calls::Calls;
-
-/// Callbacks sent at the same time: they go to strangers, who may be slow, and each holds its body.
-const CALLBACKS_AT_ONCE: usize = 64;
 
 /// What effects need of the ledger. Both calls block and are made off the asynchronous threads.
 pub trait Source: Send + Sync + 'static {
@@ -79,12 +77,13 @@ struct Inner {
     options: ExecutorOptions,
     call_client: GuardedClient,
     callback_client: GuardedClient,
-    callback_slots: Semaphore,
+    /// To `owed`.
+    callbacks: mpsc::UnboundedSender<callback::Try>,
     calls: Calls,
 }
 
 impl Executor {
-    /// Fails when no HTTP client can be made.
+    /// Fails when no HTTP client can be made. To be called on the runtime.
     pub fn new(
         driver: Driver,
         outcomes: Outcomes,
@@ -92,20 +91,21 @@ impl Executor {
         tasks: Tasks,
         options: ExecutorOptions,
     ) -> Result<Executor, reqwest::Error> {
-        let inner = Inner {
+        let (callbacks, owed) = mpsc::unbounded_channel();
+        let inner = Arc::new(Inner {
             driver,
             outcomes,
             source,
             tasks,
             call_client: GuardedClient::for_jobs(options.services.clone())?,
             callback_client: GuardedClient::for_callbacks(options.callbacks.clone())?,
-            callback_slots: Semaphore::new(CALLBACKS_AT_ONCE),
+            callbacks,
             calls: Calls::default(),
             options,
-        };
-        Ok(Executor {
-            inner: Arc::new(inner),
-        })
+        });
+        let keeping = owed::keep(Arc::downgrade(&inner), owed);
+        inner.tasks.spawn("callbacks", keeping);
+        Ok(Executor { inner })
     }
 
     /// Performs effects until the coordinator ends.
@@ -165,6 +165,7 @@ impl Executor {
             }
             Effect::SendCallback {
                 plane,
+                tenant,
                 run,
                 number,
                 url,
@@ -172,13 +173,14 @@ impl Executor {
             } => {
                 let try_ = callback::Try {
                     plane,
+                    tenant,
                     run,
                     number,
                     url,
                     not_before,
                 };
-                let sending = callback::send(self.inner.clone(), try_);
-                self.inner.tasks.spawn("callback", sending);
+                // Nobody sends any more when the gateway stops; it is owed after the next start.
+                let _ = self.inner.callbacks.send(try_);
             }
         }
     }

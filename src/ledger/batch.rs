@@ -401,7 +401,7 @@ impl Batch<'_> {
             cursor: raw.cursor,
             plane,
             at: raw.at,
-            has_payload: raw.payload_len > 0,
+            payload_len: raw.payload_len,
         };
         let slot = self.load_run(plane, run)?;
         let before = slot.now.take();

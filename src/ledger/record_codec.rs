@@ -142,15 +142,17 @@ impl<'a> Raw<'a> {
         })
     }
 
-    /// Where the event lies within the record's bytes, without looking at anything else (replay).
-    pub fn event_of(bytes: &'a [u8]) -> Option<(Timestamp, PlaneId, &'a [u8])> {
+    /// Where the event lies within the record's bytes, and the payload's length, without looking at anything else
+    /// (replay).
+    pub fn event_of(bytes: &'a [u8]) -> Option<(Timestamp, PlaneId, &'a [u8], u32)> {
         if bytes.len() < HEADER_BYTES || u16::from_le_bytes(array(bytes, 0)) > RECORD_FORMAT {
             return None;
         }
         let event_len = u32::from_le_bytes(array(bytes, 136)) as usize;
         let event = bytes.get(HEADER_BYTES..HEADER_BYTES.checked_add(event_len)?)?;
         let plane = PlaneId(u32::from_le_bytes(array(bytes, 4)));
-        Some((Timestamp(i64::from_le_bytes(array(bytes, 8))), plane, event))
+        let at = Timestamp(i64::from_le_bytes(array(bytes, 8)));
+        Some((at, plane, event, u32::from_le_bytes(array(bytes, 144))))
     }
 
     /// The hash that these parts give at `seq`.

@@ -20,14 +20,17 @@ const BLOCKS_AHEAD: usize = 4;
 /// Threads that read: two keep ahead of any fold, and more would only compete with it.
 const READERS: u64 = 2;
 
-type Block = Vec<(Seq, Timestamp, PlaneId, Event)>;
+/// An event, and how long its record's payload is or was before a purge.
+pub type Replayed = (Event, u64);
+
+type Block = Vec<(Seq, Timestamp, PlaneId, Replayed)>;
 
 impl Ledger {
     /// Shows every event after `after`, in order; answers the last one's seq.
     pub fn replay(
         &self,
         after: Seq,
-        mut f: impl FnMut(Seq, Timestamp, PlaneId, Event),
+        mut f: impl FnMut(Seq, Timestamp, PlaneId, Replayed),
     ) -> Result<Seq, ReadError> {
         let (tail, _) = batch::tail(&*self.inner.store.snapshot()?)?;
         std::thread::scope(|scope| {
@@ -109,12 +112,14 @@ fn decode_one(
     expected: Seq,
     seq: Option<Seq>,
     bytes: &[u8],
-) -> Result<(Seq, Timestamp, PlaneId, Event), ReadError> {
+) -> Result<(Seq, Timestamp, PlaneId, Replayed), ReadError> {
     if seq != Some(expected) {
         return Err(bad(expected, "it is missing"));
     }
-    let (at, plane, event) = Raw::event_of(bytes).ok_or_else(|| bad(expected, "cut short"))?;
-    Ok((expected, at, plane, record_codec::decode(expected, event)?))
+    let cut_short = || bad(expected, "cut short");
+    let (at, plane, event, payload_len) = Raw::event_of(bytes).ok_or_else(cut_short)?;
+    let event = record_codec::decode(expected, event)?;
+    Ok((expected, at, plane, (event, u64::from(payload_len))))
 }
 
 fn bad(seq: Seq, detail: &str) -> ReadError {

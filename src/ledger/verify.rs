@@ -582,7 +582,7 @@ fn fold_run(
             cursor,
             plane: raw.plane,
             at: raw.at,
-            has_payload: raw.payload_len > 0,
+            payload_len: raw.payload_len,
         };
         let event = raw.decode_event(seq)?;
         if let (Event::RunPurged { .. }, Some(seq)) = (&event, kept) {

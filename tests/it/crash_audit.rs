@@ -197,7 +197,7 @@ fn attempts_have_one_outcome(records: &[Record]) {
 /// A full replay, looking at every prefix whether more was promised than there is.
 fn replayed(ledger: &Ledger) -> State {
     let mut state = State::new(AGEING_MS);
-    let replay = ledger.replay(0, |seq, at, plane, event| {
+    let replay = ledger.replay(0, |seq, at, plane, (event, _)| {
         assert!(at >= state.now, "time ran backwards at {seq}");
         state.apply(seq, at, plane, &event);
         for gpu in state.gpus.values() {

@@ -8,6 +8,7 @@ use serde_json::json;
 use tempfile::TempDir;
 
 use crate::startup::Tmpfs;
+use crate::support::wait::until;
 use crate::support::{Gateway, Options};
 
 #[tokio::test]
@@ -20,6 +21,7 @@ async fn a_disk_that_fills_ends_the_gateway_and_loses_nothing() {
         data_dir: Some(data.clone()),
         ..Options::default()
     };
+    let options = options.set("RUNGATE_MIN_FREE_BYTES", "0");
     let mut gateway = Gateway::start(options).await;
 
     let text = "x".repeat(200_000);
@@ -58,5 +60,57 @@ async fn a_disk_that_fills_ends_the_gateway_and_loses_nothing() {
     gateway
         .start_job(json!({"service_type": "none", "payload": {}}))
         .await;
+    assert!(gateway.stop().await.success());
+}
+
+#[tokio::test]
+async fn below_the_reserve_what_grows_is_refused_and_the_rest_goes_on() {
+    let home = TempDir::new().unwrap();
+    let data = home.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let disk = Tmpfs::mount(&data, "size=64m");
+    let options = Options {
+        data_dir: Some(data.clone()),
+        ..Options::default()
+    };
+    let reserve = (24 << 20).to_string();
+    let mut gateway = Gateway::start(options.set("RUNGATE_MIN_FREE_BYTES", &reserve)).await;
+
+    let text = "x".repeat(200_000);
+    let job = json!({"job": {"service_type": "none", "payload": {"text": text}}});
+    let start = "/api/gateway/runs/start";
+    let first = gateway.post(start, job.clone()).await.expect(200);
+    let mut refused = None;
+    for _ in 0..1_000 {
+        let answer = gateway.post(start, job.clone()).await;
+        if answer.status != 200 {
+            refused = Some(answer);
+            break;
+        }
+    }
+    let refused = refused.expect("64 MiB hold no 200 MB").expect(507);
+    assert_eq!(refused["code"], "disk_reserve");
+    let readyz = gateway.bare(Method::GET, "/readyz?verbose=true").send();
+    let readyz = readyz.await.unwrap();
+    assert_eq!(readyz.status(), 503);
+    assert!(readyz.text().await.unwrap().contains("[-] disk"));
+    let metrics = gateway.get("/metrics").await.text;
+    assert!(metrics.contains("rungate_disk_free_bytes"), "{metrics}");
+
+    let run = first["run_id"].as_str().unwrap();
+    gateway.command("c-1", run, "cancel", json!({})).await;
+    let cancelled = gateway
+        .get(&format!("/api/gateway/runs/{run}"))
+        .await
+        .expect(200);
+    assert_eq!(cancelled["status"], "cancelled");
+
+    disk.resize("512m");
+    let is_ready = || async {
+        let asked = gateway.bare(Method::GET, "/readyz").send().await;
+        asked.unwrap().status() == 200
+    };
+    until("there is room again", is_ready).await;
+    gateway.post(start, job).await.expect(200);
     assert!(gateway.stop().await.success());
 }

@@ -103,6 +103,7 @@ impl Callbacks {
     async fn tried(&self, run: RunId, number: u32, url: &str) -> (Option<u16>, Option<String>) {
         self.executor.perform(Effect::SendCallback {
             plane: PlaneId::ROOT,
+            tenant: "default".into(),
             run,
             number,
             url: url.into(),

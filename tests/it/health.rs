@@ -20,7 +20,10 @@ async fn health_needs_no_token_and_probes_any_name() {
     assert_eq!(open("/livez").await.text, "ok\n");
     assert_eq!(open("/readyz").await.text, "ok\n");
     let verbose = open("/readyz?verbose=true").await.text;
-    assert_eq!(verbose, "[+] serving\n[+] ledger\n[+] coordinator\nok\n");
+    assert_eq!(
+        verbose,
+        "[+] serving\n[+] ledger\n[+] disk\n[+] coordinator\nok\n"
+    );
     for path in ["/livez", "/readyz"] {
         let request =
             format!("GET {path} HTTP/1.1\r\nhost: 10.1.2.3:9\r\nconnection: close\r\n\r\n");

@@ -298,7 +298,7 @@ fn replay_shows_every_event_in_order() {
     let records = ledger.records(Scope::All, 0, usize::MAX).unwrap();
     let (mut next, tail) = (10, ledger.tail());
     let last = ledger
-        .replay(10, |seq, at, plane, event| {
+        .replay(10, |seq, at, plane, (event, _)| {
             next += 1;
             let record = &records[usize::try_from(seq).unwrap() - 1];
             assert_eq!(

@@ -17,7 +17,7 @@ use rungate::domain::record::NewRecord;
 use rungate::domain::spec::{
     GpuFacts, GpuSource, Grant, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
 };
-use rungate::domain::tenant::{Quotas, TenantProfile};
+use rungate::domain::tenant::{Allowance, Quotas, TenantProfile};
 use rungate::domain::time::Timestamp;
 use rungate::ledger::{CommitError, Hash, Writer};
 use smol_str::SmolStr;
@@ -784,6 +784,18 @@ fn tenants() -> Vec<Event> {
         Event::UserQuotasChanged { key, quotas },
         Event::ShareHalfLifeChanged {
             half_life_ms: 60_000,
+        },
+        Event::TenantAllowanceChanged {
+            tenant: "acme".into(),
+            allowance: Allowance {
+                ledger_bytes: Some(1 << 40),
+                requests_per_minute: None,
+                users: Some(50),
+            },
+        },
+        Event::PayloadsPurged {
+            run: run_id(1),
+            bytes: 300_000,
         },
     ]
 }

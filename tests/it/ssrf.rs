@@ -160,6 +160,7 @@ impl Callbacks {
     async fn tried(&self, number: u32, url: &str) -> (Option<u16>, String) {
         self.executor.perform(Effect::SendCallback {
             plane: PlaneId::ROOT,
+            tenant: "default".into(),
             run: self.run,
             number,
             url: url.into(),

@@ -160,6 +160,94 @@ async fn a_start_over_the_quota_is_refused_and_changes_nothing() {
 }
 
 #[tokio::test]
+async fn a_tenants_bytes_in_the_ledger_are_counted_over_restarts_and_given_back_by_a_purge() {
+    let mut gateway = Gateway::start(Options::default()).await;
+    let body = json!({"tenant_id": "acme", "quotas": {"ledger_bytes": 1_000}});
+    let created = gateway.post(TENANTS, body).await.expect(200);
+    assert_eq!(created["tenant"]["quotas"]["ledger_bytes"], 1_000);
+    let ann = user(&gateway, json!({"user_id": "ann", "tenant_id": "acme"})).await;
+    let bob = user(&gateway, json!({"user_id": "bob", "tenant_id": "acme"})).await;
+    let path = format!("{RUNS}/start");
+    let body = json!({"job": {"service_type": "t", "payload": {"text": "x".repeat(600)}}});
+    let first = call(&gateway, &ann, Method::POST, &path, Some(body.clone())).await;
+    let run = first.expect(200)["run_id"].as_str().unwrap().to_owned();
+    // It holds for the tenant as a whole, and after a restart that finds no snapshot.
+    for _ in 0..2 {
+        let refused = call(&gateway, &bob, Method::POST, &path, Some(body.clone())).await;
+        let refused = refused.expect(429);
+        assert_eq!(
+            (&refused["code"], &refused["quota"]),
+            (&json!("quota_exceeded"), &json!("ledger_bytes"))
+        );
+        assert!(
+            refused["detail"]
+                .as_str()
+                .unwrap()
+                .contains("purge ended runs")
+        );
+        start(&gateway, &bob).await;
+        gateway.kill();
+        gateway.launch().await;
+    }
+    let command = json!({"command_id": "c-1", "run_id": run, "type": "cancel"});
+    let commands = "/api/gateway/commands";
+    call(&gateway, &ann, Method::POST, commands, Some(command))
+        .await
+        .expect(200);
+    let purge = format!("{RUNS}/{run}/purge");
+    for _ in 0..2 {
+        call(&gateway, &ann, Method::POST, &purge, Some(json!({})))
+            .await
+            .expect(200);
+        gateway.kill();
+        gateway.launch().await;
+    }
+    call(&gateway, &bob, Method::POST, &path, Some(body.clone()))
+        .await
+        .expect(200);
+    call(&gateway, &bob, Method::POST, &path, Some(body))
+        .await
+        .expect(429);
+    gateway.get("/api/gateway/ledger/verify").await.expect(200);
+}
+
+#[tokio::test]
+async fn a_tenant_has_as_many_users_and_requests_as_it_may() {
+    let gateway = Gateway::start(Options::default()).await;
+    let body = json!({"tenant_id": "acme", "quotas": {"users": 2, "requests_per_minute": 3}});
+    gateway.post(TENANTS, body).await.expect(200);
+    let of_acme = |name: &str| json!({"user_id": name, "tenant_id": "acme"});
+    let ann = user(&gateway, of_acme("ann")).await;
+    let bob = user(&gateway, of_acme("bob")).await;
+    let users = "/api/gateway/admin/users";
+    let refused = gateway.post(users, of_acme("cy")).await.expect(429);
+    assert_eq!(
+        (&refused["quota"], &refused["limit"]),
+        (&json!("users"), &json!(2))
+    );
+    let cy = user(&gateway, json!({"user_id": "cy", "tenant_id": "other"})).await;
+
+    // A user more is no way to ask more.
+    for token in [&ann, &bob, &ann] {
+        call(&gateway, token, Method::GET, RUNS, None)
+            .await
+            .expect(200);
+    }
+    for token in [&bob, &ann] {
+        let refused = call(&gateway, token, Method::GET, RUNS, None).await;
+        assert!(refused.headers.contains_key("retry-after"));
+        let refused = refused.expect(429);
+        assert_eq!(refused["code"], "rate_limited");
+        assert_eq!(refused["violated-policies"], json!(["tenant"]));
+    }
+    for _ in 0..4 {
+        call(&gateway, &cy, Method::GET, RUNS, None)
+            .await
+            .expect(200);
+    }
+}
+
+#[tokio::test]
 async fn a_run_over_the_running_quota_waits_and_says_why() {
     let gateway = Gateway::start(Options::default()).await;
     let service = worker_service(&gateway, "t", "t", json!({"concurrency": 4}));

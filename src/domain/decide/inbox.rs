@@ -13,14 +13,18 @@ use crate::domain::scheduler::fair::Fair;
 use crate::domain::state::job::{Job, Phase};
 
 impl Context<'_> {
-    /// Fails for a purged plane only: a command that cannot be applied is accepted, and rejected with its reason.
-    /// The coordinator has already refused a reused id. The reply's `seq` is filled in when it is appended.
+    /// A command that cannot be applied is accepted, and rejected with its reason; only one for a purged plane, or that brings
+    /// more along than quotas let it, is refused. The coordinator has already refused a reused id. The reply's `seq` is
+    /// filled in when it is appended.
     pub(super) fn inbox(
         &self,
         plane: PlaneId,
         command: InboxCommand,
     ) -> Result<Decision, Rejection> {
         self.check_open(plane)?;
+        if !command.is_small() {
+            self.may_keep(plane, command.payload.len())?;
+        }
         let kind = command.action.kind();
         let known = command
             .run

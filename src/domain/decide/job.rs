@@ -25,6 +25,7 @@ impl Context<'_> {
     ) -> Result<Decision, Rejection> {
         self.check_open(plane)?;
         self.may_queue(plane)?;
+        self.may_keep(plane, payload.len())?;
         let queue = &self.state.queue;
         let key = queue.key(run, self.now, spec.priority);
         let shape = queue.shape(&spec.target);
@@ -56,6 +57,14 @@ impl Context<'_> {
     /// Whether quotas let one run more of a plane wait.
     pub(super) fn may_queue(&self, plane: PlaneId) -> Result<(), Rejection> {
         match self.state.limits_of_plane(plane).queued_hit() {
+            Some(hit) => Err(Rejection::QuotaExceeded(Box::new(hit))),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether quotas let so many bytes more be kept of a plane's runs.
+    pub(super) fn may_keep(&self, plane: PlaneId, bytes: usize) -> Result<(), Rejection> {
+        match self.state.ledger_hit(plane, bytes) {
             Some(hit) => Err(Rejection::QuotaExceeded(Box::new(hit))),
             None => Ok(()),
         }
@@ -105,6 +114,7 @@ impl Context<'_> {
         body: Bytes,
     ) -> Result<Decision, Rejection> {
         let attempt = self.working(plane, run, attempt)?.attempt;
+        self.may_keep(plane, body.len())?;
         Ok(Decision::with(
             Event::JobProgressed { run, attempt },
             body,
@@ -121,6 +131,7 @@ impl Context<'_> {
         body: Bytes,
     ) -> Result<Decision, Rejection> {
         let attempt = self.working(plane, run, attempt)?.attempt;
+        self.may_keep(plane, body.len())?;
         let size_bytes = u64::try_from(body.len()).unwrap_or(u64::MAX);
         let event = Event::CheckpointSaved {
             run,
@@ -131,13 +142,17 @@ impl Context<'_> {
         Ok(Decision::with(event, body, Reply::Done))
     }
 
-    /// The store refuses a run that it does not know; a live one keeps its payloads.
+    /// The store refuses a run that it does not know, and fills in the numbers; a live one keeps its payloads.
     pub(super) fn purge(&self, plane: PlaneId, run: RunId) -> Result<Decision, Rejection> {
         if self.state.job(plane, run).is_some() {
             return Err(Rejection::RunNotEnded(run));
         }
         self.check_open(plane)?;
-        Ok(Decision::done(vec![Event::RunPurged { run, records: 0 }]))
+        let (bytes, records) = (0, 0);
+        Ok(Decision::done(vec![
+            Event::RunPurged { run, records },
+            Event::PayloadsPurged { run, bytes },
+        ]))
     }
 
     /// The job, if `attempt` is its current one and holds a place.

@@ -32,15 +32,29 @@ impl Context<'_> {
             return Err(IdentityRejection::TooManyTenants(MAX_TENANTS));
         }
         let old = people.tenant_profile(&tenant);
+        let kept = people.tenants.get(&tenant).map(|known| known.allowance);
+        let kept = kept.unwrap_or_default();
+        let allowance = change.allowance.of(kept);
         let profile = change.of(old.clone());
         if !profile.enabled && tenant == DEFAULT_TENANT {
             return Err(IdentityRejection::TenantProtected);
         }
-        Ok(match known {
-            false => vec![Event::TenantCreated { tenant, profile }],
+        let of = || tenant.clone();
+        let mut events = match known {
+            false => vec![Event::TenantCreated {
+                tenant: of(),
+                profile,
+            }],
             true if profile == old => Vec::new(),
-            true => vec![Event::TenantUpdated { tenant, profile }],
-        })
+            true => vec![Event::TenantUpdated {
+                tenant: of(),
+                profile,
+            }],
+        };
+        if allowance != kept {
+            events.push(Event::TenantAllowanceChanged { tenant, allowance });
+        }
+        Ok(events)
     }
 
     /// The change of a user's quotas, if it is one.

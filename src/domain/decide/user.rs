@@ -130,6 +130,9 @@ impl Context<'_> {
         if people.users.len() >= MAX_USERS {
             return Err(IdentityRejection::TooManyUsers(MAX_USERS));
         }
+        if let Some(hit) = self.state.users_hit(&key.tenant) {
+            return Err(IdentityRejection::QuotaExceeded(Box::new(hit)));
+        }
         let (plane, opened) = self.open_runtime(&key.tenant, &profile.runtime)?;
         let created = Event::UserCreated {
             key,

@@ -1,31 +1,28 @@
-//! Whose turn it is: among the tenants whose jobs wait for the same, the most urgent one, and of equally urgent ones
-//! that which has used the least of what it is due.
+//! Whose turn it is: among the tenants whose jobs wait for the same, the one that has used the least of what it is
+//! due. How urgent its jobs are is a tenant's own affair: whoever calls all of them urgent gets no more.
 //!
-//! - **Level**: a lane is as urgent as its most urgent job, and gains a level with each `ageing_ms_per_level` that its
-//!   first job has waited since the lane was last served. So nobody starves under the urgent jobs of others, and a
-//!   long queue does not make itself urgent.
+//! - **Overdue**: a lane whose first job has waited for `OVERDUE_LEVELS` × `ageing_ms_per_level`, and no other of its
+//!   tenant was served meanwhile, comes before those that have not. So nobody starves, and a long queue is no older
+//!   than its tenant's last turn.
 //! - **Share**: the largest part that a tenant uses of any resource (dominant resource fairness, Ghodsi et al., NSDI
 //!   2011), of places, GPU memory and whole GPUs, now and on average, divided by its weight.
-//! - Then the place in the lane. With one tenant that alone counts.
+//! - Then the place in the lane, by priority and age. With one tenant that alone counts.
 //!
-//! Lanes whose tenant or user is at a quota wait. Time enters in steps, so that the order changes with events and
-//! at known times only.
+//! Lanes whose tenant or user is at a quota wait (`quota`). Time enters in steps, so that the order changes with
+//! events and at known times only.
 
-use std::borrow::Cow;
 use std::cell::{OnceCell, RefCell};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use rustc_hash::FxHashMap;
 use smol_str::SmolStr;
 
 use super::queue::{Lane, LaneKey, OrderKey, RunsIter, Shape};
-use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
-use crate::domain::spec::{Priority, Target};
+use crate::domain::spec::Target;
 use crate::domain::state::State;
-use crate::domain::state::account::{Amount, Holding};
-use crate::domain::state::service::Service;
-use crate::domain::tenant::{DEFAULT_WEIGHT, Holder, QuotaHit, Quotas};
+use crate::domain::state::account::{Account, Amount};
+use crate::domain::tenant::DEFAULT_WEIGHT;
 use crate::domain::time::Timestamp;
 
 /// Shortest and longest time after which the order is looked at anew, in milliseconds.
@@ -34,11 +31,15 @@ const STEP_MS: (u64, u64) = (1_000, 60_000);
 /// Such steps in a half-life: the error of a share is about a hundredth.
 const STEPS_PER_HALF_LIFE: u64 = 64;
 
+/// Levels of ageing after which a lane that is not served comes first: as many as make a job of the default priority
+/// one of the most urgent.
+const OVERDUE_LEVELS: u64 = 2;
+
 /// Where a lane stands: smaller is served first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Rank {
-    /// From 1, the most urgent.
-    pub level: u8,
+    /// Not overdue.
+    pub in_time: bool,
     /// What its tenant used, in parts of what it is due.
     pub share: u64,
     pub key: OrderKey,
@@ -47,18 +48,15 @@ pub struct Rank {
 /// One lane of a shape while its jobs are told in order.
 struct Front<'a> {
     lane: &'a LaneKey,
-    share: u64,
     first: OrderKey,
     rest: RunsIter<'a>,
-    /// Of the first and the rest, by priority.
-    counts: [u64; 5],
     rank: Option<Rank>,
 }
 
 /// State as the order of service sees it.
 pub struct Fair<'a> {
     pub state: &'a State,
-    ageing_ms: u64,
+    overdue_ms: u64,
     /// The beginning of the step that the time is in.
     now: Timestamp,
     /// Places, MiB and thousandths of GPUs that there are.
@@ -72,7 +70,10 @@ impl<'a> Fair<'a> {
         let step_us = step_us(state);
         Fair {
             state,
-            ageing_ms: settings.ageing_ms_per_level.max(1),
+            overdue_ms: settings
+                .ageing_ms_per_level
+                .saturating_mul(OVERDUE_LEVELS)
+                .max(1),
             now: Timestamp(now.0.div_euclid(step_us).saturating_mul(step_us)),
             capacity: OnceCell::new(),
             shares: RefCell::default(),
@@ -98,38 +99,28 @@ impl<'a> Fair<'a> {
         };
         if serving.contested {
             for front in &mut serving.fronts {
-                front.share = self.share(&front.lane.tenant);
                 front.rank = Some(self.rank(target, front));
             }
         }
         serving
     }
 
-    /// Open shapes, the one to be tried first at the end. A tenant's own are in the order of their first jobs.
+    /// Open shapes, the one to be tried first at the end. A tenant's own are in the order of their first jobs, unless
+    /// one is overdue.
     pub fn order(&self, open: BTreeSet<Target>) -> Vec<Target> {
         let mut shapes = Vec::with_capacity(open.len());
         for target in open {
             let first = self.serving(&target).into_first();
             shapes.push((target, first));
         }
-        let tenants = |(_, first): &(Target, Option<Front<'a>>)| {
-            first.as_ref().map(|front| front.lane.tenant.clone())
-        };
-        let distinct: BTreeSet<SmolStr> = shapes.iter().filter_map(tenants).collect();
-        let mut turns: BTreeMap<SmolStr, Rank> = BTreeMap::new();
-        if distinct.len() > 1 {
-            for (target, front) in &mut shapes {
-                let Some(front) = front else { continue };
-                front.share = self.share(&front.lane.tenant);
-                let rank = self.rank(target, front);
-                let turn = turns.entry(front.lane.tenant.clone()).or_insert(rank);
-                *turn = rank.min(*turn);
-            }
-        }
-        shapes.sort_by_cached_key(|(_, front)| {
-            let place = front
-                .as_ref()
-                .map(|front| (turns.get(&front.lane.tenant).copied(), front.first));
+        let mut tenants = shapes.iter().filter_map(|(_, first)| tenant_of(first));
+        let one = tenants.next();
+        let several = tenants.any(|tenant| Some(tenant) != one);
+        shapes.sort_by_cached_key(|(target, first)| {
+            let place = first.as_ref().map(|front| {
+                let turn = several.then(|| self.rank(target, front));
+                (turn, front.first)
+            });
             // Those without anybody who may be served come last.
             std::cmp::Reverse((place.is_none(), place))
         });
@@ -160,10 +151,15 @@ impl<'a> Fair<'a> {
     }
 
     fn weighed_share(&self, tenant: &SmolStr) -> u64 {
-        let Some(account) = self.state.accounts.tenant(tenant) else {
-            return 0;
-        };
-        let usage = account.usage(self.state.accounts.half_life_ms, self.now);
+        let account = self.state.accounts.tenant(tenant);
+        account.map_or(0, |account| {
+            self.weighed(tenant, account, account.holding.held)
+        })
+    }
+
+    /// The same if the tenant held `held` instead of what it does.
+    fn weighed(&self, tenant: &SmolStr, account: &Account, held: Amount) -> u64 {
+        let usage = account.usage(self.state.accounts.half_life_ms, self.now, held);
         let capacity = self.capacity.get_or_init(|| capacity(self.state));
         let dominant = usage.iter().zip(capacity).map(|(used, there)| match there {
             0 => 0,
@@ -174,44 +170,63 @@ impl<'a> Fair<'a> {
         u64::try_from(dominant * u128::from(DEFAULT_WEIGHT) / weight).unwrap_or(u64::MAX)
     }
 
-    fn rank(&self, target: &Target, front: &Front) -> Rank {
+    /// Whether a tenant would not have used more of what it is due than another even after it took `gain` and the
+    /// other lost `loss`. So what is taken is not taken back at once.
+    pub fn may_take(
+        &self,
+        (to, gain): (&SmolStr, Amount),
+        (from, loss): (&SmolStr, Amount),
+    ) -> bool {
+        let none = Account::default();
+        let account = |tenant: &SmolStr| self.state.accounts.tenant(tenant).unwrap_or(&none);
+        let (takes, gives) = (account(to), account(from));
+        let after = self.weighed(to, takes, takes.holding.held.plus(gain));
+        after < self.weighed(from, gives, gives.holding.held.minus(loss))
+    }
+
+    /// Whether a tenant has used less of what it is due than any other that waits for one of `targets` and may be served.
+    pub fn is_first_of(&self, tenant: &'a SmolStr, targets: &[Target]) -> bool {
+        let shapes = targets
+            .iter()
+            .filter_map(|target| self.state.queue.shape(target));
+        let mut others = shapes
+            .flat_map(Shape::lanes)
+            .map(|(lane, _)| lane)
+            .filter(|lane| lane.tenant != *tenant && !self.state.is_at_quota(lane));
+        others.all(|lane| self.share(tenant) < self.share(&lane.tenant))
+    }
+
+    /// Whether whoever has waited for so long comes first for it.
+    pub fn is_overdue(&self, waited_ms: u64) -> bool {
+        waited_ms >= self.overdue_ms
+    }
+
+    fn rank(&self, target: &Target, front: &Front<'a>) -> Rank {
+        let job = self.state.jobs.get(&front.first.1);
+        let waited_ms = job.map_or(0, |job| {
+            let account = self.state.accounts.tenant(&front.lane.tenant);
+            let served = account.and_then(|account| account.served.get(target));
+            let since = served.map_or(job.queued_at, |at| job.queued_at.max(*at));
+            self.now.millis_since(since)
+        });
         Rank {
-            level: self.level(target, front),
-            share: front.share,
+            in_time: !self.is_overdue(waited_ms),
+            share: self.share(&front.lane.tenant),
             key: front.first,
         }
     }
+}
 
-    /// How urgent a lane is: by its most urgent job, or by the age of its first.
-    fn level(&self, target: &Target, front: &Front) -> u8 {
-        let least = Priority::LEAST_URGENT.get();
-        let most_urgent = front
-            .counts
-            .iter()
-            .zip(1u8..)
-            .find(|(count, _)| **count > 0);
-        let most_urgent = most_urgent.map_or(least, |(_, level)| level);
-        let Some(job) = self.state.jobs.get(&front.first.1) else {
-            return most_urgent;
-        };
-        let account = self.state.accounts.tenant(&front.lane.tenant);
-        let served = account.and_then(|account| account.served.get(target));
-        let since = served.map_or(job.queued_at, |at| job.queued_at.max(*at));
-        let gained = self.now.millis_since(since) / self.ageing_ms;
-        let gained = u8::try_from(gained).unwrap_or(u8::MAX);
-        let aged = job.spec.priority.get().saturating_sub(gained).max(1);
-        aged.min(most_urgent)
-    }
+fn tenant_of<'a>(front: &Option<Front<'a>>) -> Option<&'a SmolStr> {
+    front.as_ref().map(|front| &front.lane.tenant)
 }
 
 fn front<'a>(key: &'a LaneKey, lane: &'a Lane) -> Option<Front<'a>> {
     let mut rest = lane.waiting.iter();
     Some(Front {
         lane: key,
-        share: 0,
         first: rest.next()?,
         rest,
-        counts: lane.by_priority,
         rank: None,
     })
 }
@@ -273,10 +288,6 @@ impl<'a> Iterator for Serving<'_, 'a> {
         let index = self.first()?;
         let front = &mut self.fronts[index];
         let told = (front.lane, front.first);
-        if let Some(job) = self.fair.state.jobs.get(&front.first.1) {
-            let count = &mut front.counts[usize::from(job.spec.priority.get() - 1)];
-            *count = count.saturating_sub(1);
-        }
         match front.rest.next() {
             Some(next) => {
                 front.first = next;
@@ -289,181 +300,5 @@ impl<'a> Iterator for Serving<'_, 'a> {
             }
         }
         Some(told)
-    }
-}
-
-/// One holder's quotas and what it has.
-struct Limit<'a> {
-    holder: HolderRef<'a>,
-    quotas: &'a Quotas,
-    has: Holding,
-}
-
-enum HolderRef<'a> {
-    Tenant(&'a SmolStr),
-    User(&'a SmolStr),
-}
-
-/// The quotas that a run is under: its tenant's and its user's.
-#[derive(Default)]
-pub struct Limits<'a>([Option<Limit<'a>>; 2]);
-
-impl Limits<'_> {
-    /// The quota that forbids one run more which holds `charge`.
-    pub fn hit(&self, charge: Amount) -> Option<QuotaHit> {
-        self.0.iter().flatten().find_map(|limit| limit.hit(charge))
-    }
-
-    /// The quota that forbids one run more, whatever it needs.
-    pub fn running_hit(&self) -> Option<QuotaHit> {
-        self.hit(Amount {
-            places: 1,
-            ..Amount::default()
-        })
-    }
-
-    /// The quota that forbids to queue one run more.
-    pub fn queued_hit(&self) -> Option<QuotaHit> {
-        self.0.iter().flatten().find_map(|limit| {
-            let (used, quota) = (limit.has.queued(), limit.quotas.queued_runs);
-            let hit = quota.filter(|quota| used >= *quota)?;
-            Some(limit.told("queued_runs", "queued runs", hit, used))
-        })
-    }
-
-    /// How many runs more may get a place.
-    pub fn headroom(&self) -> u64 {
-        let room = |limit: &Limit| {
-            let running = limit.quotas.running_runs?;
-            Some(running.saturating_sub(limit.has.held.places))
-        };
-        self.0
-            .iter()
-            .flatten()
-            .filter_map(room)
-            .min()
-            .unwrap_or(u64::MAX)
-    }
-
-    fn is_empty(&self) -> bool {
-        self.0.iter().all(Option::is_none)
-    }
-}
-
-impl Limit<'_> {
-    fn hit(&self, charge: Amount) -> Option<QuotaHit> {
-        let (has, quotas) = (self.has.held, self.quotas);
-        let after = has.plus(charge);
-        let over = |quota: Option<u64>, after: u64, charge: u64| {
-            quota.filter(|quota| charge > 0 && after > *quota)
-        };
-        if let Some(limit) = over(quotas.running_runs, after.places, charge.places) {
-            return Some(self.told("running_runs", "running runs", limit, has.places));
-        }
-        let whole = quotas.gpus.map(|gpus| gpus.saturating_mul(1_000));
-        if over(whole, after.gpus_milli, charge.gpus_milli).is_some() {
-            let used = has.gpus_milli.div_ceil(1_000);
-            return Some(self.told("gpus", "GPUs", quotas.gpus.unwrap_or(0), used));
-        }
-        let limit = over(quotas.vram_mib, after.vram_mib, charge.vram_mib)?;
-        Some(self.told("vram_mib", "MiB of GPU memory", limit, has.vram_mib))
-    }
-
-    fn told(&self, quota: &'static str, unit: &'static str, limit: u64, used: u64) -> QuotaHit {
-        QuotaHit {
-            holder: match self.holder {
-                HolderRef::Tenant(tenant) => Holder::Tenant(tenant.clone()),
-                HolderRef::User(user) => Holder::User(user.clone()),
-            },
-            quota,
-            unit,
-            limit,
-            used,
-        }
-    }
-}
-
-impl State {
-    /// Whose lane a plane's jobs wait in.
-    pub fn lane_of(&self, plane: PlaneId) -> LaneKey {
-        let quotas = self.user_limits.get(&plane);
-        LaneKey {
-            tenant: self.tenant_of(plane).clone(),
-            user: quotas.filter(|(_, q)| q.limits_running()).map(|_| plane),
-        }
-    }
-
-    /// The quotas of a lane: with a user among them only where it has a lane of its own.
-    pub fn limits_of_lane<'a>(&'a self, lane: &'a LaneKey) -> Limits<'a> {
-        Limits([
-            self.tenant_limit(&lane.tenant),
-            lane.user.and_then(|plane| self.user_limit(plane)),
-        ])
-    }
-
-    /// The quotas of a plane's runs.
-    pub fn limits_of_plane(&self, plane: PlaneId) -> Limits<'_> {
-        Limits([
-            self.tenant_limit(self.tenant_of(plane)),
-            self.user_limit(plane),
-        ])
-    }
-
-    fn tenant_limit<'a>(&'a self, tenant: &'a SmolStr) -> Option<Limit<'a>> {
-        let quotas = &self.people.tenants.get(tenant)?.profile.quotas;
-        let account = self.accounts.tenant(tenant);
-        (!quotas.is_unlimited()).then(|| Limit {
-            holder: HolderRef::Tenant(tenant),
-            quotas,
-            has: account.map(|account| account.holding).unwrap_or_default(),
-        })
-    }
-
-    fn user_limit(&self, plane: PlaneId) -> Option<Limit<'_>> {
-        let (key, quotas) = self.user_limits.get(&plane)?;
-        Some(Limit {
-            holder: HolderRef::User(&key.user),
-            quotas,
-            has: self.accounts.plane(plane),
-        })
-    }
-
-    /// Whether no job of a lane may run now, wherever.
-    pub fn is_at_quota(&self, lane: &LaneKey) -> bool {
-        self.limits_of_lane(lane).headroom() == 0
-    }
-
-    /// Whether quotas let a run of this plane take a place on `service` now.
-    pub fn may_use(&self, plane: PlaneId, service: &Service) -> bool {
-        let limits = self.limits_of_plane(plane);
-        limits.is_empty() || limits.hit(Amount::of_run(service)).is_none()
-    }
-
-    /// Those of `services` that a lane's quotas let its jobs use now.
-    pub fn usable<'s, 'a>(
-        &self,
-        lane: &LaneKey,
-        services: &'s [&'a Service],
-    ) -> Cow<'s, [&'a Service]> {
-        let limits = self.limits_of_lane(lane);
-        if limits.is_empty() {
-            return Cow::Borrowed(services);
-        }
-        let allowed = |service: &&&Service| limits.hit(Amount::of_run(service)).is_none();
-        Cow::Owned(services.iter().filter(allowed).copied().collect())
-    }
-
-    /// The most urgent priority among the jobs of a shape that quotas let run, if any.
-    pub fn most_urgent(&self, target: &Target) -> Option<Priority> {
-        let shape = self.queue.shape(target)?;
-        let level = match self.is_limited() {
-            false => shape.most_urgent(),
-            true => {
-                let lanes = shape.lanes().iter();
-                let free = lanes.filter(|(lane, _)| !self.is_at_quota(lane));
-                free.filter_map(|(_, lane)| lane.most_urgent()).min()
-            }
-        }?;
-        Priority::new(u8::try_from(level + 1).ok()?)
     }
 }

@@ -4,14 +4,15 @@
 pub mod fair;
 pub mod placement;
 pub mod queue;
+pub mod quota;
 pub mod room;
 pub mod status;
 pub mod upkeep;
 pub mod why;
 
 use self::fair::Fair;
-use self::queue::OrderKey;
-use self::room::{Leave, Request, Spared, may_preempt};
+use self::queue::{OrderKey, Parking};
+use self::room::{Bid, Leave, Request, Spared};
 use super::event::{Event, JobStopCause, StartCause, StopCause};
 use super::ids::{Generation, RunId, ServiceName};
 use super::settings::Settings;
@@ -37,15 +38,11 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
     while let Some(target) = order.pop().filter(|_| decided.is_none()) {
         match try_shape(&fair, settings, now, &target) {
             Outcome::Act(events) => decided = Some(events),
-            Outcome::Park {
-                tried,
-                wake_at,
-                enough_for,
-            } => parked.push((target, tried, wake_at, enough_for)),
+            Outcome::Park(parking, wake_at) => parked.push((target, parking, wake_at)),
         }
     }
-    for (target, tried, wake_at, enough_for) in parked {
-        state.queue.park(&target, tried, enough_for);
+    for (target, parking, wake_at) in parked {
+        state.queue.park(&target, parking);
         state.timers.set(TimerKey::Shape(target), wake_at);
     }
     decided.or_else(|| upkeep::free_stranded(state, now))
@@ -55,13 +52,7 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
 enum Outcome {
     Act(Vec<Event>),
     /// Nothing helps until something changes, or until that time.
-    Park {
-        /// The job that was tried; `None` when all have places promised.
-        tried: Option<OrderKey>,
-        wake_at: Option<Timestamp>,
-        /// So many jobs have places on their way.
-        enough_for: Option<usize>,
-    },
+    Park(Parking, Option<Timestamp>),
 }
 
 /// Tries the first job of a shape. Those to which a place was promised wait for it, so behind them the next
@@ -71,6 +62,13 @@ enum Outcome {
 fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
     let state = fair.state;
     let all = candidates(state, target);
+    if all.is_empty() {
+        let parking = Parking {
+            unserved: true,
+            ..Parking::default()
+        };
+        return Outcome::Park(parking, None);
+    }
     let mut serving = fair.serving(target);
     // It may be another tenant's turn by then, where a turn is worth something.
     let may_serve = |service: &&Service| {
@@ -81,7 +79,7 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
     let next_look = matters.then(|| fair.next_look());
     // Of this shape, with places promised, and served before.
     let mut before = Vec::new();
-    let (mut first_tried, mut earliest) = (None, next_look);
+    let (mut parking, mut earliest) = (Parking::default(), next_look);
     while let Some((lane, key)) = serving.next() {
         let run = key.1;
         let Some(job) = state.jobs.get(&run) else {
@@ -100,18 +98,22 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
         }
         let everything = usable.len() == all.len();
         match try_harder(state, settings, now, key, job, &usable, fair) {
-            Outcome::Park {
+            Outcome::Park(
+                Parking {
+                    enough_for: None,
+                    by_share,
+                    ..
+                },
                 wake_at,
-                enough_for: None,
-                ..
-            } => {
-                first_tried.get_or_insert(key);
+            ) => {
+                parking.tried.get_or_insert(key);
+                parking.by_share |= by_share;
                 earliest = earliest.into_iter().chain(wake_at).min();
             }
             outcome if everything => return outcome,
             Outcome::Act(events) => return Outcome::Act(events),
-            Outcome::Park { .. } => {
-                first_tried.get_or_insert(key);
+            Outcome::Park(..) => {
+                parking.tried.get_or_insert(key);
             }
         }
         if everything {
@@ -119,11 +121,8 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
         }
         serving.pass(lane);
     }
-    Outcome::Park {
-        tried: first_tried,
-        wake_at: earliest.filter(|_| first_tried.is_some()),
-        enough_for: None,
-    }
+    let wake_at = earliest.filter(|_| parking.tried.is_some());
+    Outcome::Park(parking, wake_at)
 }
 
 /// The ways to get a job going that finds no free place, the least harmful first: a place on its way, a new
@@ -140,11 +139,12 @@ fn try_harder(
     let (_, run) = key;
     let enough_for = places_coming(state, &job.spec.target, all, fair);
     if enough_for.is_some() {
-        return Outcome::Park {
+        let parking = Parking {
             tried: Some(key),
-            wake_at: None,
             enough_for,
+            ..Parking::default()
         };
+        return Outcome::Park(parking, None);
     }
     let startable: Vec<&Service> = all
         .iter()
@@ -155,14 +155,18 @@ fn try_harder(
         let cause = StartCause::Scheduler;
         return Outcome::Act(vec![start(service, grants, cause, now)]);
     }
+    let bid = Bid {
+        fair,
+        settings,
+        now,
+        job,
+    };
     let make_room = |worst| {
         startable.iter().find_map(|service| {
             let request = Request {
                 state,
-                settings,
-                now,
+                bid: &bid,
                 run,
-                job,
                 service,
                 worst,
             };
@@ -171,15 +175,19 @@ fn try_harder(
         })
     };
     let events = make_room(Leave::Idle)
-        .or_else(|| preempt_place(all, state, settings, now, run, job))
-        .or_else(|| hasten(all, state, settings, now, run, job))
+        .or_else(|| preempt_place(all, &bid, run))
+        .or_else(|| hasten(all, &bid, run))
         .or_else(|| make_room(Leave::Preempt))
         .or_else(|| make_room(Leave::Drain));
     events.map_or_else(
-        || Outcome::Park {
-            tried: Some(key),
-            wake_at: wake_at(state, settings, now, job, all, !startable.is_empty()),
-            enough_for: None,
+        || {
+            let (wake_at, by_share) = wake_at(&bid, all, !startable.is_empty());
+            let parking = Parking {
+                tried: Some(key),
+                by_share,
+                ..Parking::default()
+            };
+            Outcome::Park(parking, wake_at)
         },
         Outcome::Act,
     )
@@ -320,7 +328,12 @@ fn make_room(request: &Request, plan: room::Plan) -> Vec<Event> {
         };
         events.push(upkeep::drain(victim, instance, cause, None));
         if *leave == Leave::Preempt {
-            stops.extend(preempt_all(request.state, victim, request.run, request.now));
+            stops.extend(preempt_all(
+                request.state,
+                victim,
+                request.run,
+                request.bid.now,
+            ));
         }
     }
     events.push(Event::RoomHeld {
@@ -355,14 +368,8 @@ fn running_on<'a>(
 
 /// Room is being made for this shape, but what runs there may take long: a job that is urgent enough preempts
 /// it, if that clears the room.
-fn hasten(
-    all: &[&Service],
-    state: &State,
-    settings: &Settings,
-    now: Timestamp,
-    run: RunId,
-    job: &Job,
-) -> Option<Vec<Event>> {
+fn hasten(all: &[&Service], bid: &Bid, run: RunId) -> Option<Vec<Event>> {
+    let (state, now) = (bid.fair.state, bid.now);
     all.iter().find_map(|service| {
         let hold = state.holds.get(&service.spec.name)?;
         let victims: Vec<&Service> = hold
@@ -372,7 +379,7 @@ fn hasten(
             .collect();
         let may = |victim: &&Service| {
             running_on(state, victim)
-                .all(|(_, other)| may_preempt(state, settings, job, other, victim, now).is_ok())
+                .all(|(_, other)| bid.may_preempt_all_of(other, victim, service).is_ok())
         };
         if !victims.iter().all(may) {
             return None;
@@ -386,24 +393,10 @@ fn hasten(
 }
 
 /// Preempts one job to take its place on an instance that is up.
-fn preempt_place(
-    all: &[&Service],
-    state: &State,
-    settings: &Settings,
-    now: Timestamp,
-    run: RunId,
-    job: &Job,
-) -> Option<Vec<Event>> {
-    let (service, victim) = best_victim(
-        all,
-        state,
-        |service, victim| {
-            may_preempt(state, settings, job, victim, service, now)
-                .is_ok()
-                .then_some(())
-        },
-        now,
-    )?;
+fn preempt_place(all: &[&Service], bid: &Bid, run: RunId) -> Option<Vec<Event>> {
+    let (state, now) = (bid.fair.state, bid.now);
+    let allowed = |service: &Service, victim: &Job| bid.may_preempt(victim, service).ok();
+    let (service, victim) = best_victim(all, state, allowed, now)?;
     let victim_job = state.jobs.get(&victim)?;
     let cause = JobStopCause::Preempt { by: run };
     Some(vec![stop_job(
@@ -441,43 +434,45 @@ pub fn best_victim<'a>(
         .map(|(_, service, run)| (service, run))
 }
 
-/// When time alone improves a blocked job's chances.
-fn wake_at(
-    state: &State,
-    settings: &Settings,
-    now: Timestamp,
-    job: &Job,
-    all: &[&Service],
-    wants_room: bool,
-) -> Option<Timestamp> {
+/// When time alone improves a blocked job's chances, and whether what tenants use may do so too.
+fn wake_at(bid: &Bid, all: &[&Service], wants_room: bool) -> (Option<Timestamp>, bool) {
+    let (state, job, now) = (bid.fair.state, bid.job, bid.now);
     // Whose jobs may become victims: those on its own services, and any while it wants room or room is made for it.
     let wants_room = wants_room
         || all
             .iter()
             .any(|service| state.holds.contains_key(&service.spec.name));
-    let swap_at = Some(job.since + settings.swap_max_wait_ms).filter(|at| wants_room && *at > now);
+    let swap_at = Some(job.since + bid.settings.swap_max_wait_ms);
+    let swap_at = swap_at.filter(|at| wants_room && *at > now);
     let retries = all
         .iter()
         .filter_map(|service| service.retry_at)
         .filter(|at| *at > now);
     let own = all.iter().copied().filter(|_| !wants_room);
-    let others = state.services.values().filter(|_| wants_room);
-    let minimums = own
-        .chain(others)
-        .filter_map(|service| Some((service, service.instance.as_ref()?)))
-        .filter(|(_, instance)| {
+    let others = || state.services.values().filter(|_| wants_room);
+    let (mut minimum, mut by_share) =
+        (None, others().any(|other| bid.is_outranked_by_share(other)));
+    for service in own.chain(others()) {
+        let instance = service.instance.as_ref().filter(|instance| {
             matches!(
                 instance.phase,
                 InstancePhase::Ready | InstancePhase::Draining { .. }
             )
-        })
-        .flat_map(|(service, instance)| instance.active.iter().map(move |run| (service, run)))
-        .filter_map(|(service, run)| {
-            let victim = state.jobs.get(run)?;
-            match may_preempt(state, settings, job, victim, service, now) {
-                Err(Spared::Until(at)) => Some(at),
-                _ => None,
-            }
         });
-    swap_at.into_iter().chain(retries).chain(minimums).min()
+        let active = instance.into_iter().flat_map(|instance| &instance.active);
+        for victim in active.filter_map(|run| state.jobs.get(run)) {
+            match bid.may_preempt(victim, service) {
+                Err(Spared::Until(at)) => {
+                    minimum = minimum.into_iter().chain([at]).min();
+                }
+                Err(Spared::Share) => by_share = true,
+                // Not with all that run there, perhaps.
+                Ok(()) => by_share |= state.tenant_of(victim.plane) != state.tenant_of(job.plane),
+                Err(_) => {}
+            }
+        }
+    }
+    let next_look = by_share.then(|| bid.fair.next_look());
+    let all = swap_at.into_iter().chain(retries).chain(minimum);
+    (all.chain(next_look).min(), by_share)
 }

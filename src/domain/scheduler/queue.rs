@@ -146,10 +146,20 @@ pub struct Shape {
     pub held: u64,
     /// Waiting jobs by priority level, index 0 is priority 1.
     pub by_priority: [u64; 5],
+    parking: Parking,
+}
+
+/// Why a shape is parked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Parking {
     /// The job that was tried last; those before it have places promised. `None` when all have.
-    tried: Option<OrderKey>,
-    /// Parked because so many jobs have places on their way: one more opens it.
-    enough_for: Option<usize>,
+    pub tried: Option<OrderKey>,
+    /// So many jobs have places on their way: one more opens it.
+    pub enough_for: Option<usize>,
+    /// It may get going when tenants' shares change.
+    pub by_share: bool,
+    /// No service takes such jobs: only one that comes opens it.
+    pub unserved: bool,
 }
 
 impl Shape {
@@ -210,12 +220,15 @@ pub struct Queue {
     shapes: BTreeMap<Target, Shape>,
     /// Shapes worth trying: their chances have changed since they were last tried.
     open: BTreeSet<Target>,
-    /// Shapes in which several lanes wait.
+    /// Shapes with waiting jobs that some service may take. Anybody can think up any number of others, which must not
+    /// cost a decision anything.
+    served: BTreeSet<Target>,
+    /// Those in which several lanes wait.
     contested: BTreeSet<Target>,
+    /// Shapes parked until shares change, perhaps opened since.
+    by_share: BTreeSet<Target>,
     /// Something changed that may matter to any shape: all are opened before the next one is looked for.
     open_all: bool,
-    /// Somebody has quotas: the most urgent job of a shape may be one that has to wait for them.
-    limited: bool,
     ageing_us_per_level: i64,
     waiting: u64,
 }
@@ -264,8 +277,8 @@ impl Queue {
             list.by_priority[usize::from(priority.get() - 1)] += 1;
             shape.by_priority[usize::from(priority.get() - 1)] += 1;
             shape.waiting += 1;
-            let one_more = shape.enough_for.is_some_and(|n| shape.waiting > n);
-            one_more || shape.is_contested() || shape.tried.is_none_or(|tried| key < tried)
+            let one_more = shape.parking.enough_for.is_some_and(|n| shape.waiting > n);
+            one_more || shape.is_contested() || shape.parking.tried.is_none_or(|tried| key < tried)
         });
         self.waiting += 1;
     }
@@ -303,7 +316,7 @@ impl Queue {
                 shape.by_priority[usize::from(priority.get() - 1)] -= 1;
                 shape.waiting -= 1;
             }
-            contested || shape.tried.is_none_or(|tried| *key <= tried)
+            contested || shape.parking.tried.is_none_or(|tried| *key <= tried)
         });
         if taken {
             self.waiting -= 1;
@@ -338,9 +351,8 @@ impl Queue {
         let Some(shape) = self.shapes.get_mut(target) else {
             return;
         };
-        let limited = self.limited;
         let most_urgent = |shape: &Shape| {
-            let lane = lane.filter(|_| limited).and_then(|key| shape.lane(key));
+            let lane = lane.and_then(|key| shape.lane(key));
             (shape.most_urgent(), lane.and_then(Lane::most_urgent))
         };
         let before = most_urgent(shape);
@@ -349,36 +361,50 @@ impl Queue {
             // Who may push whom aside depends on it.
             self.open_all = true;
         }
-        if shape.is_empty() {
+        let is_served = !shape.is_empty() && !shape.parking.unserved;
+        put(&mut self.served, target, is_served);
+        put(
+            &mut self.contested,
+            target,
+            is_served && shape.is_contested(),
+        );
+        if !is_served {
             self.open.remove(target);
+            self.by_share.remove(target);
         } else if opens && !self.open.contains(target) {
             self.open.insert(target.clone());
-        }
-        if shape.is_contested() != self.contested.contains(target) {
-            match shape.is_contested() {
-                true => self.contested.insert(target.clone()),
-                false => self.contested.remove(target),
-            };
         }
         if shape.is_empty() && shape.held == 0 {
             self.shapes.remove(target);
         }
     }
 
-    /// Parks a shape, of which `tried` was tried in vain, until something that matters to it changes;
-    /// `enough_for` as many jobs have places on their way, so that one more is a reason to try again.
-    pub fn park(&mut self, target: &Target, tried: Option<OrderKey>, enough_for: Option<usize>) {
+    /// Parks a shape that was tried in vain, until something that matters to it changes.
+    pub fn park(&mut self, target: &Target, parking: Parking) {
         if let Some(shape) = self.shapes.get_mut(target) {
             self.open.remove(target);
-            shape.tried = tried;
-            shape.enough_for = enough_for;
+            shape.parking = parking;
+            put(&mut self.by_share, target, parking.by_share);
+            if parking.unserved {
+                self.served.remove(target);
+                self.contested.remove(target);
+            }
         }
+    }
+
+    /// A service came that takes such jobs, or may.
+    pub fn serve(&mut self, target: &Target) {
+        if let Some(shape) = self.shapes.get_mut(target) {
+            shape.parking.unserved = false;
+            put(&mut self.served, target, !shape.is_empty());
+            put(&mut self.contested, target, shape.is_contested());
+        }
+        self.unpark(target);
     }
 
     /// Lets a shape be tried again.
     pub fn unpark(&mut self, target: &Target) {
-        let waits = self.shapes.get(target).is_some_and(|s| !s.is_empty());
-        if waits && !self.open.contains(target) {
+        if self.served.contains(target) && !self.open.contains(target) {
             self.open.insert(target.clone());
         }
     }
@@ -388,24 +414,31 @@ impl Queue {
         self.open_all = true;
     }
 
-    /// Lets the shapes be tried again in which it may be another tenant's turn now.
-    pub fn unpark_contested(&mut self) {
+    /// Lets the shapes be tried again to which it matters what tenants have used: it may be another's turn now.
+    pub fn unpark_shared(&mut self) {
         self.open.extend(self.contested.iter().cloned());
-    }
-
-    /// Whether anybody has quotas.
-    pub fn set_limited(&mut self, limited: bool) {
-        self.limited = limited;
-        self.open_all = true;
+        self.open.extend(self.by_share.iter().cloned());
     }
 
     /// The shapes worth trying, by name; `fair` puts them in order.
     pub fn open(&mut self) -> &BTreeSet<Target> {
         if std::mem::take(&mut self.open_all) {
-            let waiting = self.shapes.iter().filter(|(_, shape)| !shape.is_empty());
-            self.open = waiting.map(|(target, _)| target.clone()).collect();
+            self.open.clone_from(&self.served);
         }
         &self.open
+    }
+}
+
+/// Puts a target into a set, or takes it out.
+fn put(set: &mut BTreeSet<Target>, target: &Target, is_in: bool) {
+    match is_in {
+        true if !set.contains(target) => {
+            set.insert(target.clone());
+        }
+        true => {}
+        false => {
+            set.remove(target);
+        }
     }
 }
 

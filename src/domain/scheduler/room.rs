@@ -3,10 +3,12 @@
 
 use std::collections::BTreeSet;
 
+use super::fair::Fair;
 use crate::domain::ids::{GpuUuid, RunId, ServiceName};
 use crate::domain::settings::Settings;
 use crate::domain::spec::Grant;
 use crate::domain::state::State;
+use crate::domain::state::account::Amount;
 use crate::domain::state::gpu::{mib_on, signed};
 use crate::domain::state::job::{Job, Phase};
 use crate::domain::state::service::{Instance, InstancePhase, Service};
@@ -47,19 +49,17 @@ struct Cost {
 }
 
 /// Who asks for room.
-pub struct Request<'a> {
+pub struct Request<'a, 's> {
     pub state: &'a State,
-    pub settings: &'a Settings,
-    pub now: Timestamp,
+    pub bid: &'a Bid<'a, 's>,
     pub run: RunId,
-    pub job: &'a Job,
     /// The service to be started.
     pub service: &'a Service,
     /// The worst that may be done.
     pub worst: Leave,
 }
 
-impl Request<'_> {
+impl Request<'_, '_> {
     /// The cheapest way to make room, `None` when there is none.
     pub fn plan(&self) -> Option<Plan> {
         if self.service.spec.gpus == 0 {
@@ -194,7 +194,7 @@ impl Request<'_> {
         Some(Cost {
             leave,
             urgency,
-            unsaved_ms: jobs.map(|job| job.unsaved_ms(self.now)).sum(),
+            unsaved_ms: jobs.map(|job| job.unsaved_ms(self.bid.now)).sum(),
             jobs: instance.active.len(),
             age: instance.started_at.0.saturating_neg(),
             service: other.spec.name.clone(),
@@ -213,7 +213,7 @@ impl Request<'_> {
 
     fn leave_ready(&self, other: &Service, instance: &Instance) -> Option<Leave> {
         // It could take this very job, if it had a place.
-        let same_shape = other.serves(&self.job.spec.target);
+        let same_shape = other.serves(&self.bid.job.spec.target);
         // What was stopped for others, or has left for this one to come up, must not have been so in vain.
         let idle = instance.active.is_empty();
         let unused = idle && instance.idle_since <= instance.since;
@@ -231,10 +231,12 @@ impl Request<'_> {
         self.may_drain(other, outranked).then_some(Leave::Drain)
     }
 
-    /// Nobody waits for `other`, or only less urgent jobs, or this run has waited for long enough.
+    /// Nobody waits for `other`, or only less urgent jobs, of its own tenant or of such as have used more of what they
+    /// are due; or this run has waited for long enough.
     fn outranks_waiting(&self, other: &Service) -> bool {
         self.has_waited()
-            || best_waiting(self.state, other).is_none_or(|p| self.job.spec.priority < p)
+            || best_waiting(self.state, other).is_none()
+            || (self.bid.is_more_urgent(other) && self.bid.has_used_less(other))
     }
 
     fn may_drain(&self, other: &Service, outranked: bool) -> bool {
@@ -244,14 +246,16 @@ impl Request<'_> {
 
     /// The bound on waiting while others keep the memory busy.
     fn has_waited(&self) -> bool {
-        self.now.millis_since(self.job.since) >= self.settings.swap_max_wait_ms
+        self.bid.now.millis_since(self.bid.job.since) >= self.bid.settings.swap_max_wait_ms
     }
 
     fn may_preempt_all(&self, other: &Service, instance: &Instance) -> bool {
         instance.active.iter().all(|victim| {
             self.state.jobs.get(victim).is_some_and(|victim| {
                 matches!(victim.phase, Phase::Stopping { .. })
-                    || may_preempt(self.state, self.settings, self.job, victim, other, self.now)
+                    || self
+                        .bid
+                        .may_preempt_all_of(victim, other, self.service)
                         .is_ok()
             })
         })
@@ -274,41 +278,91 @@ pub enum Spared {
     Priority,
     /// It is being stopped already.
     Stopping,
+    /// Its tenant has not used enough more of what it is due than the other's.
+    Share,
     /// Its minimum runtime ends then.
     Until(Timestamp),
 }
 
-/// Whether `job` may preempt `victim`, which runs on `service`: more urgent by the gap, and not served after
-/// it anyway. A job that has waited until it came first by its age would otherwise never get further.
-pub fn may_preempt(
-    state: &State,
-    settings: &Settings,
-    job: &Job,
-    victim: &Job,
-    service: &Service,
-    now: Timestamp,
-) -> Result<(), Spared> {
-    let gap = job.spec.priority.gap_to(victim.spec.priority);
-    let ageing_ms = u64::from(gap).saturating_mul(settings.ageing_ms_per_level);
-    let aged = match state.tenant_of(job.plane) == state.tenant_of(victim.plane) {
-        true => victim.queued_at + ageing_ms <= job.queued_at,
-        // Another tenant's long queue makes none of its jobs urgent; that it was not served for so long does.
-        false => victim.waited_ms >= ageing_ms,
-    };
-    if gap < settings.preempt_priority_gap.max(1) || aged {
-        return Err(Spared::Priority);
+/// A waiting job that is to get what others have.
+pub struct Bid<'a, 's> {
+    pub fair: &'a Fair<'s>,
+    pub settings: &'a Settings,
+    pub now: Timestamp,
+    pub job: &'a Job,
+}
+
+impl Bid<'_, '_> {
+    /// Whether it is more urgent than those who wait for `other`.
+    fn is_more_urgent(&self, other: &Service) -> bool {
+        best_waiting(self.fair.state, other).is_some_and(|p| self.job.spec.priority < p)
     }
-    if !matches!(victim.phase, Phase::Running { .. }) {
-        return Err(Spared::Stopping);
+
+    fn has_used_less(&self, other: &Service) -> bool {
+        let tenant = self.fair.state.tenant_of(self.job.plane);
+        self.fair.is_first_of(tenant, &other.targets())
     }
-    let min_runtime_ms = service
-        .spec
-        .min_runtime_ms
-        .unwrap_or(settings.min_runtime_ms);
-    let until = victim.since + min_runtime_ms;
-    if until > now {
-        Err(Spared::Until(until))
-    } else {
-        Ok(())
+
+    /// Whether those who wait for `other` keep its room only because their tenants have used less.
+    pub fn is_outranked_by_share(&self, other: &Service) -> bool {
+        self.is_more_urgent(other) && !self.has_used_less(other)
+    }
+
+    /// Whether the job may preempt `victim` and take its place on `service`.
+    pub fn may_preempt(&self, victim: &Job, service: &Service) -> Result<(), Spared> {
+        self.weigh(victim, service, victim.charge, victim.charge)
+    }
+
+    /// Whether the job may preempt `victim` with all the others that run on `service`, to make room for `wanted`.
+    pub fn may_preempt_all_of(
+        &self,
+        victim: &Job,
+        service: &Service,
+        wanted: &Service,
+    ) -> Result<(), Spared> {
+        let state = self.fair.state;
+        let tenant = state.tenant_of(victim.plane);
+        let runs = service.instance.iter().flat_map(|i| &i.active);
+        let loss = runs
+            .filter_map(|run| state.jobs.get(run))
+            .filter(|job| state.tenant_of(job.plane) == tenant)
+            .fold(Amount::default(), |sum, job| sum.plus(job.charge));
+        self.weigh(victim, service, Amount::of_run(wanted), loss)
+    }
+
+    /// More urgent by the gap, and not served after it anyway: a job that has waited until it came first by its age
+    /// would otherwise never get further. Of other tenants only those lose theirs that would have used more of what
+    /// they are due even then.
+    fn weigh(
+        &self,
+        victim: &Job,
+        service: &Service,
+        gain: Amount,
+        loss: Amount,
+    ) -> Result<(), Spared> {
+        let (job, state, settings) = (self.job, self.fair.state, self.settings);
+        let (ours, theirs) = (state.tenant_of(job.plane), state.tenant_of(victim.plane));
+        let gap = job.spec.priority.gap_to(victim.spec.priority);
+        let ageing_ms = u64::from(gap).saturating_mul(settings.ageing_ms_per_level);
+        let aged = match ours == theirs {
+            true => victim.queued_at + ageing_ms <= job.queued_at,
+            // Another tenant's long queue makes none of its jobs old; that it was not served for so long does.
+            false => self.fair.is_overdue(victim.waited_ms),
+        };
+        if gap < settings.preempt_priority_gap.max(1) || aged {
+            return Err(Spared::Priority);
+        }
+        if !matches!(victim.phase, Phase::Running { .. }) {
+            return Err(Spared::Stopping);
+        }
+        let min_runtime_ms = service.spec.min_runtime_ms;
+        let until = victim.since + min_runtime_ms.unwrap_or(settings.min_runtime_ms);
+        if until > self.now {
+            return Err(Spared::Until(until));
+        }
+        match ours == theirs || self.fair.may_take((ours, gain), (theirs, loss)) {
+            true => Ok(()),
+            false => Err(Spared::Share),
+        }
     }
 }

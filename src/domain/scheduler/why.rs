@@ -2,6 +2,7 @@
 //! rules as `step`, and decides nothing.
 
 use super::fair::Fair;
+use super::room::{Bid, Spared};
 use super::{candidates, placement};
 use crate::domain::event::JobStopCause;
 use crate::domain::ids::RunId;
@@ -197,7 +198,7 @@ fn behind(
     }
     Some(blocking(
         "fair_share",
-        "another tenant is served first: what it waits for is more urgent, or it has used less of what it is due"
+        "another tenant is served first: it has used less of what it is due, or has waited for longer"
             .to_owned(),
     ))
 }
@@ -244,7 +245,7 @@ fn of_service(
             "recovering",
             format!("service '{name}' is being found again after a restart"),
         ),
-        InstancePhase::Ready => concurrency(state, settings, job, service),
+        InstancePhase::Ready => concurrency(state, settings, job, service, now),
         InstancePhase::Draining {
             cause: crate::domain::event::StopCause::Unhealthy,
             ..
@@ -260,21 +261,38 @@ fn of_service(
     }
 }
 
-fn concurrency(state: &State, settings: &Settings, job: &Job, service: &Service) -> Blocking {
+fn concurrency(
+    state: &State,
+    settings: &Settings,
+    job: &Job,
+    service: &Service,
+    now: Timestamp,
+) -> Blocking {
     let instance = service.ready();
-    let busy = instance.map_or(0, |instance| instance.active.len());
-    let best = instance
-        .into_iter()
-        .flat_map(|instance| &instance.active)
-        .filter_map(|run| state.jobs.get(run))
-        .map(|victim| job.spec.priority.gap_to(victim.spec.priority))
-        .max()
-        .unwrap_or(0);
+    let active = instance.into_iter().flat_map(|instance| &instance.active);
+    let victims: Vec<&Job> = active
+        .filter_map(|run| Some(&**state.jobs.get(run)?))
+        .collect();
+    let bid = Bid {
+        fair: &Fair::new(state, settings, now),
+        settings,
+        now,
+        job,
+    };
+    let found = |spared: fn(&Result<(), Spared>) -> bool| {
+        let mut outcomes = victims
+            .iter()
+            .map(|victim| bid.may_preempt(victim, service));
+        outcomes.any(|outcome| spared(&outcome))
+    };
     let name = &service.spec.name;
-    let limit = service.spec.concurrency;
+    let (busy, limit) = (victims.len(), service.spec.concurrency);
     let gap = settings.preempt_priority_gap;
-    let hint = if best >= gap {
+    let hint = if found(|outcome| matches!(outcome, Ok(()) | Err(Spared::Until(_)))) {
         "it will preempt one when its minimum runtime is over".to_owned()
+    } else if found(|outcome| *outcome == Err(Spared::Share)) {
+        "it waits for one to end, as no other tenant has used enough more of what it is due"
+            .to_owned()
     } else {
         format!("it waits for one to end, as none is {gap} priority levels less urgent")
     };

@@ -97,6 +97,8 @@ impl Holding {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Account {
     pub holding: Holding,
+    /// Bytes of its runs' payloads, results, progress and checkpoints that are not purged.
+    pub kept_bytes: u64,
     /// Places, MiB and thousandths of GPUs, averaged; with `FRACTION_BITS`.
     average: [u64; 3],
     /// As of then.
@@ -106,11 +108,11 @@ pub struct Account {
 }
 
 impl Account {
-    /// What it held on average and, added to it, a part of what it holds, at `now`; with `FRACTION_BITS`. Places,
-    /// MiB, thousandths of GPUs.
-    pub fn usage(&self, half_life_ms: u64, now: Timestamp) -> [u64; 3] {
+    /// What it held on average and, added to it, a part of `held`, which is what it holds or might hold, at `now`; with
+    /// `FRACTION_BITS`. Places, MiB, thousandths of GPUs.
+    pub fn usage(&self, half_life_ms: u64, now: Timestamp, held: Amount) -> [u64; 3] {
         let averages = self.averages(half_life_ms, now);
-        let held = self.holding.held.members().map(fixed);
+        let held = held.members().map(fixed);
         std::array::from_fn(|i| averages[i].saturating_add(held[i] / HELD_PARTS))
     }
 
@@ -215,6 +217,18 @@ impl Accounts {
         } else {
             account.served.remove(target);
         }
+    }
+
+    /// So many bytes more are kept of the tenant's runs.
+    pub(super) fn keep(&mut self, tenant: &SmolStr, bytes: u64) {
+        let account = self.account(tenant);
+        account.kept_bytes = account.kept_bytes.saturating_add(bytes);
+    }
+
+    /// So many bytes are kept no more.
+    pub(super) fn give_back(&mut self, tenant: &SmolStr, bytes: u64) {
+        let account = self.account(tenant);
+        account.kept_bytes = account.kept_bytes.saturating_sub(bytes);
     }
 
     /// No run of the tenant waits for this any more.
@@ -329,7 +343,10 @@ mod tests {
         accounts.begin(&tenant, plane);
         accounts.hold((&tenant, plane), (Amount::default(), one), Timestamp(0));
         let at = Timestamp::from_millis(hour);
-        let used = |accounts: &Accounts, at| accounts.tenant("t").unwrap().usage(3_600_000, at)[0];
+        let used = |accounts: &Accounts, at| {
+            let account = accounts.tenant("t").unwrap();
+            account.usage(3_600_000, at, account.holding.held)[0]
+        };
         assert_eq!(used(&accounts, at), fixed(1) / 8 + fixed(1) / 2);
         accounts.hold((&tenant, plane), (one, Amount::default()), at);
         accounts.end(&tenant, plane);
@@ -350,7 +367,7 @@ mod tests {
         let target = Target::Type("x".into());
         accounts.serve(&tenant, &target, one, Timestamp(5), true);
         let account = accounts.tenant("t").unwrap();
-        assert!(account.usage(3_600_000, Timestamp(0))[0] > 0);
+        assert!(account.usage(3_600_000, Timestamp(0), Amount::default())[0] > 0);
         assert_eq!(account.served.get(&target), Some(&Timestamp(5)));
         accounts.forget_served("t", &target);
         assert!(accounts.tenant("t").unwrap().served.is_empty());

@@ -140,7 +140,9 @@ impl State {
         }
         self.change_holding(job.plane, held, job.holds(), at);
         let target = job.spec.target.clone();
+        let plane = job.plane;
         self.index_job(run, job);
+        self.forget_served(plane, &target);
         self.look_at_served(&target);
     }
 
@@ -175,7 +177,6 @@ impl State {
                 let lane = self.lane_of(job.plane);
                 let target = &job.spec.target;
                 self.queue.take(target, &lane, &key, job.spec.priority);
-                self.forget_served(job.plane, &job.spec.target);
             }
             Phase::Preempted { by } => {
                 if let Some(victims) = self.preempted_by.get_mut(by) {
@@ -290,6 +291,7 @@ impl State {
         };
         self.change_holding(job.plane, job.holds(), Amount::default(), at);
         self.count_live(job.plane, false);
+        self.forget_served(job.plane, &job.spec.target);
         if let Some(url) = job.spec.callback_url.clone() {
             // A try for an earlier end of this run may still be under way: its number is not used again.
             let number = self.callbacks.get(&run).map_or(0, |last| last.number + 1);

@@ -79,6 +79,8 @@ pub struct State {
 pub struct Plane {
     pub tenant: SmolStr,
     pub runtime: SmolStr,
+    /// Bytes of the payloads that are kept of its runs.
+    pub kept_bytes: u64,
 }
 
 /// Two States are equal when all but their indexes are.
@@ -244,6 +246,7 @@ impl State {
             | Event::SessionsEnded { .. }
             | Event::TenantCreated { .. }
             | Event::TenantUpdated { .. }
+            | Event::TenantAllowanceChanged { .. }
             | Event::UserQuotasChanged { .. }
             | Event::ShareHalfLifeChanged { .. } => self.apply_people(at, event),
             Event::GatewayStopped { .. }
@@ -272,6 +275,7 @@ impl State {
             | Event::JobCancelled { .. }
             | Event::JobRevived { .. } => self.apply_job(seq, at, plane, event),
             Event::CallbackAttempted { .. } => self.apply_callback(event),
+            Event::PayloadsPurged { bytes, .. } => self.give_back(plane, *bytes),
             of_machine => self.apply_machine(at, of_machine),
         }
     }
@@ -312,12 +316,15 @@ impl State {
                 let value = Plane {
                     tenant: tenant.clone(),
                     runtime: runtime.clone(),
+                    kept_bytes: 0,
                 };
                 self.planes.insert(*plane, value);
                 self.last_plane = self.last_plane.max(*plane);
             }
             Event::PlanePurged { plane } => {
-                self.planes.remove(plane);
+                if let Some(purged) = self.planes.remove(plane) {
+                    self.accounts.give_back(&purged.tenant, purged.kept_bytes);
+                }
                 // There is nothing left to tell of.
                 self.callbacks
                     .retain(|_, callback| callback.plane != *plane);

@@ -313,6 +313,13 @@ impl State {
         instance.promised.iter().max_by_key(key).copied()
     }
 
+    /// Jobs that no service took may have one now.
+    fn serve_shapes(&mut self, name: &ServiceName) {
+        for target in self.services.get(name).iter().flat_map(|s| s.targets()) {
+            self.queue.serve(&target);
+        }
+    }
+
     /// Applies an event about a service's registration.
     pub(super) fn apply_service(&mut self, event: &Event) {
         match event {
@@ -331,6 +338,7 @@ impl State {
                 self.services.insert(spec.name.clone(), service);
                 self.touched.insert(spec.name.clone());
                 self.queue.unpark_all();
+                self.serve_shapes(&spec.name);
             }
             Event::ServiceUpdated { spec } => {
                 self.edit_service(&spec.name, |service| {
@@ -338,9 +346,11 @@ impl State {
                     service.forget_deaths();
                 });
                 self.drop_promises_on(&spec.name);
+                self.serve_shapes(&spec.name);
             }
             Event::ServiceEnabled { service } => {
                 self.edit_service(service, |service| service.enabled = true);
+                self.serve_shapes(service);
             }
             Event::ServiceDisabled { service } => self.edit_service(service, |service| {
                 service.enabled = false;

@@ -12,7 +12,7 @@ use crate::domain::event::Event;
 use crate::domain::identity::UserKey;
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::spec::Target;
-use crate::domain::tenant::{DEFAULT_TENANT, DEFAULT_WEIGHT, TenantProfile};
+use crate::domain::tenant::{DEFAULT_TENANT, DEFAULT_WEIGHT, Holder, QuotaHit, TenantProfile};
 use crate::domain::time::Timestamp;
 
 impl People {
@@ -64,7 +64,7 @@ impl State {
         self.accounts.hold((&tenant, plane), (before, after), at);
         match self.limited {
             true => self.queue.unpark_all(),
-            false => self.queue.unpark_contested(),
+            false => self.queue.unpark_shared(),
         }
     }
 
@@ -75,6 +75,56 @@ impl State {
             true => self.accounts.begin(&tenant, plane),
             false => self.accounts.end(&tenant, plane),
         }
+    }
+
+    /// Counts what a record keeps of its run's bytes. Beside `apply`, since a record knows its length and the event
+    /// does not.
+    pub fn keep(&mut self, plane: PlaneId, event: &Event, payload_bytes: u64) {
+        if payload_bytes > 0 && event.run().is_some() {
+            let tenant = self.tenant_of(plane).clone();
+            self.accounts.keep(&tenant, payload_bytes);
+            if let Some(plane) = self.planes.get_mut(&plane) {
+                plane.kept_bytes = plane.kept_bytes.saturating_add(payload_bytes);
+            }
+        }
+    }
+
+    pub(super) fn give_back(&mut self, plane: PlaneId, bytes: u64) {
+        let tenant = self.tenant_of(plane).clone();
+        self.accounts.give_back(&tenant, bytes);
+        if let Some(plane) = self.planes.get_mut(&plane) {
+            plane.kept_bytes = plane.kept_bytes.saturating_sub(bytes);
+        }
+    }
+
+    /// The quota that forbids to keep so many bytes more.
+    pub fn ledger_hit(&self, plane: PlaneId, bytes: usize) -> Option<QuotaHit> {
+        let tenant = self.tenant_of(plane);
+        let limit = self.people.tenants.get(tenant)?.allowance.ledger_bytes?;
+        let used = self
+            .accounts
+            .tenant(tenant)
+            .map_or(0, |account| account.kept_bytes);
+        (used.saturating_add(bytes as u64) > limit).then(|| QuotaHit {
+            holder: Holder::Tenant(tenant.clone()),
+            quota: "ledger_bytes",
+            unit: "bytes in the ledger",
+            limit,
+            used,
+        })
+    }
+
+    /// The quota that forbids a tenant one user more.
+    pub fn users_hit(&self, tenant: &SmolStr) -> Option<QuotaHit> {
+        let limit = self.people.tenants.get(tenant)?.allowance.users?;
+        let used = self.people.users_of(tenant).count() as u64;
+        (used >= limit).then(|| QuotaHit {
+            holder: Holder::Tenant(tenant.clone()),
+            quota: "users",
+            unit: "users",
+            limit,
+            used,
+        })
     }
 
     /// A run was dispatched: its tenant has been served.
@@ -91,7 +141,7 @@ impl State {
         at.millis_since(served.map_or(job.queued_at, |served| job.queued_at.max(*served)))
     }
 
-    /// The last run of a tenant that waited for this may be gone.
+    /// The last run of a tenant that waited for this may be gone, and not only to come back at once.
     pub(super) fn forget_served(&mut self, plane: PlaneId, target: &Target) {
         let tenant = self.tenant_of(plane);
         let known = |account: &Account| account.served.contains_key(target);
@@ -139,7 +189,7 @@ impl State {
         let mut users = self.user_limits.values();
         self.limited = tenants.any(|tenant| tenant.profile.quotas.limits_running())
             || users.any(|(_, quotas)| quotas.limits_running());
-        self.queue.set_limited(self.limited);
+        self.queue.unpark_all();
     }
 
     /// A user's quotas or plane may have changed. Its waiting runs change lanes with them, which takes a look at

@@ -12,7 +12,7 @@ use crate::domain::identity::{
     TokenKey, User, UserKey,
 };
 use crate::domain::ids::PlaneId;
-use crate::domain::tenant::{Quotas, Tenant};
+use crate::domain::tenant::{Allowance, Quotas, Tenant};
 use crate::domain::time::Timestamp;
 
 /// All people.
@@ -68,9 +68,9 @@ pub fn subject(event: &Event) -> Option<Subject> {
         Event::PasswordChanged { key, .. }
         | Event::PasswordRehashed { key, .. }
         | Event::SessionsEnded { key } => Subject::Credentials(key.clone()),
-        Event::TenantCreated { tenant, .. } | Event::TenantUpdated { tenant, .. } => {
-            Subject::Tenant(tenant.clone())
-        }
+        Event::TenantCreated { tenant, .. }
+        | Event::TenantUpdated { tenant, .. }
+        | Event::TenantAllowanceChanged { tenant, .. } => Subject::Tenant(tenant.clone()),
         Event::UserQuotasChanged { key, .. } => Subject::Quotas(key.clone()),
         _ => return None,
     })
@@ -204,8 +204,14 @@ pub fn fold_tenant(tenant: Option<Tenant>, event: &Event, at: Timestamp) -> Opti
         Event::TenantCreated { tenant, profile } => Some(Tenant {
             tenant: tenant.clone(),
             profile: profile.clone(),
+            allowance: Allowance::default(),
             created_at: at,
             updated_at: at,
+        }),
+        Event::TenantAllowanceChanged { allowance, .. } => tenant.map(|tenant| Tenant {
+            allowance: *allowance,
+            updated_at: at,
+            ..tenant
         }),
         Event::TenantUpdated { profile, .. } => tenant.map(|tenant| Tenant {
             profile: profile.clone(),

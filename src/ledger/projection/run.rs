@@ -118,6 +118,8 @@ pub struct RunSummary {
     pub checkpoint: Option<Seq>,
     /// How many records its ledger has: the last one's cursor.
     pub ledger_len: Cursor,
+    /// Bytes of its records' payloads; 0 once they were removed.
+    pub payload_bytes: u64,
     /// While in backoff: when it is tried again.
     pub retry_at: Option<Timestamp>,
     /// Its payloads were removed.
@@ -131,7 +133,8 @@ pub struct Place {
     pub cursor: Cursor,
     pub plane: PlaneId,
     pub at: Timestamp,
-    pub has_payload: bool,
+    /// Bytes of its payload.
+    pub payload_len: u32,
 }
 
 /// Folds one event into its run's summary. Nothing comes of an event of a run that was never queued.
@@ -151,6 +154,7 @@ pub fn apply(summary: Option<RunSummary>, event: &Event, place: Place) -> Option
     };
     run.updated_at = place.at;
     run.ledger_len = place.cursor;
+    run.payload_bytes += u64::from(place.payload_len);
     steer(&mut run, event, place);
     outcome(&mut run, event, place);
     Some(run)
@@ -190,6 +194,7 @@ fn queued(
         progress: None,
         checkpoint: None,
         ledger_len: place.cursor,
+        payload_bytes: 0,
         retry_at: None,
         purged: false,
     }
@@ -229,7 +234,7 @@ fn steer(run: &mut RunSummary, event: &Event, place: Place) {
             run.paused_at = Some(place.at);
             run.preempted_by = Some(*by);
             run.preempt_count += 1;
-            if place.has_payload {
+            if place.payload_len > 0 {
                 run.progress = Some(place.seq);
             }
         }
@@ -296,7 +301,10 @@ fn outcome(run: &mut RunSummary, event: &Event, place: Place) {
             run.error = None;
             run.error_code = None;
         }
-        Event::RunPurged { .. } => run.purged = true,
+        Event::RunPurged { .. } => {
+            run.purged = true;
+            run.payload_bytes = 0;
+        }
         _ => {}
     }
 }

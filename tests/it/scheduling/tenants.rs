@@ -8,7 +8,7 @@ use proptest::test_runner::Config;
 use rungate::domain::command::{Command, Origin};
 use rungate::domain::decide::decide;
 use rungate::domain::engine::follow_up;
-use rungate::domain::event::Event;
+use rungate::domain::event::{Event, JobStopCause};
 use rungate::domain::identity::{IdentityCommand, ProfileChange};
 use rungate::domain::ids::{Generation, PlaneId, RunId};
 use rungate::domain::settings::Settings;
@@ -207,6 +207,8 @@ struct Machine {
     /// Whose each dispatch was, by number of the tenant, in order.
     dispatched: Vec<usize>,
     running: Vec<RunId>,
+    /// Runs that were told to stop for others: whose they are, and whose the others.
+    stopping: Vec<(RunId, (usize, usize))>,
     /// Microseconds of places that each tenant had.
     held_us: Vec<i64>,
 }
@@ -222,6 +224,7 @@ impl Machine {
             planes: Vec::new(),
             dispatched: Vec::new(),
             running: Vec::new(),
+            stopping: Vec::new(),
             held_us: vec![0; weights.len()],
         };
         for (number, weight) in weights.iter().enumerate() {
@@ -268,12 +271,7 @@ impl Machine {
     }
 
     fn submit(&mut self, plane: PlaneId, command: Command) {
-        let origin = Origin {
-            plane,
-            actor: SmolStr::new_static("test"),
-            request_id: None,
-            at: self.now,
-        };
+        let origin = origin_of(plane, self.now);
         let decision = decide(&self.state, &self.settings, &origin, command, self.now).unwrap();
         for (event, _) in decision.events {
             self.apply(plane, event);
@@ -290,19 +288,41 @@ impl Machine {
         let plane = job.map_or(plane, |job| job.plane);
         let seq = self.state.seq + 1;
         self.state.apply(seq, self.now, plane, &event);
-        if let Event::JobDispatched { run, .. } = event {
-            let tenant = self.planes.iter().position(|of| *of == plane).unwrap();
-            self.dispatched.push(tenant);
-            self.running.push(run);
+        match event {
+            Event::JobDispatched { run, .. } => {
+                self.dispatched.push(self.tenant(plane));
+                self.running.push(run);
+            }
+            Event::JobStopRequested {
+                run,
+                cause: JobStopCause::Preempt { by },
+                ..
+            } => {
+                let by = self.tenant(self.state.jobs[&by].plane);
+                self.stopping.push((run, (self.tenant(plane), by)));
+            }
+            _ => {}
         }
     }
 
+    fn tenant(&self, plane: PlaneId) -> usize {
+        self.planes.iter().position(|of| *of == plane).unwrap()
+    }
+
     fn start(&mut self, tenant: usize) {
+        self.start_urgent(tenant, 3);
+    }
+
+    fn start_urgent(&mut self, tenant: usize, priority: u8) {
+        self.start_on(tenant, "t0", priority);
+    }
+
+    fn start_on(&mut self, tenant: usize, service_type: &str, priority: u8) {
         self.next_run += 1;
         let spec = JobSpec {
-            target: Target::Type("t0".into()),
+            target: Target::Type(service_type.into()),
             service_type: None,
-            priority: Priority::default(),
+            priority: Priority::new(priority).unwrap(),
             ttl_ms: None,
             max_attempts: 1,
             timeout_ms: 300_000,
@@ -322,7 +342,7 @@ impl Machine {
         let us = i64::try_from(ms * 1_000).unwrap();
         for run in &self.running {
             let plane = self.state.jobs[run].plane;
-            let tenant = self.planes.iter().position(|of| *of == plane).unwrap();
+            let tenant = self.tenant(plane);
             self.held_us[tenant] += us;
         }
         self.now = self.now + ms;
@@ -333,10 +353,38 @@ impl Machine {
         let run = self.running.remove(index % self.running.len());
         let command = Command::JobAnswered {
             run,
-            attempt: 1,
+            attempt: self.state.jobs[&run].attempt,
             outcome: Ok(payload()),
         };
         self.submit(PlaneId::ROOT, command);
+    }
+
+    /// Those that were told to stop have stopped; answers each one's tenant, and the one of whom it made way for.
+    fn stop(&mut self) -> Vec<(usize, usize)> {
+        let stopping = std::mem::take(&mut self.stopping);
+        for (run, _) in &stopping {
+            self.running.retain(|running| running != run);
+            // It may have ended by itself.
+            let Some(attempt) = self.state.jobs.get(run).map(|job| job.attempt) else {
+                continue;
+            };
+            let command = Command::JobStopDone {
+                run: *run,
+                attempt,
+                confirmed: true,
+            };
+            self.submit(PlaneId::ROOT, command);
+        }
+        stopping.into_iter().map(|(_, tenants)| tenants).collect()
+    }
+}
+
+fn origin_of(plane: PlaneId, at: Timestamp) -> Origin {
+    Origin {
+        plane,
+        actor: SmolStr::new_static("test"),
+        request_id: None,
+        at,
     }
 }
 
@@ -405,6 +453,88 @@ fn ten_jobs_do_not_wait_for_ten_thousand() {
                     "{theirs} before the {ours}th of ours"
                 );
             }
+        }
+    }
+}
+
+/// Jobs that no service takes cost no decision anything, however many kinds of them somebody thinks up.
+#[test]
+fn kinds_of_jobs_that_nobody_takes_are_not_looked_at() {
+    let mut machine = Machine::new(1, &[100, 100]);
+    for number in 0..10_000 {
+        machine.start_on(
+            number % 2,
+            &format!("none-{}", number / 2),
+            1 + (number % 5) as u8,
+        );
+    }
+    for tenant in [0, 1, 0, 1] {
+        machine.start(tenant);
+    }
+    for _ in 0..2 {
+        let run = machine.running[0];
+        let (attempt, outcome) = (1, Ok(payload()));
+        let answered = Command::JobAnswered {
+            run,
+            attempt,
+            outcome,
+        };
+        let (origin, now) = (origin_of(PlaneId::ROOT, machine.now), machine.now);
+        let decision = decide(&machine.state, &machine.settings, &origin, answered, now).unwrap();
+        let mut state = machine.state.clone();
+        for (event, _) in decision.events {
+            state.apply(state.seq + 1, now, PlaneId::ROOT, &event);
+        }
+        assert!(state.queue.open().len() <= 1, "{:?}", state.queue.open());
+        machine.answer(0);
+    }
+    let late = ServiceSpec {
+        service_type: "none-7".into(),
+        ..plain_spec(1)
+    };
+    let spec = Box::new(late);
+    machine.submit(PlaneId::ROOT, Command::RegisterService { spec });
+    assert!(
+        machine.state.services["s1"].instance.is_some(),
+        "it is started for those that wait"
+    );
+}
+
+proptest! {
+    #![proptest_config(Config { cases: 12, max_shrink_iters: 20, ..config() })]
+
+    /// The same whatever priorities either gives its jobs: those of a flood let none of it go first, and nothing of the
+    /// other tenant's is stopped for it.
+    #[test]
+    fn a_flood_of_urgent_jobs_goes_before_nobody_elses(
+        places in 1..5u32,
+        urgent in prop::collection::vec(prop_oneof![4 => Just(1u8), 1 => 1..6u8], 20),
+        ours in prop::collection::vec(1..6u8, 10),
+        alone in 0..300usize,
+    ) {
+        let mut machine = Machine::new(places, &[100, 100]);
+        for number in 0..1_000 {
+            machine.start_urgent(0, urgent[number % urgent.len()]);
+        }
+        for _ in 0..alone {
+            machine.wait(1_000);
+            machine.answer(0);
+            machine.stop();
+        }
+        for priority in ours {
+            machine.start_urgent(1, priority);
+        }
+        let (mut seen, mut served) = (machine.dispatched.len(), [0, 0]);
+        while served[1] < 10 {
+            machine.wait(1_000);
+            machine.answer(0);
+            prop_assert!(!machine.stop().contains(&(1, 0)), "ours made way for theirs");
+            for tenant in &machine.dispatched[seen..] {
+                served[*tenant] += 1;
+                let [theirs, ours] = served;
+                prop_assert!(theirs <= ours + places as usize, "{theirs} before the {ours}th of ours");
+            }
+            seen = machine.dispatched.len();
         }
     }
 }
