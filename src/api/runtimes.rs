@@ -115,7 +115,7 @@ async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<Reservatio
 }
 
 /// The runtime of a path and of a body that confirms it; one that does not exist is told first.
-fn confirmed(app: &App, id: &str, fields: &Fields) -> Result<Runtime, ApiError> {
+fn confirmed(app: &App, caller: &Caller, id: &str, fields: &Fields) -> Result<Runtime, ApiError> {
     let rule = TextRule::name(64);
     let tenant = fields.text("tenant_id", rule);
     let runtime = sanitised(id);
@@ -124,6 +124,7 @@ fn confirmed(app: &App, id: &str, fields: &Fields) -> Result<Runtime, ApiError> 
         runtime: runtime.clone(),
     };
     let found = app.ledger.runtime(&key)?.ok_or_else(not_found)?;
+    caller.about(&found.key.tenant);
     let confirmation = fields.required_text("confirm_runtime_id", rule);
     fields.finish()?;
     if sanitised(&confirmation) != runtime {
@@ -149,7 +150,7 @@ async fn transfer(
     let (before, to) = {
         let fields = body.fields()?;
         let to = fields.required_text("target_user_id", TextRule::name(64));
-        (confirmed(&app, &id, &fields)?, sanitised(&to))
+        (confirmed(&app, &caller, &id, &fields)?, sanitised(&to))
     };
     let reservation = view(&app.ledger, &before)?;
     let key = before.key;
@@ -188,7 +189,7 @@ async fn purge(
     let (runtime, delete) = {
         let fields = body.fields()?;
         let delete = fields.boolean("delete_data").unwrap_or(true);
-        (confirmed(&app, &id, &fields)?, delete)
+        (confirmed(&app, &caller, &id, &fields)?, delete)
     };
     if !delete {
         return Err(ApiError::new(

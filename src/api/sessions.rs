@@ -157,6 +157,7 @@ async fn end(
         let gone = ApiError::new(ErrorCode::SessionNotFound, "Session not found");
         return Err(gone);
     };
+    app.audit.record_first(caller.trail.as_ref()).await?;
     app.logins.sessions.end(digest, session).await?;
     Ok(Json(
         json!({"ok": true, "deleted": true, "session_id": session.id.as_str()}),

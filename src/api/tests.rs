@@ -19,7 +19,7 @@ use crate::auth::Authenticator;
 use crate::auth::checkpoint_key::CheckpointKey;
 use crate::auth::logins::Logins;
 use crate::auth::secret::TokenKey;
-use crate::auth::session::SessionRules;
+use crate::auth::session::{Basis, Login, Opened, SessionRules};
 use crate::auth::throttle::ThrottleRules;
 use crate::auth::uses::Uses;
 use crate::coordinator;
@@ -28,8 +28,9 @@ use crate::domain::command::{Command, Origin};
 use crate::domain::identity::{IdentityCommand, UserKey};
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
+use crate::domain::time::Timestamp;
 use crate::driver::Logs;
-use crate::ledger::{Ledger, OpenOptions};
+use crate::ledger::{AuditFilter, Ledger, OpenOptions};
 use crate::telemetry::Metrics;
 
 const TOKEN: &str = "rgt_admin_for_tests_only";
@@ -37,6 +38,7 @@ const TOKEN: &str = "rgt_admin_for_tests_only";
 /// A gateway's HTTP side over a fresh ledger.
 struct Gateway {
     router: Router,
+    app: App,
     ledger: Ledger,
     handle: coordinator::Handle,
     logins: Logins,
@@ -82,7 +84,8 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         stopping: stopping.clone(),
     });
     Gateway {
-        router: router(app),
+        router: router(app.clone()),
+        app,
         ledger,
         handle: running.handle.clone(),
         logins,
@@ -705,13 +708,7 @@ impl Drop for Held {
 #[tokio::test]
 async fn a_write_that_cannot_be_recorded_is_refused_when_that_is_required() {
     for (audit, status) in [(AuditMode::On, 401), (AuditMode::Required, 503)] {
-        let mut gateway = gateway_with(|config| config.audit = audit);
-        gateway.coordinator.handle.stop();
-        let ended = std::mem::replace(
-            &mut gateway.coordinator.thread,
-            std::thread::spawn(|| Ok(())),
-        );
-        ended.join().unwrap().unwrap();
+        let gateway = gateway_with(|config| config.audit = audit).without_coordinator();
         let bare = Request::post("/api/gateway/commands").header("host", "localhost");
         let answer = gateway.send(bare.body(Body::empty()).unwrap()).await;
         assert_eq!(answer.status, status);
@@ -722,6 +719,113 @@ async fn a_write_that_cannot_be_recorded_is_refused_when_that_is_required() {
         let started = gateway.post("/api/gateway/runs/start", body).await;
         assert_eq!(started.status, 503, "{}", started.json);
     }
+}
+
+impl Gateway {
+    /// Its coordinator has ended: nothing can be recorded any more.
+    fn without_coordinator(mut self) -> Gateway {
+        self.coordinator.handle.stop();
+        let gone = std::thread::spawn(|| Ok(()));
+        let ended = std::mem::replace(&mut self.coordinator.thread, gone);
+        ended.join().unwrap().unwrap();
+        self
+    }
+
+    /// A session of the first administrator, as old as that.
+    async fn session(&self, age: Duration) -> Opened {
+        let key = UserKey::first_admin();
+        let login = Login {
+            basis: Basis::FirstAdmin(self.app.auth.admin_digest()),
+            user: key,
+            era: 0,
+            is_remembered: false,
+            address: [127, 0, 0, 1].into(),
+            user_agent: String::new(),
+        };
+        let age_us = i64::try_from(age.as_micros()).unwrap();
+        let at = Timestamp(crate::clock::now().0 - age_us);
+        self.logins.sessions.begin(login, at).await.unwrap()
+    }
+
+    async fn by_session(&self, session: &Opened, method: Method, path: &str) -> Answer {
+        self.send(
+            as_session(session, method, path)
+                .body(Body::empty())
+                .unwrap(),
+        )
+        .await
+    }
+}
+
+/// A request by a session.
+fn as_session(session: &Opened, method: Method, path: &str) -> http::request::Builder {
+    Request::builder()
+        .method(method)
+        .uri(path)
+        .header("host", "localhost")
+        .header("x-abstractgateway-session", &session.secret)
+        .header("x-abstractgateway-csrf", &session.csrf)
+        .header("content-type", "application/json")
+}
+
+const LOGIN: &str = "/api/gateway/session/login";
+
+/// Sessions are in no ledger: what is refused because it cannot be recorded was done all the same.
+#[tokio::test]
+async fn a_login_or_logout_that_cannot_be_recorded_is_not_done_when_that_is_required() {
+    for (audit, status) in [(AuditMode::On, 200), (AuditMode::Required, 503)] {
+        let gateway = gateway_with(|config| config.audit = audit);
+        let sessions = [
+            gateway.session(Duration::ZERO).await,
+            gateway.session(Duration::ZERO).await,
+        ];
+        let gateway = gateway.without_coordinator();
+        let admin = UserKey::first_admin();
+        let count = || gateway.logins.sessions.of_user(&admin).unwrap().len();
+        let body = json!({"user_id": "admin", "token": TOKEN});
+        let is_done = status == 200;
+        assert_eq!(gateway.post(LOGIN, body).await.status, status);
+        assert_eq!(count(), if is_done { 3 } else { 2 });
+        let logout = "/api/gateway/session/logout";
+        let out = gateway.by_session(&sessions[0], Method::POST, logout);
+        assert_eq!(out.await.status, status);
+        let other = format!("/api/gateway/sessions/{}", sessions[1].session.id);
+        let end = gateway.call(Method::DELETE, &other, None).await;
+        assert_eq!(end.status, status, "{}", end.json);
+        assert_eq!(count(), if is_done { 1 } else { 2 });
+    }
+}
+
+/// A crash right after the answer lost the record of who had logged in.
+#[tokio::test]
+async fn a_login_is_answered_when_its_record_is_on_disk() {
+    let gateway = gateway();
+    let (enter, mut entered) = tokio::sync::mpsc::channel(1);
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let handle = gateway.handle.clone();
+    let busy = tokio::spawn(async move {
+        let wait = move |_: &_, _: &_, _| {
+            enter.blocking_send(()).unwrap();
+            let _ = held.recv();
+        };
+        handle.ask(wait).await.unwrap();
+    });
+    entered.recv().await.unwrap();
+    let body = json!({"user_id": "admin", "token": TOKEN});
+    let mut login = std::pin::pin!(gateway.post(LOGIN, body));
+    let early = tokio::time::timeout(Duration::from_millis(300), &mut login).await;
+    assert!(early.is_err(), "answered while nothing could be written");
+    release.send(()).unwrap();
+    busy.await.unwrap();
+    assert_eq!(login.await.status, 200);
+    let page = gateway
+        .ledger
+        .audit(&AuditFilter::default(), None, 10)
+        .unwrap();
+    assert_eq!(page.items.len(), 1, "{:?}", page.items);
+    let source = &page.items[0].source;
+    assert_eq!(source.user, Some(UserKey::first_admin()));
+    assert_eq!(source.details.tried, Some(UserKey::first_admin()));
 }
 
 #[tokio::test]

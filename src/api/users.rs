@@ -122,6 +122,7 @@ pub(super) fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, Ap
     };
     let user =
         user.ok_or_else(|| ApiError::from(Rejection::from(IdentityRejection::UserNotFound)))?;
+    caller.about(&key.tenant);
     Ok(user)
 }
 
@@ -302,6 +303,7 @@ async fn create(
             .with("resource_class", "admin")
             .with("action", "write"));
     }
+    caller.about(&key.tenant);
     may_grant(&caller, power(&profile.roles))?;
     let (hash, secret) = match chosen {
         Some(hash) => (hash, None),

@@ -57,6 +57,18 @@ async fn a_person_is_made_known_once_and_keeps_its_plane() {
     }
     assert_eq!((issuer.discovered(), issuer.asked()), (1, 1));
 
+    // Whence it came is told, though all that it asked for was to read.
+    let told = gateway.get("/api/gateway/audit?actor=sso/ann").await;
+    let told = told.expect(200);
+    let made = &told["items"][0];
+    assert_eq!(told["items"].as_array().unwrap().len(), 1, "{told}");
+    assert_eq!(made["event"], "plane_opened", "{made}");
+    assert_eq!(
+        (&made["route"], &made["address"]),
+        (&json!(ME), &json!("127.0.0.1"))
+    );
+    assert!(made["request_id"].is_string() && made["token_fingerprint"].is_string());
+
     let token = keys[0].sign_as("JWT", &claims);
     let body = json!({"job": {"service_type": "t", "payload": {}}});
     let path = "/api/gateway/runs/start";

@@ -411,6 +411,16 @@ async fn imported_tokens_go_on_working() {
         .await
         .expect(200);
     assert_eq!(list["tokens"][0]["imported"], false);
+    let told = gateway
+        .get("/api/gateway/audit?actor=ann")
+        .await
+        .expect(200);
+    let upgraded = &told["items"][0];
+    assert_eq!(
+        (&upgraded["event"], &upgraded["route"]),
+        (&json!("token_upgraded"), &json!(ME))
+    );
+    assert!(upgraded["address"].is_string() && upgraded["request_id"].is_string());
     gateway.delete(&format!("{USERS}/ann")).await.expect(200);
     assert_eq!(status(&gateway, token).await, 401);
     gateway.get("/api/gateway/ledger/verify").await.expect(200);
