@@ -113,6 +113,13 @@ impl Principal {
         within(&self.token_scopes) && (self.user_scopes.is_empty() || within(&self.user_scopes))
     }
 
+    /// Whether it may see to what its user logs in with: by a session that did not begin with a restricted token,
+    /// whatever the user itself is restricted to, or by a token that may do all.
+    pub fn is_whole(&self) -> bool {
+        let may_all = self.token_scopes.contains(&Scope::All);
+        may_all && (self.session.is_some() || self.has_scope(Scope::All))
+    }
+
     /// Of a user and the token it showed; `None` when the user is disabled or the token has expired.
     pub fn of(user: &User, token: &Token, digest: &[u8; 32], now: Timestamp) -> Option<Principal> {
         let expired = token.expires_at.is_some_and(|at| at <= now);

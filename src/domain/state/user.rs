@@ -203,8 +203,11 @@ pub fn fold_tenant(tenant: Option<Tenant>, event: &Event, at: Timestamp) -> Opti
             profile: profile.clone(),
             created_at: at,
             updated_at: at,
+            // Until something was said of it, it was enabled.
+            era: u64::from(!profile.enabled),
         }),
         Event::TenantUpdated { profile, .. } => tenant.map(|tenant| Tenant {
+            era: tenant.era + u64::from(tenant.profile.enabled && !profile.enabled),
             profile: profile.clone(),
             updated_at: at,
             ..tenant
