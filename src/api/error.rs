@@ -94,6 +94,7 @@ error_codes! {
     RunsEnding = "runs_ending", CONFLICT, "Some runs have not ended yet";
     RuntimeHeld = "runtime_held", BAD_REQUEST, "The user has the runtime already";
     RuntimeInUse = "runtime_in_use", CONFLICT, "The runtime belongs to a user";
+    RuntimeLeft = "runtime_left", CONFLICT, "The runtime has no user any more";
     RuntimeNotFound = "runtime_not_found", NOT_FOUND, "No such reservation";
     RuntimePurging = "runtime_purging", BAD_REQUEST, "The runtime is being purged";
     RuntimeTaken = "runtime_taken", BAD_REQUEST, "The runtime is in use or reserved";
@@ -417,6 +418,7 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::RuntimeTaken(_) => ErrorCode::RuntimeTaken,
         IdentityRejection::RuntimeNotFound => ErrorCode::RuntimeNotFound,
         IdentityRejection::RuntimeInUse(_) => ErrorCode::RuntimeInUse,
+        IdentityRejection::RuntimeLeft(_) => ErrorCode::RuntimeLeft,
         IdentityRejection::RuntimeHeld(_) => ErrorCode::RuntimeHeld,
         IdentityRejection::RuntimePurging(_) => ErrorCode::RuntimePurging,
         IdentityRejection::RunsEnding { .. } => ErrorCode::RunsEnding,

@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::isolation::{call, user};
 use crate::rungate::{run, rungate};
+use crate::support::browser::Browser;
 use crate::support::{Gateway, Options};
 
 const USERS: &str = "/api/gateway/admin/users";
@@ -494,10 +495,18 @@ async fn the_command_line_manages_users_and_tokens() {
     let (code, _, error) = cli(&gateway, &recover).await;
     assert_eq!(code, 1, "{error}");
     let old = gateway.token().to_owned();
-    gateway.stop().await;
+    let minted = cli(&gateway, &["token", "create", "thiefs"]).await.1;
+    let session = Browser::by_token(&gateway, "admin", minted.trim()).await;
+    assert_eq!(session.status(&gateway).await, 200);
+    // A crash before it is nothing to it.
+    gateway.kill();
     assert_eq!(cli(&gateway, &recover).await.0, 0);
     gateway.launch().await;
     assert_ne!(gateway.token(), old);
+    // What a thief had made with the old one is over too.
+    assert_eq!(status(&gateway, minted.trim()).await, 401);
+    assert_eq!(session.status(&gateway).await, 401);
+    gateway.get("/api/gateway/ledger/verify").await.expect(200);
     assert_eq!(
         (
             status(&gateway, &old).await,

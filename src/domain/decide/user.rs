@@ -55,6 +55,7 @@ impl Context<'_> {
                 replaces,
                 password,
             } => self.rehash_password(key, &replaces, password),
+            IdentityCommand::RecoverFirstAdmin => Ok(self.recover_first_admin()),
             IdentityCommand::SetTenant {
                 tenant,
                 change,
@@ -86,6 +87,13 @@ impl Context<'_> {
             profile,
             plane: PlaneId::ROOT,
         })
+    }
+
+    fn recover_first_admin(&self) -> Vec<Event> {
+        let key = UserKey::first_admin();
+        let mut events = self.revoke_all(&key, RevokeCause::Revoked);
+        events.push(Event::SessionsEnded { key });
+        events
     }
 
     /// The plane for a runtime that is free, and the event that opens it when it is new.
