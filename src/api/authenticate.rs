@@ -11,7 +11,7 @@ use super::access::{Need, grants};
 use super::client::Client;
 use super::cookies;
 use super::error::ApiError;
-use super::guard::Caller;
+use super::guard::{Caller, unauthorized};
 use super::state::App;
 use super::{sso, work};
 use crate::auth::secret::fits_imported;
@@ -245,16 +245,29 @@ impl Watch {
 
     /// What cannot be read ends nobody's stream; if it is the ledger, it ends the gateway.
     fn is_admitted(&self) -> bool {
-        match readmitted(&self.app, &self.principal) {
-            Ok(Some(now)) => {
-                // A stream may be of another plane of the tenant.
-                let reaches = now.sees_tenant() || !self.principal.sees_tenant();
-                now.plane == self.principal.plane && reaches && grants(self.need, &now)
-            }
-            Ok(None) => false,
-            Err(_) => true,
-        }
+        is_still_admitted(&self.app, &self.principal, self.need).unwrap_or(true)
     }
+}
+
+/// Looks again at a caller's credentials where it let the gateway wait: what was ended meanwhile writes nothing more.
+///
+/// # Errors
+/// 401, as for who shows none.
+pub fn readmit(app: &App, caller: &Caller, path: &str) -> Result<(), ApiError> {
+    match is_still_admitted(app, &caller.principal, caller.need)? {
+        true => Ok(()),
+        false => Err(unauthorized(path)),
+    }
+}
+
+/// Whether a principal would be let in now to what it was let in to.
+fn is_still_admitted(app: &App, before: &Principal, need: Need) -> Result<bool, ApiError> {
+    let Some(now) = readmitted(app, before)? else {
+        return Ok(false);
+    };
+    // What it does may be in another plane of the tenant.
+    let reaches = now.sees_tenant() || !before.sees_tenant();
+    Ok(now.plane == before.plane && reaches && grants(need, &now))
 }
 
 /// The principal as it is now; `None` when it would be let in no more.
@@ -271,6 +284,9 @@ fn readmitted(app: &App, principal: &Principal) -> Result<Option<Principal>, Api
             true => as_recorded(app, principal),
             false => Ok(None),
         };
+    }
+    if let Some(Signed::Work(work)) = &principal.signed {
+        return work::principal(app, work.clone(), &[0; 32]);
     }
     let Some(key) = &principal.token else {
         return Ok(Some(principal.clone()));

@@ -1,6 +1,8 @@
 //! Bodies and paths as handlers take them: bounded in size and time, of the right content type, and
 //! refused with the same errors everywhere.
 
+use std::time::{Duration, Instant};
+
 use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use bytes::Bytes;
 use http::request::Parts;
@@ -8,8 +10,10 @@ use http::{HeaderMap, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
+use super::authenticate::readmit;
 use super::error::{ApiError, ErrorCode, FieldError};
 use super::fields::Fields;
+use super::guard::Caller;
 use super::json;
 use super::state::App;
 
@@ -108,7 +112,11 @@ fn check_content_type(headers: &HeaderMap) -> Result<(), ApiError> {
     ))
 }
 
-/// All of a body, at most `limit` bytes, within the time that a body may take.
+/// A body that takes longer had to be awaited; others came with their heads, just after the caller was let in.
+const AWAITED: Duration = Duration::from_millis(1);
+
+/// All of a body, at most `limit` bytes, within the time that a body may take. Of a caller that took its time it is
+/// looked again whether it is still let in.
 pub async fn read_body(request: Request, app: &App, limit: usize) -> Result<Bytes, ApiError> {
     let declared = request
         .headers()
@@ -119,9 +127,17 @@ pub async fn read_body(request: Request, app: &App, limit: usize) -> Result<Byte
     {
         return Err(too_large(&length.to_string(), limit));
     }
-    let body = Limited::new(request.into_body(), limit);
+    let (head, body) = request.into_parts();
+    let body = Limited::new(body, limit);
+    let began = Instant::now();
     match tokio::time::timeout(app.config.body_timeout, body.collect()).await {
-        Ok(Ok(collected)) => Ok(collected.to_bytes()),
+        Ok(Ok(collected)) => {
+            let caller = head.extensions.get::<Caller>();
+            if let Some(caller) = caller.filter(|_| began.elapsed() > AWAITED) {
+                readmit(app, caller, head.uri.path())?;
+            }
+            Ok(collected.to_bytes())
+        }
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             Err(too_large(&format!("over {limit}"), limit))
         }

@@ -306,7 +306,7 @@ async fn push_progress(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    let attempt = attempt_of(&caller, &headers)?;
+    let attempt = attempt_of(&caller.principal, &headers)?;
     if body.fields().is_err() {
         let loc = vec!["body".to_owned()];
         let fault = FieldError::new(loc, "dict_type", "Input should be a valid dictionary");

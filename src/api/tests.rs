@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -23,8 +24,9 @@ use crate::auth::session::{Basis, Login, Opened, SessionRules};
 use crate::auth::throttle::ThrottleRules;
 use crate::auth::uses::Uses;
 use crate::coordinator;
+use crate::coordinator::SubmitError;
 use crate::domain::audit::AuditMode;
-use crate::domain::command::{Command, Origin};
+use crate::domain::command::{Command, InboxAction, InboxCommand, Origin, Reply};
 use crate::domain::identity::{IdentityCommand, UserKey};
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
@@ -672,7 +674,7 @@ async fn a_reader_that_stands_still_is_cut_off() {
             Body::from_stream(async_stream::stream! {
                 let _held = held;
                 loop {
-                    yield Ok::<_, std::convert::Infallible>(bytes::Bytes::from_static(&[0; 1 << 16]));
+                    yield Ok::<_, std::convert::Infallible>(Bytes::from_static(&[0; 1 << 16]));
                 }
             })
         }
@@ -826,6 +828,75 @@ async fn a_login_is_answered_when_its_record_is_on_disk() {
     let source = &page.items[0].source;
     assert_eq!(source.user, Some(UserKey::first_admin()));
     assert_eq!(source.details.tried, Some(UserKey::first_admin()));
+}
+
+/// A start that was let in before a purge, and decided after it, left a run in a plane that nobody has.
+#[tokio::test]
+async fn nothing_is_started_in_a_plane_that_nobody_has() {
+    let gateway = gateway();
+    let made = gateway
+        .post("/api/gateway/admin/users", json!({"user_id": "ann"}))
+        .await;
+    assert_eq!(made.status, 200, "{}", made.json);
+    let ann = UserKey {
+        tenant: "default".into(),
+        user: "ann".into(),
+    };
+    let plane = gateway.ledger.user(&ann).unwrap().unwrap().plane;
+    let submit = |command| {
+        let origin = Origin {
+            plane,
+            actor: "ann".into(),
+            request_id: None,
+            at: crate::clock::now(),
+        };
+        gateway.handle.submit(origin, command)
+    };
+    let start = || {
+        let body = r#"{"job": {"service_type": "t", "payload": {}}}"#;
+        let fields = super::fields::Fields::of_body(body).unwrap();
+        super::runs::read_start(&fields).unwrap()
+    };
+    let Reply::Started { run, .. } = submit(start()).await.unwrap() else {
+        panic!("it was started");
+    };
+    submit(Command::CancelQueued { run }).await.unwrap();
+    let retry = |id: &str| {
+        Command::Inbox(InboxCommand {
+            command: id.into(),
+            run_text: run.to_string().into(),
+            run: Some(run),
+            action: InboxAction::Retry,
+            client_id: None,
+            payload: Bytes::new(),
+            ended: None,
+        })
+    };
+    let path = "/api/gateway/admin/users/ann";
+    let deleted = gateway.call(Method::DELETE, path, None).await;
+    assert_eq!(deleted.status, 200, "{}", deleted.json);
+    let is_refused = async |id: &str| {
+        let started = submit(start()).await;
+        let left = |error: &SubmitError| error.to_string().contains("has no user any more");
+        assert!(started.as_ref().is_err_and(left), "{started:?}");
+        submit(retry(id)).await.unwrap();
+        let entry = gateway.ledger.command(plane, id).unwrap().unwrap();
+        format!("{entry:?}").contains("runtime_left")
+    };
+    assert!(is_refused("while it is reserved").await);
+    let path = "/api/gateway/admin/runtime-reservations/ann/purge";
+    let purged = gateway
+        .post(path, json!({"confirm_runtime_id": "ann"}))
+        .await;
+    assert_eq!(purged.status, 200, "{}", purged.json);
+    let started = submit(start()).await;
+    assert!(started.is_err(), "{started:?}");
+    // Of the same name, and another plane.
+    let made = gateway
+        .post("/api/gateway/admin/users", json!({"user_id": "ann"}))
+        .await;
+    assert_eq!(made.status, 200, "{}", made.json);
+    assert!(submit(start()).await.is_err());
 }
 
 #[tokio::test]

@@ -157,10 +157,10 @@ fn narrowed(
     Ok(principal)
 }
 
-/// The attempt that a caller's token is for; others have none.
-pub fn attempt_of(principal: &Principal) -> Option<Attempt> {
+/// The run and the attempt that a caller's token is for; others have none.
+pub fn attempt_of(principal: &Principal) -> Option<(RunId, Attempt)> {
     match &principal.signed {
-        Some(Signed::Work(Work::Attempt { attempt, .. })) => Some(*attempt),
+        Some(Signed::Work(Work::Attempt { run, attempt, .. })) => Some((*run, *attempt)),
         _ => None,
     }
 }
