@@ -83,10 +83,11 @@ error_codes! {
     OriginNotAllowed = "origin_not_allowed", FORBIDDEN, "The origin is not allowed";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "Too much work is waiting to be recorded";
     PasswordStale = "password_stale", CONFLICT, "The password was changed meanwhile";
-    PasswordWrong = "password_wrong", FORBIDDEN, "The current password is wrong";
+    PasswordWrong = "password_wrong", FORBIDDEN, "The current password or token is wrong";
     Purged = "purged", GONE, "The run's payloads were purged";
     QuotaExceeded = "quota_exceeded", TOO_MANY_REQUESTS, "A quota is used up";
     RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests a minute";
+    ReauthenticationRequired = "reauthentication_required", FORBIDDEN, "The login is too long ago";
     RoleRequired = "role_required", FORBIDDEN, "Another role is needed";
     RunEnded = "run_ended", CONFLICT, "The run has ended";
     RunNotEnded = "run_not_ended", CONFLICT, "The run has not ended";

@@ -57,6 +57,7 @@ pub struct Submitted {
     responses(
         (status = 200, body = Submitted, example = json!({"job_id": "0199f3a2-7c1e-7d0a-9c55-6f0f0d1f2a3b", "position": 1, "estimated_wait": null})),
         (status = 400, description = "service_type is required; payload is required"),
+        (status = 409, description = "The runtime has no user any more"),
     )
 )]
 async fn submit(

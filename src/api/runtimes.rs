@@ -15,9 +15,11 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
+use super::client::Client;
 use super::error::{ApiError, ErrorCode};
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
+use super::reauth::{confirm, read_current};
 use super::state::App;
 use super::users::UserView;
 use crate::coordinator::SubmitError;
@@ -75,7 +77,6 @@ fn view(ledger: &Ledger, runtime: &Runtime) -> Result<Option<ReservationView>, R
     let Some(reservation) = &runtime.reservation else {
         return Ok(None);
     };
-    let runs = ledger.runs(runtime.plane, &RunFilter::default(), None, 1)?;
     Ok(Some(ReservationView {
         tenant_id: runtime.key.tenant.to_string(),
         runtime_id: runtime.key.runtime.to_string(),
@@ -84,10 +85,15 @@ fn view(ledger: &Ledger, runtime: &Runtime) -> Result<Option<ReservationView>, R
         reason: reservation.reason,
         created_at: reservation.created_at,
         updated_at: reservation.updated_at,
-        data_exists: !runs.items.is_empty(),
+        data_exists: has_runs(ledger, runtime.plane)?,
         data_path: data_path(runtime.plane),
         purging: reservation.purging,
     }))
+}
+
+fn has_runs(ledger: &Ledger, plane: PlaneId) -> Result<bool, ReadError> {
+    let runs = ledger.runs(plane, &RunFilter::default(), None, 1)?;
+    Ok(!runs.items.is_empty())
 }
 
 fn data_path(plane: PlaneId) -> String {
@@ -175,6 +181,8 @@ async fn transfer(
 /// Remove what is in a reserved runtime, and forget it.
 ///
 /// Runs that have not ended are cancelled. It can be interrupted and asked for again; the ledger's chain stays whole.
+/// `deleted_data` tells whether runs were in it. Needs a login at most 15 minutes old, a token, `current_password` or
+/// `current_token`.
 #[utoipa::path(post, path = "/admin/runtime-reservations/{runtime_id}/purge", tag = "users",
     request_body(content = Object, example = json!({"confirm_runtime_id": "alice"})),
     responses((status = 200, body = Object, example = json!({"ok": true, "purged": true, "deleted_data": true, "runtime_id": "alice", "tenant_id": "default", "data_path": "ledger.redb#plane=1"})),
@@ -183,13 +191,15 @@ async fn transfer(
 async fn purge(
     State(app): State<App>,
     caller: Caller,
+    client: Client,
     PathOf(id): PathOf<String>,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    let (runtime, delete) = {
+    let (runtime, delete, current) = {
         let fields = body.fields()?;
         let delete = fields.boolean("delete_data").unwrap_or(true);
-        (confirmed(&app, &caller, &id, &fields)?, delete)
+        let current = read_current(&fields);
+        (confirmed(&app, &caller, &id, &fields)?, delete, current)
     };
     if !delete {
         return Err(ApiError::new(
@@ -197,7 +207,9 @@ async fn purge(
             "delete_data must be true: a purge removes the data",
         ));
     }
+    confirm(&app, &caller, client, current).await?;
     let Runtime { key, plane, .. } = runtime;
+    let has_data = has_runs(&app.ledger, plane)?;
     let begin = IdentityCommand::BeginPurge { key: key.clone() };
     app.submit(&caller, Command::Identity(Box::new(begin)))
         .await?;
@@ -224,7 +236,7 @@ async fn purge(
     Ok(Json(json!({
         "ok": true,
         "purged": true,
-        "deleted_data": true,
+        "deleted_data": has_data,
         "runtime_id": key.runtime.as_str(),
         "tenant_id": key.tenant.as_str(),
         "data_path": data_path(plane),

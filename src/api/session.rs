@@ -32,7 +32,7 @@ use crate::domain::audit::Source;
 use crate::domain::identity::{UserKey, sanitised};
 
 /// Longest token, and longest password of `MAX_CHARS` characters of four bytes.
-const MAX_SECRET_BYTES: usize = MAX_CHARS * 4;
+pub(super) const MAX_SECRET_BYTES: usize = MAX_CHARS * 4;
 
 /// The routes of this file, under `/api/gateway`.
 pub fn router() -> OpenApiRouter<App> {

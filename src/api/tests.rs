@@ -1,5 +1,7 @@
 //! The routes against a real ledger and coordinator, without an executor: what is submitted stays where the
-//! scheduler puts it.
+//! scheduler puts it. Logins, and who is gone, are in `people`.
+
+mod people;
 
 use std::time::Duration;
 
@@ -20,19 +22,17 @@ use crate::auth::Authenticator;
 use crate::auth::checkpoint_key::CheckpointKey;
 use crate::auth::logins::Logins;
 use crate::auth::secret::TokenKey;
-use crate::auth::session::{Basis, Login, Opened, SessionRules};
+use crate::auth::session::SessionRules;
 use crate::auth::throttle::ThrottleRules;
 use crate::auth::uses::Uses;
 use crate::coordinator;
-use crate::coordinator::SubmitError;
 use crate::domain::audit::AuditMode;
-use crate::domain::command::{Command, InboxAction, InboxCommand, Origin, Reply};
+use crate::domain::command::{Command, Origin};
 use crate::domain::identity::{IdentityCommand, UserKey};
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
-use crate::domain::time::Timestamp;
 use crate::driver::Logs;
-use crate::ledger::{AuditFilter, Ledger, OpenOptions};
+use crate::ledger::{Ledger, OpenOptions};
 use crate::telemetry::Metrics;
 
 const TOKEN: &str = "rgt_admin_for_tests_only";
@@ -721,182 +721,6 @@ async fn a_write_that_cannot_be_recorded_is_refused_when_that_is_required() {
         let started = gateway.post("/api/gateway/runs/start", body).await;
         assert_eq!(started.status, 503, "{}", started.json);
     }
-}
-
-impl Gateway {
-    /// Its coordinator has ended: nothing can be recorded any more.
-    fn without_coordinator(mut self) -> Gateway {
-        self.coordinator.handle.stop();
-        let gone = std::thread::spawn(|| Ok(()));
-        let ended = std::mem::replace(&mut self.coordinator.thread, gone);
-        ended.join().unwrap().unwrap();
-        self
-    }
-
-    /// A session of the first administrator, as old as that.
-    async fn session(&self, age: Duration) -> Opened {
-        let key = UserKey::first_admin();
-        let login = Login {
-            basis: Basis::FirstAdmin(self.app.auth.admin_digest()),
-            user: key,
-            era: 0,
-            is_remembered: false,
-            address: [127, 0, 0, 1].into(),
-            user_agent: String::new(),
-        };
-        let age_us = i64::try_from(age.as_micros()).unwrap();
-        let at = Timestamp(crate::clock::now().0 - age_us);
-        self.logins.sessions.begin(login, at).await.unwrap()
-    }
-
-    async fn by_session(&self, session: &Opened, method: Method, path: &str) -> Answer {
-        self.send(
-            as_session(session, method, path)
-                .body(Body::empty())
-                .unwrap(),
-        )
-        .await
-    }
-}
-
-/// A request by a session.
-fn as_session(session: &Opened, method: Method, path: &str) -> http::request::Builder {
-    Request::builder()
-        .method(method)
-        .uri(path)
-        .header("host", "localhost")
-        .header("x-abstractgateway-session", &session.secret)
-        .header("x-abstractgateway-csrf", &session.csrf)
-        .header("content-type", "application/json")
-}
-
-const LOGIN: &str = "/api/gateway/session/login";
-
-/// Sessions are in no ledger: what is refused because it cannot be recorded was done all the same.
-#[tokio::test]
-async fn a_login_or_logout_that_cannot_be_recorded_is_not_done_when_that_is_required() {
-    for (audit, status) in [(AuditMode::On, 200), (AuditMode::Required, 503)] {
-        let gateway = gateway_with(|config| config.audit = audit);
-        let sessions = [
-            gateway.session(Duration::ZERO).await,
-            gateway.session(Duration::ZERO).await,
-        ];
-        let gateway = gateway.without_coordinator();
-        let admin = UserKey::first_admin();
-        let count = || gateway.logins.sessions.of_user(&admin).unwrap().len();
-        let body = json!({"user_id": "admin", "token": TOKEN});
-        let is_done = status == 200;
-        assert_eq!(gateway.post(LOGIN, body).await.status, status);
-        assert_eq!(count(), if is_done { 3 } else { 2 });
-        let logout = "/api/gateway/session/logout";
-        let out = gateway.by_session(&sessions[0], Method::POST, logout);
-        assert_eq!(out.await.status, status);
-        let other = format!("/api/gateway/sessions/{}", sessions[1].session.id);
-        let end = gateway.call(Method::DELETE, &other, None).await;
-        assert_eq!(end.status, status, "{}", end.json);
-        assert_eq!(count(), if is_done { 1 } else { 2 });
-    }
-}
-
-/// A crash right after the answer lost the record of who had logged in.
-#[tokio::test]
-async fn a_login_is_answered_when_its_record_is_on_disk() {
-    let gateway = gateway();
-    let (enter, mut entered) = tokio::sync::mpsc::channel(1);
-    let (release, held) = std::sync::mpsc::channel::<()>();
-    let handle = gateway.handle.clone();
-    let busy = tokio::spawn(async move {
-        let wait = move |_: &_, _: &_, _| {
-            enter.blocking_send(()).unwrap();
-            let _ = held.recv();
-        };
-        handle.ask(wait).await.unwrap();
-    });
-    entered.recv().await.unwrap();
-    let body = json!({"user_id": "admin", "token": TOKEN});
-    let mut login = std::pin::pin!(gateway.post(LOGIN, body));
-    let early = tokio::time::timeout(Duration::from_millis(300), &mut login).await;
-    assert!(early.is_err(), "answered while nothing could be written");
-    release.send(()).unwrap();
-    busy.await.unwrap();
-    assert_eq!(login.await.status, 200);
-    let page = gateway
-        .ledger
-        .audit(&AuditFilter::default(), None, 10)
-        .unwrap();
-    assert_eq!(page.items.len(), 1, "{:?}", page.items);
-    let source = &page.items[0].source;
-    assert_eq!(source.user, Some(UserKey::first_admin()));
-    assert_eq!(source.details.tried, Some(UserKey::first_admin()));
-}
-
-/// A start that was let in before a purge, and decided after it, left a run in a plane that nobody has.
-#[tokio::test]
-async fn nothing_is_started_in_a_plane_that_nobody_has() {
-    let gateway = gateway();
-    let made = gateway
-        .post("/api/gateway/admin/users", json!({"user_id": "ann"}))
-        .await;
-    assert_eq!(made.status, 200, "{}", made.json);
-    let ann = UserKey {
-        tenant: "default".into(),
-        user: "ann".into(),
-    };
-    let plane = gateway.ledger.user(&ann).unwrap().unwrap().plane;
-    let submit = |command| {
-        let origin = Origin {
-            plane,
-            actor: "ann".into(),
-            request_id: None,
-            at: crate::clock::now(),
-        };
-        gateway.handle.submit(origin, command)
-    };
-    let start = || {
-        let body = r#"{"job": {"service_type": "t", "payload": {}}}"#;
-        let fields = super::fields::Fields::of_body(body).unwrap();
-        super::runs::read_start(&fields).unwrap()
-    };
-    let Reply::Started { run, .. } = submit(start()).await.unwrap() else {
-        panic!("it was started");
-    };
-    submit(Command::CancelQueued { run }).await.unwrap();
-    let retry = |id: &str| {
-        Command::Inbox(InboxCommand {
-            command: id.into(),
-            run_text: run.to_string().into(),
-            run: Some(run),
-            action: InboxAction::Retry,
-            client_id: None,
-            payload: Bytes::new(),
-            ended: None,
-        })
-    };
-    let path = "/api/gateway/admin/users/ann";
-    let deleted = gateway.call(Method::DELETE, path, None).await;
-    assert_eq!(deleted.status, 200, "{}", deleted.json);
-    let is_refused = async |id: &str| {
-        let started = submit(start()).await;
-        let left = |error: &SubmitError| error.to_string().contains("has no user any more");
-        assert!(started.as_ref().is_err_and(left), "{started:?}");
-        submit(retry(id)).await.unwrap();
-        let entry = gateway.ledger.command(plane, id).unwrap().unwrap();
-        format!("{entry:?}").contains("runtime_left")
-    };
-    assert!(is_refused("while it is reserved").await);
-    let path = "/api/gateway/admin/runtime-reservations/ann/purge";
-    let purged = gateway
-        .post(path, json!({"confirm_runtime_id": "ann"}))
-        .await;
-    assert_eq!(purged.status, 200, "{}", purged.json);
-    let started = submit(start()).await;
-    assert!(started.is_err(), "{started:?}");
-    // Of the same name, and another plane.
-    let made = gateway
-        .post("/api/gateway/admin/users", json!({"user_id": "ann"}))
-        .await;
-    assert_eq!(made.status, 200, "{}", made.json);
-    assert!(submit(start()).await.is_err());
 }
 
 #[tokio::test]

@@ -39,7 +39,7 @@ pub enum User {
     Enable(Named),
     /// Delete it; its runtime stays reserved until it is transferred or purged
     Delete(Named),
-    /// End all of its tokens and print a new one
+    /// End all of its tokens, its password and its sessions, and print a new token
     Rotate(Named),
     /// Set a password for the console; your own when no user is named. Ends all of the user's sessions
     #[command(

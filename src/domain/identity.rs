@@ -329,7 +329,7 @@ pub enum IdentityCommand {
         key: UserKey,
         profile: Profile,
     },
-    /// With `rotate`, every token ends and this one begins.
+    /// With `rotate`, every token and the password end and this token begins.
     UpdateUser {
         key: UserKey,
         change: ProfileChange,

@@ -146,6 +146,10 @@ async fn a_session_is_dead_after_each_event_that_ends_it() {
     let token = patch(&gateway, json!({"rotate_token": true})).await["token"].clone();
     let token = token.as_str().unwrap();
     dead(&gateway, &rotated, "the rotation").await;
+    // Whoever had the token may have set the password: that is over too.
+    let refused = login(&gateway, json!({"user_id": "ann", "password": PASSWORD})).await;
+    refused.expect(401);
+    set_password(&gateway, "ann", json!(PASSWORD)).await;
 
     let changed = both(&gateway, token).await;
     let body = json!({"current_password": PASSWORD, "password": "another horse battery"});

@@ -149,6 +149,18 @@ async fn roles_come_from_the_issuers_youngest_word() {
     call(&gateway, &promoted, Method::GET, "/metrics", None)
         .await
         .expect(200);
+    // A token that it makes would have the user's roles: it makes none, nor a password.
+    let tokens = "/api/gateway/tokens";
+    let mint = async |token: &str| {
+        let body = Some(json!({"name": "own"}));
+        call(&gateway, token, Method::POST, tokens, body).await
+    };
+    assert_eq!(mint(&staff).await.expect(403)["code"], "role_required");
+    let first = Some(json!({"password": "correct horse battery"}));
+    let path = format!("{ME}/password");
+    let refused = call(&gateway, &staff, Method::POST, &path, first).await;
+    assert_eq!(refused.expect(403)["code"], "role_required");
+    assert_eq!(mint(&promoted).await.expect(200)["expires_at"], Value::Null);
     let record = gateway
         .get(&format!("{USERS}/{id}?tenant_id=acme"))
         .await

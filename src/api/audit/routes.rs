@@ -180,7 +180,8 @@ pub struct AuditList {
         "route": "/services/register", "path": "/services/register", "query": [], "origin": null,
         "user_agent": "curl/8.5.0", "bytes_in": 312, "status": 403, "outcome": "denied",
         "code": "role_required", "duration_ms": 0.2, "count": 1, "since": "2026-11-21T02:00:00.000120+00:00",
-        "event": null, "run_id": null}], "next_cursor": "AAAA…"})))
+        "event": null, "run_id": null}], "next_cursor": "AAAA…"})),
+        (status = 400, description = "The cursor is not one of this listing"))
 )]
 async fn list(
     State(app): State<App>,

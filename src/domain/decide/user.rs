@@ -201,6 +201,11 @@ impl Context<'_> {
         if let Some(token) = rotate {
             self.check_hash(&token)?;
             events.extend(self.revoke_all(&key, RevokeCause::Rotated));
+            // Whoever had a token may have set it.
+            if people.password_of(&key).is_some() {
+                let (key, password) = (key.clone(), None);
+                events.push(Event::PasswordChanged { key, password });
+            }
             events.push(Event::TokenIssued { owner: key, token });
         }
         Ok(events)
