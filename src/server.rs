@@ -3,10 +3,12 @@
 
 mod checkpoint;
 mod logins;
+mod recover;
 mod seams;
 mod transport;
 
 pub use checkpoint::{public_key_path, sign_checkpoint};
+pub use recover::recover_admin;
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -247,19 +249,6 @@ fn listen_config(config: &Config, tls: Option<Tls>) -> ListenConfig {
 /// As `serve`, in one sentence.
 pub fn check_transport(config: &Config) -> Result<(), ServeError> {
     Ok(transport::tls(config).map(drop)?)
-}
-
-/// Writes a new token for the first administrator, whose path it answers. For the machine's shell, with the
-/// gateway stopped: a running one would go on with the old token.
-///
-/// # Errors
-/// A gateway runs, or the file cannot be written.
-pub fn recover_admin(data_dir: &Path) -> Result<PathBuf, ServeError> {
-    match Ledger::open_read_only(data_dir, &OpenOptions::default()) {
-        // A ledger left by a crash is not locked by anyone.
-        Ok(_) | Err(OpenError::NeedsRecovery { .. }) => Ok(bootstrap::replace(data_dir)?.path),
-        Err(error) => Err(error.into()),
-    }
 }
 
 /// Bounds of how often it is looked whether the signing key is too old.

@@ -19,6 +19,8 @@ pub enum Need {
     Anyone,
     /// This role or a higher one, and a token with this scope.
     Role(Role, Scope),
+    /// About what one logs in with: a session, or a token with all scopes.
+    Own,
 }
 
 const READ_RUNS: Need = Need::Role(Role::Viewer, Scope::RunsRead);
@@ -31,7 +33,7 @@ const READ_LEDGER: Need = Need::Role(Role::Admin, Scope::LedgerRead);
 /// Of their own tenant; administrators, of all.
 const READ_AUDIT: Need = Need::Role(Role::TenantAdmin, Scope::LedgerRead);
 /// What one logs in with: tokens, password, sessions.
-const OWN_TOKENS: Need = Need::Role(Role::Viewer, Scope::All);
+const OWN_TOKENS: Need = Need::Own;
 const MANAGE_USERS: Need = Need::Role(Role::TenantAdmin, Scope::All);
 const MANAGE_GATEWAY: Need = Need::Role(Role::Admin, Scope::All);
 
@@ -157,6 +159,7 @@ static BY_PATH: LazyLock<FxHashMap<&str, Vec<(&str, Need)>>> = LazyLock::new(|| 
 pub fn grants(need: Need, principal: &Principal) -> bool {
     match need {
         Need::Open | Need::Anyone => true,
+        Need::Own => principal.is_whole(),
         Need::Role(role, scope) => principal.power() >= role && principal.has_scope(scope),
     }
 }
@@ -168,6 +171,9 @@ pub fn check(
     method: &Method,
     path: &str,
 ) -> Result<(), ApiError> {
+    if need == Need::Own && !principal.is_whole() {
+        return Err(lacks_scope(Scope::All, method, path));
+    }
     let Need::Role(role, scope) = need else {
         return Ok(());
     };
@@ -177,14 +183,18 @@ pub fn check(
             .with("action", action(method)));
     }
     if !principal.has_scope(scope) {
-        let detail = format!("Token lacks the scope '{}'", scope.name());
-        return Err(ApiError::new(ErrorCode::ScopeRequired, detail)
-            .with("reason_code", "scope_required")
-            .with("required_scope", scope.name())
-            .with("resource_class", resource_class(path))
-            .with("action", action(method)));
+        return Err(lacks_scope(scope, method, path));
     }
     Ok(())
+}
+
+fn lacks_scope(scope: Scope, method: &Method, path: &str) -> ApiError {
+    let detail = format!("Token lacks the scope '{}'", scope.name());
+    ApiError::new(ErrorCode::ScopeRequired, detail)
+        .with("reason_code", "scope_required")
+        .with("required_scope", scope.name())
+        .with("resource_class", resource_class(path))
+        .with("action", action(method))
 }
 
 /// 403 for want of a role. The contract knows one kind of administrator, and so do its clients.

@@ -4,26 +4,67 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::{HeaderMap, header};
+use smol_str::SmolStr;
 use tokio::time::Instant;
 
 use super::access::{Need, grants};
 use super::client::Client;
 use super::cookies;
 use super::error::ApiError;
-use super::guard::Caller;
+use super::guard::{Caller, unauthorized};
 use super::state::App;
 use super::{sso, work};
 use crate::auth::secret::fits_imported;
 use crate::auth::session::{Basis, Digest, Session};
-use crate::auth::{Principal, Shown, Signed};
+use crate::auth::{Principal, Shown, Signed, fingerprint};
 use crate::clock::now;
+use crate::coordinator::SubmitError;
+use crate::domain::audit::Source;
 use crate::domain::command::{Command, Origin};
-use crate::domain::identity::IdentityCommand;
+use crate::domain::identity::{IdentityCommand, Token, TokenHash, UserKey};
+use crate::domain::ids::PlaneId;
 use crate::domain::time::Timestamp;
 use crate::ledger::{ReadError, TokenOwner};
 
 /// How often it is looked whether the reader of a stream may still read it.
 const WATCH_EVERY: Duration = Duration::from_secs(2);
+
+/// A request whose sender is being found out, for the records of what that brings about besides: somebody who is made
+/// known, a hash that is renewed.
+#[derive(Clone, Copy)]
+pub struct Asking<'a> {
+    /// `None` where nothing is audited, of a route without credentials.
+    pub request_id: Option<&'a SmolStr>,
+    pub at: Timestamp,
+    /// The request, as it came; `None` where nothing is audited.
+    pub source: &'a (dyn Fn() -> Option<Source> + Sync),
+}
+
+impl Asking<'_> {
+    /// Changes something about the sender of the request, whose token has this keyed hash.
+    pub async fn submit(
+        &self,
+        app: &App,
+        (plane, user): (PlaneId, &UserKey),
+        digest: Option<&[u8; 32]>,
+        command: IdentityCommand,
+    ) -> Result<(), SubmitError> {
+        let origin = Origin {
+            plane,
+            actor: user.actor(),
+            request_id: self.request_id.cloned(),
+            at: self.at,
+        };
+        let source = (self.source)().map(|mut source| {
+            source.user = Some(user.clone());
+            source.token = digest.map(|digest| SmolStr::from(fingerprint(digest)));
+            Arc::new(source)
+        });
+        let command = Command::Identity(Box::new(command));
+        app.handle.put(origin, command, None, source).await?;
+        Ok(())
+    }
+}
 
 /// Who makes a request; `None` when it shows nothing that is accepted now. What is committed counts: a revocation
 /// holds for the very next request. An `Authorization` header stands alone, whether it is right or wrong.
@@ -31,11 +72,12 @@ pub async fn authenticate(
     app: &App,
     client: Client,
     headers: &HeaderMap,
-    at: Timestamp,
+    asking: &Asking<'_>,
 ) -> Result<Option<Principal>, ApiError> {
+    let at = asking.at;
     if let Some(authorization) = headers.get(header::AUTHORIZATION) {
         return match app.auth.read(Some(authorization), at) {
-            Some(shown) => whose(app, shown, at).await,
+            Some(shown) => whose(app, shown, asking).await,
             None => Ok(None),
         };
     }
@@ -53,7 +95,12 @@ pub async fn authenticate(
 }
 
 /// Whose token was shown.
-pub async fn whose(app: &App, shown: Shown, at: Timestamp) -> Result<Option<Principal>, ApiError> {
+pub async fn whose(
+    app: &App,
+    shown: Shown,
+    asking: &Asking<'_>,
+) -> Result<Option<Principal>, ApiError> {
+    let at = asking.at;
     let (digest, imported) = match shown {
         Shown::FirstAdmin(principal) => return Ok(Some(*principal)),
         Shown::Token { digest } => (digest, None),
@@ -68,11 +115,11 @@ pub async fn whose(app: &App, shown: Shown, at: Timestamp) -> Result<Option<Prin
             header,
             token,
             // On the heap, as few requests come this way: every request would carry the room for it.
-        } => return Box::pin(sso::principal(app, (&header, &token), &digest, at)).await,
+        } => return Box::pin(sso::principal(app, (&header, &token), &digest, asking)).await,
     };
     let mut owner = app.ledger.token_owner(&digest)?;
     if let (None, Some((fingerprint, token))) = (&owner, imported) {
-        owner = Box::pin(check_imported(app, &fingerprint, token, digest, at)).await?;
+        owner = Box::pin(check_imported(app, &fingerprint, token, digest, asking)).await?;
     }
     let Some(TokenOwner { user, token }) = owner else {
         return Ok(None);
@@ -109,10 +156,19 @@ fn stands_on(app: &App, session: &Session, at: Timestamp) -> Result<Option<Princ
         return Ok(None);
     }
     Ok(match (token, owner.token) {
-        (Some(_), Some(token)) => Principal::of(&owner.user, &token, &[0; 32], at),
+        (Some(_), Some(token)) => Principal::of(&owner.user, &token, &digest_of(&token), at),
         (Some(_), None) => None,
         (None, _) => Principal::of_password(&owner.user, &[0; 32]),
     })
+}
+
+/// The keyed hash that a token is known by, so that its fingerprint is the same in whatever way it is shown.
+fn digest_of(token: &Token) -> [u8; 32] {
+    match token.hash {
+        TokenHash::Keyed(digest) => digest,
+        // Nobody has logged in with one that was imported and not used yet.
+        TokenHash::Pbkdf2 { .. } => [0; 32],
+    }
 }
 
 /// Whether what a session stands on still counts. One that cannot be looked up stays.
@@ -126,7 +182,7 @@ async fn check_imported(
     fingerprint: &[u8],
     token: Vec<u8>,
     digest: [u8; 32],
-    at: Timestamp,
+    asking: &Asking<'_>,
 ) -> Result<Option<TokenOwner>, ApiError> {
     let Some(owner) = app.ledger.token_owner(fingerprint)? else {
         return Ok(None);
@@ -138,21 +194,13 @@ async fn check_imported(
     if !fits.await? {
         return Ok(None);
     }
-    let origin = Origin {
-        plane: owner.user.plane,
-        actor: owner.user.key.actor(),
-        request_id: None,
-        at,
-    };
     let upgrade = IdentityCommand::UpgradeToken {
         key: owner.token.key.clone(),
         digest,
     };
     // Should it fail, the next use sees to it.
-    let _ = app
-        .handle
-        .submit(origin, Command::Identity(Box::new(upgrade)))
-        .await;
+    let user = (owner.user.plane, &owner.user.key);
+    let _ = asking.submit(app, user, Some(&digest), upgrade).await;
     Ok(Some(owner))
 }
 
@@ -198,16 +246,29 @@ impl Watch {
 
     /// What cannot be read ends nobody's stream; if it is the ledger, it ends the gateway.
     fn is_admitted(&self) -> bool {
-        match readmitted(&self.app, &self.principal) {
-            Ok(Some(now)) => {
-                // A stream may be of another plane of the tenant.
-                let reaches = now.sees_tenant() || !self.principal.sees_tenant();
-                now.plane == self.principal.plane && reaches && grants(self.need, &now)
-            }
-            Ok(None) => false,
-            Err(_) => true,
-        }
+        is_still_admitted(&self.app, &self.principal, self.need).unwrap_or(true)
     }
+}
+
+/// Looks again at a caller's credentials where it let the gateway wait: what was ended meanwhile writes nothing more.
+///
+/// # Errors
+/// 401, as for who shows none.
+pub fn readmit(app: &App, caller: &Caller, path: &str) -> Result<(), ApiError> {
+    match is_still_admitted(app, &caller.principal, caller.need)? {
+        true => Ok(()),
+        false => Err(unauthorized(path)),
+    }
+}
+
+/// Whether a principal would be let in now to what it was let in to.
+fn is_still_admitted(app: &App, before: &Principal, need: Need) -> Result<bool, ApiError> {
+    let Some(now) = readmitted(app, before)? else {
+        return Ok(false);
+    };
+    // What it does may be in another plane of the tenant.
+    let reaches = now.sees_tenant() || !before.sees_tenant();
+    Ok(now.plane == before.plane && reaches && grants(need, &now))
 }
 
 /// The principal as it is now; `None` when it would be let in no more.
@@ -224,6 +285,9 @@ fn readmitted(app: &App, principal: &Principal) -> Result<Option<Principal>, Api
             true => as_recorded(app, principal),
             false => Ok(None),
         };
+    }
+    if let Some(Signed::Work(work)) = &principal.signed {
+        return work::principal(app, work.clone(), &[0; 32]);
     }
     let Some(key) = &principal.token else {
         return Ok(Some(principal.clone()));

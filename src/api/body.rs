@@ -1,6 +1,8 @@
 //! Bodies and paths as handlers take them: bounded in size and time, of the right content type, and
 //! refused with the same errors everywhere.
 
+use std::time::{Duration, Instant};
+
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use bytes::Bytes;
@@ -9,6 +11,7 @@ use http::{HeaderMap, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::de::DeserializeOwned;
 
+use super::authenticate::readmit;
 use super::error::{ApiError, ErrorCode, FieldError};
 use super::fields::Fields;
 use super::guard::Caller;
@@ -124,7 +127,11 @@ fn check_content_type(headers: &HeaderMap, is_to_be_said: bool) -> Result<(), Ap
     ))
 }
 
-/// All of a body, at most `limit` bytes, within the time that a body may take.
+/// A body that takes longer had to be awaited; others came with their heads, just after the caller was let in.
+const AWAITED: Duration = Duration::from_millis(1);
+
+/// All of a body, at most `limit` bytes, within the time that a body may take. Of a caller that took its time it is
+/// looked again whether it is still let in.
 pub fn read_body(
     request: Request,
     app: &App,
@@ -135,12 +142,21 @@ pub fn read_body(
         .get(header::CONTENT_LENGTH)
         .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     let excess = declared.filter(|length| *length > limit as u64);
+    let caller = request.extensions().get::<Caller>().cloned();
+    let path = caller.is_some().then(|| request.uri().clone());
     let body = Limited::new(request.into_body(), limit);
     async move {
-        match excess {
-            Some(length) => Err(too_large(&length.to_string(), limit)),
-            None => collect(body, app, limit).await,
+        if let Some(length) = excess {
+            return Err(too_large(&length.to_string(), limit));
         }
+        let began = Instant::now();
+        let bytes = collect(body, app, limit).await?;
+        if let (Some(caller), Some(uri)) = (caller, path)
+            && began.elapsed() > AWAITED
+        {
+            readmit(app, &caller, uri.path())?;
+        }
+        Ok(bytes)
     }
 }
 

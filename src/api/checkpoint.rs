@@ -17,7 +17,8 @@ use super::examples;
 use super::guard::Caller;
 use super::state::App;
 use super::work;
-use crate::domain::command::Command;
+use crate::auth::Principal;
+use crate::domain::command::{Command, Rejection};
 use crate::domain::event::Event;
 use crate::domain::ids::Attempt;
 
@@ -40,9 +41,23 @@ pub struct Saved {
     pub size_bytes: u64,
 }
 
-/// The attempt that a pusher works on: as it says, else as its token does.
-pub fn attempt_of(caller: &Caller, headers: &HeaderMap) -> Result<Option<Attempt>, ApiError> {
-    Ok(given_attempt(headers)?.or(work::attempt_of(&caller.principal)))
+/// The attempt that a pusher works on: as its token says, else as it does itself.
+///
+/// # Errors
+/// 409 when a token for one attempt is shown for another.
+pub fn attempt_of(principal: &Principal, headers: &HeaderMap) -> Result<Option<Attempt>, ApiError> {
+    let given = given_attempt(headers)?;
+    match (work::attempt_of(principal), given) {
+        (Some((run, current)), Some(given)) if given != current => {
+            let stale = Rejection::StaleAttempt {
+                run,
+                given,
+                current,
+            };
+            Err(stale.into())
+        }
+        (own, given) => Ok(own.map(|(_, attempt)| attempt).or(given)),
+    }
 }
 
 /// The attempt that a pusher says it works on.
@@ -79,7 +94,7 @@ async fn save(
     headers: HeaderMap,
     request: Request,
 ) -> Result<Json<Saved>, ApiError> {
-    let attempt = attempt_of(&caller, &headers)?;
+    let attempt = attempt_of(&caller.principal, &headers)?;
     let run = app.own_run(&caller, &id)?.run;
     let content_type = headers
         .get(header::CONTENT_TYPE)
@@ -156,4 +171,32 @@ async fn read(
         HeaderValue::from_static("attachment"),
     );
     Ok(response)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::auth::jwt::work::Work;
+    use crate::domain::ids::{Generation, PlaneId, RunId};
+
+    /// While its body was under way, the header of a token's bearer let it write for the attempt after its own.
+    #[test]
+    fn a_token_speaks_for_its_own_attempt_only() {
+        let work = Work::Attempt {
+            plane: PlaneId(1),
+            run: RunId(uuid::Uuid::nil()),
+            attempt: 1,
+            service: "s".into(),
+            generation: Generation(1),
+        };
+        let principal = Principal::of_work(work, ("acme".into(), PlaneId(1)), &[0; 32]);
+        let of = |given: &'static str| {
+            let value = HeaderValue::from_static(given);
+            attempt_of(&principal, &HeaderMap::from_iter([(ATTEMPT, value)]))
+        };
+        assert_eq!(of("1"), Ok(Some(1)));
+        assert_eq!(attempt_of(&principal, &HeaderMap::new()), Ok(Some(1)));
+        let stale = of("2").unwrap_err();
+        assert_eq!(stale.code, ErrorCode::StaleAttempt);
+    }
 }

@@ -83,7 +83,8 @@ pub fn is_https(extensions: &Extensions) -> bool {
     found(extensions).is_https
 }
 
-fn found(extensions: &Extensions) -> Client {
+/// Where a request came from, as the guard has noted it.
+pub fn found(extensions: &Extensions) -> Client {
     extensions.get().copied().unwrap_or(Client::UNKNOWN)
 }
 

@@ -84,10 +84,11 @@ error_codes! {
     OriginNotAllowed = "origin_not_allowed", FORBIDDEN, "The origin is not allowed";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "Too much work is waiting to be recorded";
     PasswordStale = "password_stale", CONFLICT, "The password was changed meanwhile";
-    PasswordWrong = "password_wrong", FORBIDDEN, "The current password is wrong";
+    PasswordWrong = "password_wrong", FORBIDDEN, "The current password or token is wrong";
     Purged = "purged", GONE, "The run's payloads were purged";
     QuotaExceeded = "quota_exceeded", TOO_MANY_REQUESTS, "A quota is used up";
     RateLimited = "rate_limited", TOO_MANY_REQUESTS, "Too many requests a minute";
+    ReauthenticationRequired = "reauthentication_required", FORBIDDEN, "The login is too long ago";
     RoleRequired = "role_required", FORBIDDEN, "Another role is needed";
     RunEnded = "run_ended", CONFLICT, "The run has ended";
     RunNotEnded = "run_not_ended", CONFLICT, "The run has not ended";
@@ -95,6 +96,7 @@ error_codes! {
     RunsEnding = "runs_ending", CONFLICT, "Some runs have not ended yet";
     RuntimeHeld = "runtime_held", BAD_REQUEST, "The user has the runtime already";
     RuntimeInUse = "runtime_in_use", CONFLICT, "The runtime belongs to a user";
+    RuntimeLeft = "runtime_left", CONFLICT, "The runtime has no user any more";
     RuntimeNotFound = "runtime_not_found", NOT_FOUND, "No such reservation";
     RuntimePurging = "runtime_purging", BAD_REQUEST, "The runtime is being purged";
     RuntimeTaken = "runtime_taken", BAD_REQUEST, "The runtime is in use or reserved";
@@ -426,6 +428,7 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::RuntimeTaken(_) => ErrorCode::RuntimeTaken,
         IdentityRejection::RuntimeNotFound => ErrorCode::RuntimeNotFound,
         IdentityRejection::RuntimeInUse(_) => ErrorCode::RuntimeInUse,
+        IdentityRejection::RuntimeLeft(_) => ErrorCode::RuntimeLeft,
         IdentityRejection::RuntimeHeld(_) => ErrorCode::RuntimeHeld,
         IdentityRejection::RuntimePurging(_) => ErrorCode::RuntimePurging,
         IdentityRejection::RunsEnding { .. } => ErrorCode::RunsEnding,

@@ -17,8 +17,8 @@ use smol_str::SmolStr;
 use uuid::Uuid;
 
 use super::access::{Need, check, need};
-use super::audit::{Recorder, Trail};
-use super::authenticate::authenticate;
+use super::audit::{Recorder, Seen, Trail};
+use super::authenticate::{Asking, authenticate};
 use super::client::Client;
 use super::config::ApiConfig;
 use super::csrf;
@@ -63,6 +63,14 @@ impl Caller {
             actor: self.principal.actor.clone(),
             request_id: Some(self.request_id.clone()),
             at: self.at,
+        }
+    }
+
+    /// Notes for the audit which tenant a write is about. Only of one that the caller may write to: its administrators
+    /// see it.
+    pub fn about(&self, tenant: &SmolStr) {
+        if let Some(trail) = &self.trail {
+            trail.about(tenant);
         }
     }
 
@@ -195,7 +203,8 @@ fn access(path: &str) -> Access {
     }
 }
 
-fn unauthorized(path: &str) -> ApiError {
+/// 401, in the words of the contract that the path is of.
+pub(super) fn unauthorized(path: &str) -> ApiError {
     let detail = if path.starts_with("/api/") {
         "Unauthorized"
     } else {
@@ -239,7 +248,7 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
     };
     request.extensions_mut().insert(arrival.client);
     arrival.trail = match app.audit.is_on() {
-        true => Trail::begin(&request),
+        true => Trail::begin(&request, &arrival.request_id, arrival.at),
         false => None,
     };
     let path = request.uri().path().to_owned();
@@ -248,7 +257,7 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
     let (response, turn) = match admit(&app, &mut request, &mut arrival).await {
         Ok(turn) => (next.run(request).await, turn),
         Err(error) => {
-            if let Some(trail) = &mut arrival.trail {
+            if let Some(trail) = &arrival.trail {
                 trail.shown(app.auth.fingerprint(request.headers()));
             }
             (axum::response::IntoResponse::into_response(error), None)
@@ -256,9 +265,8 @@ pub async fn guard(State(app): State<App>, request: Request, next: Next) -> Resp
     };
     let response = match &arrival.trail {
         Some(trail) if !Recorder::is_settled(trail, &response) => {
-            let (request_id, began) = (&arrival.request_id, arrival.at);
             // On the heap, as most answers are settled: every request would carry the room for it.
-            Box::pin(app.audit.settle(trail, request_id, began, response)).await
+            Box::pin(app.audit.settle(trail, response)).await
         }
         _ => response,
     };
@@ -294,10 +302,16 @@ async fn admit(
     let need = route.map(|route| need(&method, route));
     if access == Access::Token {
         let need = need.unwrap_or(Need::Anyone);
-        let (headers, path) = (request.headers(), request.uri().path());
-        let caller = identify(app, headers, path, need, arrival).await?;
+        let seen = Seen {
+            method: &method,
+            uri: request.uri(),
+            route: request.extensions().get(),
+            headers: request.headers(),
+            client: arrival.client,
+        };
+        let caller = identify(app, seen, need, arrival).await?;
         let signed = caller.principal.signed.is_some();
-        let of_own_site = csrf::check(app, &caller.principal, &method, headers);
+        let of_own_site = csrf::check(app, &caller.principal, &method, request.headers());
         request.extensions_mut().insert(caller);
         of_own_site?;
         if let (true, Some(route)) = (signed, route) {
@@ -305,6 +319,9 @@ async fn admit(
         }
     } else {
         arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
+        if let Some(trail) = &arrival.trail {
+            request.extensions_mut().insert(trail.clone());
+        }
     }
     let caller = request.extensions().get::<Caller>();
     let principal = caller.map(|caller| &*caller.principal);
@@ -332,6 +349,9 @@ fn admit_work(
     let (path, headers) = (request.uri().path(), request.headers());
     let admitted = work::admit(app, principal, (method, route), path, headers)?;
     if let Some(caller) = request.extensions_mut().get_mut::<Caller>() {
+        if let Some(trail) = &caller.trail {
+            trail.known(&admitted);
+        }
         caller.principal = Arc::new(admitted);
     }
     Ok(())
@@ -342,21 +362,25 @@ fn admit_work(
 /// signed tokens, and whoever else is here finds easier ways to take the processor.
 async fn identify(
     app: &App,
-    headers: &HeaderMap,
-    path: &str,
+    seen: Seen<'_>,
     need: Need,
     arrival: &mut Arrival,
 ) -> Result<Caller, ApiError> {
     let at = now();
     let (client, here) = (arrival.client, arrival.client.address.is_loopback());
-    if !here && app.auth.is_signed(headers) && app.limits.is_used_up(client, arrival.at) {
+    if !here && app.auth.is_signed(seen.headers) && app.limits.is_used_up(client, arrival.at) {
         arrival.count(app.limits.of_address(client, arrival.at))?;
     }
-    let Some(principal) = authenticate(app, arrival.client, headers, at).await? else {
-        arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
-        return Err(unauthorized(path));
+    let asking = Asking {
+        request_id: Some(&arrival.request_id),
+        at,
+        source: &|| app.audit.is_on().then(|| seen.source()),
     };
-    if let Some(trail) = &mut arrival.trail {
+    let Some(principal) = authenticate(app, arrival.client, seen.headers, &asking).await? else {
+        arrival.count(app.limits.of_address(arrival.client, arrival.at))?;
+        return Err(unauthorized(seen.uri.path()));
+    };
+    if let Some(trail) = &arrival.trail {
         trail.known(&principal);
     }
     arrival.count(app.limits.of_user(&principal, arrival.at))?;

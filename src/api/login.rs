@@ -1,16 +1,13 @@
 //! Whether somebody is who it says: a token or a password for a session. Who does not exist, is disabled or has no
 //! password gets the same answer as who is wrong, for the same work.
 
-use super::authenticate::whose;
+use super::authenticate::{Asking, whose};
 use super::error::{ApiError, ErrorCode};
 use super::state::App;
 use crate::auth::Principal;
 use crate::auth::password::Verdict;
 use crate::auth::session::Basis;
-use crate::clock::now;
-use crate::domain::command::{Command, Origin};
 use crate::domain::identity::{IdentityCommand, PasswordHash, User, UserKey};
-use crate::domain::time::Timestamp;
 
 /// What somebody shows.
 pub enum Proof {
@@ -25,22 +22,32 @@ pub struct Proven {
     pub era: u64,
 }
 
+impl Proven {
+    /// Of the token that was shown; `None` for a password.
+    pub fn fingerprint(&self) -> Option<&str> {
+        match self.basis {
+            Basis::Password => None,
+            Basis::Token(_) | Basis::FirstAdmin(_) => Some(&self.principal.fingerprint),
+        }
+    }
+}
+
 /// Tries a proof on a user; of a token its tenant may be left open. The inner error is the answer to a wrong proof.
 pub async fn prove(
     app: &App,
     user: &str,
     tenant: Option<&str>,
     proof: Proof,
-    at: Timestamp,
+    asking: &Asking<'_>,
 ) -> Result<Result<Proven, ApiError>, ApiError> {
     match proof {
-        Proof::Token(token) => by_token(app, user, tenant, &token, at).await,
+        Proof::Token(token) => by_token(app, user, tenant, &token, asking).await,
         Proof::Password(password) => {
             let key = UserKey {
                 tenant: tenant.unwrap_or("default").into(),
                 user: user.into(),
             };
-            by_password(app, &key, password, at).await
+            by_password(app, &key, password, asking).await
         }
     }
 }
@@ -54,11 +61,11 @@ async fn by_token(
     user: &str,
     tenant: Option<&str>,
     token: &str,
-    at: Timestamp,
+    asking: &Asking<'_>,
 ) -> Result<Result<Proven, ApiError>, ApiError> {
     let read = || app.auth.read_token(token.as_bytes());
     let found = match read() {
-        Some(shown) => whose(app, shown, at).await?,
+        Some(shown) => whose(app, shown, asking).await?,
         None => None,
     };
     let invalid = || Ok(Err(wrong("Invalid Gateway user token")));
@@ -77,7 +84,7 @@ async fn by_token(
     let owner = app.ledger.session_owner(key, None)?;
     let era = owner.map_or(0, |owner| owner.era);
     let again = match read() {
-        Some(shown) => whose(app, shown, at).await?,
+        Some(shown) => whose(app, shown, asking).await?,
         None => None,
     };
     let Some(principal) = again else {
@@ -98,7 +105,7 @@ async fn by_password(
     app: &App,
     key: &UserKey,
     password: String,
-    at: Timestamp,
+    asking: &Asking<'_>,
 ) -> Result<Result<Proven, ApiError>, ApiError> {
     let owner = app.ledger.session_owner(key, None)?;
     let kept = owner.as_ref().and_then(|owner| owner.password.clone());
@@ -111,7 +118,7 @@ async fn by_password(
         return invalid();
     };
     if is_outdated {
-        rehash(app, &owner.user, kept, password, at).await;
+        rehash(app, &owner.user, kept, password, asking).await;
     }
     Ok(Ok(Proven {
         principal,
@@ -144,7 +151,13 @@ pub async fn hash(app: &App, password: String) -> Result<PasswordHash, ApiError>
 }
 
 /// Sees to a stronger hash. Should it fail, the next login sees to it.
-async fn rehash(app: &App, user: &User, replaces: PasswordHash, password: String, at: Timestamp) {
+async fn rehash(
+    app: &App,
+    user: &User,
+    replaces: PasswordHash,
+    password: String,
+    asking: &Asking<'_>,
+) {
     let Ok(password) = hash(app, password).await else {
         return;
     };
@@ -153,14 +166,8 @@ async fn rehash(app: &App, user: &User, replaces: PasswordHash, password: String
         replaces,
         password,
     };
-    let origin = Origin {
-        plane: user.plane,
-        actor: user.key.actor(),
-        request_id: None,
-        at: at.max(now()),
-    };
-    let command = Command::Identity(Box::new(command));
-    if let Err(error) = app.handle.submit(origin, command).await {
+    let of = (user.plane, &user.key);
+    if let Err(error) = asking.submit(app, of, None, command).await {
         tracing::warn!(?error, "a password's hash was not renewed");
     }
 }

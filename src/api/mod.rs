@@ -58,6 +58,7 @@ mod passwords;
 mod preempt;
 mod query;
 mod queue;
+mod reauth;
 mod redact;
 mod router;
 mod run_ledger;

@@ -10,14 +10,15 @@ use super::body::{JsonBody, PathOf};
 use super::error::{ApiError, ErrorCode};
 use super::fields::Fields;
 use super::guard::Caller;
-use super::login::{check, hash};
+use super::login::{Proof, hash};
 use super::query::Query;
-use super::session::throttled;
+use super::reauth::{confirm, latest_end, read_current};
 use super::state::App;
 use super::users::{find, may_grant, named, submit};
-use crate::auth::password::{MAX_CHARS, MIN_CHARS, Verdict};
-use crate::auth::throttle::Trying;
-use crate::domain::identity::{IdentityCommand, PasswordHash};
+use crate::auth::password::{MAX_CHARS, MIN_CHARS};
+use crate::domain::command::Rejection;
+use crate::domain::identity::{IdentityCommand, IdentityRejection, PasswordHash};
+use crate::ledger::SessionOwner;
 
 /// Longest password of `MAX_CHARS` characters, in bytes.
 const MAX_BYTES: usize = MAX_CHARS * 4;
@@ -43,11 +44,13 @@ fn read_new(fields: &Fields) -> Option<String> {
 }
 
 /// Set one's own password. Ends all of one's sessions, this one too.
+///
+/// With the current one; where there is none yet, by a login at most 15 minutes old, a token, or `current_token`.
 #[utoipa::path(post, path = "/me/password", tag = "sessions",
     request_body(content = Object, example = json!({"current_password": "correct horse battery", "password": "wrong zebra staple"})),
     responses((status = 200, body = Object, example = json!({"ok": true})),
         (status = 400, description = "The first administrator has no password"),
-        (status = 403, description = "The current password is wrong"),
+        (status = 403, description = "The current password is wrong, or there is none yet and the login is too long ago"),
         (status = 409, description = "The password was changed meanwhile"),
         (status = 429, description = "Too many wrong passwords; `Retry-After` tells when")))]
 async fn set_own(
@@ -57,8 +60,8 @@ async fn set_own(
 ) -> Result<Json<Value>, ApiError> {
     let (current, password) = {
         let fields = body.fields()?;
-        fields.forbid_others(&["current_password", "password"]);
-        let current = fields.secret("current_password", MAX_BYTES);
+        fields.forbid_others(&["current_password", "current_token", "password"]);
+        let current = read_current(&fields);
         if !fields.has("password") {
             fields.fault("password", "missing", "Field required");
         }
@@ -67,11 +70,7 @@ async fn set_own(
         (current, password.unwrap_or_default())
     };
     let key = &caller.principal.user;
-    let owner = app.ledger.session_owner(key, None)?;
-    let kept = owner.and_then(|owner| owner.password);
-    if let Some(kept) = &kept {
-        prove_current(&app, &caller, current, kept).await?;
-    }
+    let kept = show_current(&app, &caller, current).await?;
     let command = IdentityCommand::SetPassword {
         key: key.clone(),
         password: Some(hash(&app, password).await?),
@@ -81,42 +80,49 @@ async fn set_own(
     Ok(Json(json!({"ok": true})))
 }
 
-/// Throttled, since who has come by a session must not get at the password through it; but by itself, so that nobody
-/// who is not in can keep others from changing theirs.
-async fn prove_current(
+/// The hash of the current password, which was shown; `None` where there is none, and the caller may set a first one.
+async fn show_current(
     app: &App,
     caller: &Caller,
-    current: Option<String>,
-    kept: &PasswordHash,
-) -> Result<(), ApiError> {
-    let principal = &caller.principal;
-    let by = match (&principal.session, &principal.token) {
-        (Some(live), _) => live.digest.to_vec(),
-        (None, Some(key)) => format!("token {} of {}", key.token, key.owner).into_bytes(),
-        (None, None) => format!("sign-on of {}", principal.user).into_bytes(),
-    };
-    let trying = Trying::Current {
-        account: &principal.user,
-        by: &by,
-    };
-    let attempt = app.logins.throttle.begin(trying, caller.at);
-    let attempt = attempt.map_err(throttled)?;
-    let current = current.unwrap_or_default();
-    match check(app, &current, Some(kept.clone())).await {
-        Ok(Verdict::Right { .. }) => {
-            attempt.succeeded();
-            Ok(())
-        }
-        Ok(Verdict::Wrong) => {
-            attempt.failed().await?;
-            let detail = "current_password is not the current password";
-            Err(ApiError::new(ErrorCode::PasswordWrong, detail))
-        }
-        Err(error) => {
-            attempt.withdrawn();
-            Err(error)
-        }
+    current: Option<Proof>,
+) -> Result<Option<PasswordHash>, ApiError> {
+    let key = &caller.principal.user;
+    let owner = || app.ledger.session_owner(key, None);
+    let before = owner()?;
+    if before.as_ref().is_none_or(|owner| owner.password.is_none()) {
+        // There is no password to show.
+        let current = current.filter(|proof| matches!(proof, Proof::Token(_)));
+        let shown = confirm(app, caller, current).await?;
+        return match latest_end(app, &caller.principal, shown)? {
+            Some(_) => Err(outlives()),
+            None => Ok(None),
+        };
     }
+    let Some(current @ Proof::Password(_)) = current else {
+        return Err(password_wrong());
+    };
+    confirm(app, caller, Some(current)).await?;
+    // Its hash may have been renewed just now, which is not a change of it.
+    let after = owner()?;
+    let era = |owner: &Option<SessionOwner>| owner.as_ref().map(|owner| owner.era);
+    match era(&before) == era(&after) {
+        true => Ok(after.and_then(|owner| owner.password)),
+        false => Err(Rejection::from(IdentityRejection::PasswordStale).into()),
+    }
+}
+
+fn password_wrong() -> ApiError {
+    let detail = "current_password is not the current password";
+    ApiError::new(ErrorCode::PasswordWrong, detail)
+}
+
+/// A token that ends may not set a first password, which does not.
+fn outlives() -> ApiError {
+    ApiError::new(
+        ErrorCode::ReauthenticationRequired,
+        "A token that expires sets no first password: use one that does not, or ask an administrator",
+    )
+    .with("reason_code", "reauthentication_required")
 }
 
 /// Set a user's password, or take it away with null. Ends all of its sessions; its tokens stay.

@@ -57,6 +57,7 @@ pub struct Submitted {
     responses(
         (status = 200, body = Submitted, example = json!({"job_id": "0199f3a2-7c1e-7d0a-9c55-6f0f0d1f2a3b", "position": 1, "estimated_wait": null})),
         (status = 400, description = "service_type is required; payload is required"),
+        (status = 409, description = "The runtime has no user any more"),
     )
 )]
 async fn submit(
@@ -306,7 +307,7 @@ async fn push_progress(
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
-    let attempt = attempt_of(&caller, &headers)?;
+    let attempt = attempt_of(&caller.principal, &headers)?;
     if body.fields().is_err() {
         let loc = vec!["body".to_owned()];
         let fault = FieldError::new(loc, "dict_type", "Input should be a valid dictionary");

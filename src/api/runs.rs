@@ -75,6 +75,7 @@ pub struct Started {
     responses(
         (status = 200, body = Started, example = json!({"run_id": "0199f3a2-7c1e-7d0a-9c55-6f0f0d1f2a3b", "position": 1})),
         (status = 404, description = "No such bundle"),
+        (status = 409, description = "The runtime has no user any more"),
     )
 )]
 async fn start(

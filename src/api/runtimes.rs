@@ -19,6 +19,7 @@ use super::body::{JsonBody, PathOf};
 use super::error::{ApiError, ErrorCode};
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
+use super::reauth::{confirm, read_current};
 use super::state::App;
 use super::users::{UserView, submit};
 use crate::coordinator::SubmitError;
@@ -79,7 +80,6 @@ fn view(ledger: &Ledger, runtime: &Runtime) -> Result<Option<ReservationView>, R
     let Some(reservation) = &runtime.reservation else {
         return Ok(None);
     };
-    let runs = ledger.runs(runtime.plane, &RunFilter::default(), None, 1)?;
     let left = match reservation.purging {
         true => ledger.purge_left(runtime.plane)?,
         false => None,
@@ -92,12 +92,17 @@ fn view(ledger: &Ledger, runtime: &Runtime) -> Result<Option<ReservationView>, R
         reason: reservation.reason,
         created_at: reservation.created_at,
         updated_at: reservation.updated_at,
-        data_exists: !runs.items.is_empty(),
+        data_exists: has_runs(ledger, runtime.plane)?,
         data_path: data_path(runtime.plane),
         purging: reservation.purging,
         runs_left: left.map(|left| left.runs),
         records_left: left.map(|left| left.records),
     }))
+}
+
+fn has_runs(ledger: &Ledger, plane: PlaneId) -> Result<bool, ReadError> {
+    let runs = ledger.runs(plane, &RunFilter::default(), None, 1)?;
+    Ok(!runs.items.is_empty())
 }
 
 fn data_path(plane: PlaneId) -> String {
@@ -125,7 +130,7 @@ async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<Reservatio
 }
 
 /// The runtime of a path and of a body that confirms it; one that does not exist is told first.
-fn confirmed(app: &App, id: &str, fields: &Fields) -> Result<Runtime, ApiError> {
+fn confirmed(app: &App, caller: &Caller, id: &str, fields: &Fields) -> Result<Runtime, ApiError> {
     let rule = TextRule::name(64);
     let tenant = fields.text("tenant_id", rule);
     let runtime = sanitised(id);
@@ -134,6 +139,7 @@ fn confirmed(app: &App, id: &str, fields: &Fields) -> Result<Runtime, ApiError> 
         runtime: runtime.clone(),
     };
     let found = app.ledger.runtime(&key)?.ok_or_else(not_found)?;
+    caller.about(&found.key.tenant);
     let confirmation = fields.required_text("confirm_runtime_id", rule);
     fields.finish()?;
     if sanitised(&confirmation) != runtime {
@@ -159,7 +165,7 @@ async fn transfer(
     let (before, to) = {
         let fields = body.fields()?;
         let to = fields.required_text("target_user_id", TextRule::name(64));
-        (confirmed(&app, &id, &fields)?, sanitised(&to))
+        (confirmed(&app, &caller, &id, &fields)?, sanitised(&to))
     };
     let reservation = view(&app.ledger, &before)?;
     let key = before.key;
@@ -185,6 +191,8 @@ async fn transfer(
 ///
 /// Runs that have not ended are cancelled. From then on nobody sees what is in it, and it is removed bit by bit, over
 /// restarts too; the ledger's chain stays whole. It can be asked for again at any time.
+/// `deleted_data` tells whether runs were in it. Needs a login at most 15 minutes old, a token, `current_password` or
+/// `current_token`.
 #[utoipa::path(post, path = "/admin/runtime-reservations/{runtime_id}/purge", tag = "users",
     request_body(content = Object, example = json!({"confirm_runtime_id": "alice"})),
     responses((status = 200, body = Object, example = json!({"ok": true, "purged": true, "deleted_data": true, "runtime_id": "alice", "tenant_id": "default", "data_path": "ledger.redb#plane=1"})),
@@ -197,10 +205,11 @@ async fn purge(
     PathOf(id): PathOf<String>,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
-    let (runtime, delete) = {
+    let (runtime, delete, current) = {
         let fields = body.fields()?;
         let delete = fields.boolean("delete_data").unwrap_or(true);
-        (confirmed(&app, &id, &fields)?, delete)
+        let current = read_current(&fields);
+        (confirmed(&app, &caller, &id, &fields)?, delete, current)
     };
     if !delete {
         return Err(ApiError::new(
@@ -208,12 +217,14 @@ async fn purge(
             "delete_data must be true: a purge removes the data",
         ));
     }
+    confirm(&app, &caller, current).await?;
+    let has_data = has_runs(&app.ledger, runtime.plane)?;
     let deadline = Instant::now() + PATIENCE;
     end_runs(&app, &caller, &runtime.key, deadline).await?;
     let answer = json!({
         "ok": true,
         "purged": true,
-        "deleted_data": true,
+        "deleted_data": has_data,
         "runtime_id": runtime.key.runtime.as_str(),
         "tenant_id": runtime.key.tenant.as_str(),
         "data_path": data_path(runtime.plane),

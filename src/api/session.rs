@@ -11,6 +11,8 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use super::audit::{MaybeTrail, Trail};
+use super::authenticate::Asking;
 use super::body::JsonBody;
 use super::client::Client;
 use super::cookies;
@@ -18,19 +20,19 @@ use super::csrf;
 use super::error::{ApiError, ErrorCode};
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
-use super::login::{Proof, prove};
+use super::login::{Proof, Proven, prove};
 use super::state::App;
 use super::tokens::described;
 use super::users::MAX_ID_CHARS;
 use crate::auth::password::MAX_CHARS;
 use crate::auth::session::Login;
-use crate::auth::throttle::{Attempt, Locked, Trying};
+use crate::auth::throttle::{Locked, Trying};
 use crate::clock::now;
+use crate::domain::audit::Source;
 use crate::domain::identity::{UserKey, sanitised};
-use crate::domain::time::Timestamp;
 
 /// Longest token, and longest password of `MAX_CHARS` characters of four bytes.
-const MAX_SECRET_BYTES: usize = MAX_CHARS * 4;
+pub(super) const MAX_SECRET_BYTES: usize = MAX_CHARS * 4;
 
 /// The routes of this file, under `/api/gateway`.
 pub fn router() -> OpenApiRouter<App> {
@@ -76,38 +78,21 @@ struct Asked {
 async fn login(
     State(app): State<App>,
     client: Client,
+    MaybeTrail(trail): MaybeTrail,
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     csrf::check_site(&headers)?;
     let names = cookies::names(client, &headers)?;
     let asked = read(&body)?;
-    let at = now();
-    let attempt = begin(&app, client, &asked, at)?;
-    let tenant = asked.tenant.as_deref();
-    let proven = match prove(&app, &asked.user, tenant, asked.proof, at).await {
-        Ok(Ok(proven)) => proven,
-        Ok(Err(wrong)) => {
-            counter!("rungate_logins_total", "outcome" => "wrong").increment(1);
-            attempt.failed().await?;
-            return Err(wrong);
-        }
-        Err(error) => {
-            attempt.withdrawn();
-            return Err(error);
-        }
-    };
-    attempt.succeeded();
-    let proven_to_be = &proven.principal.user;
-    let throttle = &app.logins.throttle;
-    throttle.note_home(proven_to_be, client.network(), at);
-    counter!("rungate_logins_total", "outcome" => "right").increment(1);
+    let is_remembered = asked.is_remembered;
+    let proven = prove_recorded(&app, client, trail.as_ref(), asked).await?;
     let agent = headers.get(header::USER_AGENT);
     let login = Login {
         user: proven.principal.user.clone(),
         basis: proven.basis,
         era: proven.era,
-        is_remembered: asked.is_remembered,
+        is_remembered,
         address: client.address,
         user_agent: agent
             .and_then(|agent| agent.to_str().ok())
@@ -125,7 +110,7 @@ async fn login(
         "expires_at": opened.session.ends_at,
     });
     let mut response = Json(answer).into_response();
-    let max_age_ms = asked.is_remembered.then(|| {
+    let max_age_ms = is_remembered.then(|| {
         opened
             .session
             .ends_at
@@ -139,6 +124,55 @@ async fn login(
         max_age_ms,
     );
     Ok(response)
+}
+
+/// Who logs in, within what throttling allows. What was tried and proven is known to the audit when it returns.
+async fn prove_recorded(
+    app: &App,
+    client: Client,
+    trail: Option<&Trail>,
+    asked: Asked,
+) -> Result<Proven, ApiError> {
+    let at = now();
+    let account = account(&asked);
+    if let Some(trail) = trail {
+        trail.tried(&account);
+    }
+    let (throttle, network) = (&app.logins.throttle, client.network());
+    let trying = match &asked.proof {
+        Proof::Password(_) => Trying::Password {
+            account: &account,
+            network,
+        },
+        Proof::Token(_) => Trying::Token { network },
+    };
+    let attempt = throttle.begin(trying, at).map_err(throttled)?;
+    let asking = Asking {
+        request_id: trail.map(Trail::request_id),
+        at,
+        source: &|| trail.map(|trail| Source::clone(&trail.source())),
+    };
+    let tenant = asked.tenant.as_deref();
+    let proven = match prove(app, &asked.user, tenant, asked.proof, &asking).await {
+        Ok(Ok(proven)) => proven,
+        Ok(Err(wrong)) => {
+            counter!("rungate_logins_total", "outcome" => "wrong").increment(1);
+            attempt.failed().await?;
+            return Err(wrong);
+        }
+        Err(error) => {
+            attempt.withdrawn();
+            return Err(error);
+        }
+    };
+    attempt.succeeded();
+    throttle.note_home(&proven.principal.user, network, at);
+    counter!("rungate_logins_total", "outcome" => "right").increment(1);
+    if let Some(trail) = trail {
+        trail.proven(&proven.principal.user, proven.fingerprint());
+    }
+    app.audit.record_first(trail).await?;
+    Ok(proven)
 }
 
 fn read(body: &JsonBody) -> Result<Asked, ApiError> {
@@ -185,21 +219,13 @@ fn read_proof(fields: &Fields) -> Option<Proof> {
     }
 }
 
-fn begin(app: &App, client: Client, asked: &Asked, at: Timestamp) -> Result<Attempt, ApiError> {
+/// The account that is logged in to, as far as the caller said.
+fn account(asked: &Asked) -> UserKey {
     let tenant = asked.tenant.clone();
-    let account = UserKey {
+    UserKey {
         tenant: tenant.unwrap_or(SmolStr::new_static("default")),
         user: asked.user.clone(),
-    };
-    let network = client.network();
-    let trying = match &asked.proof {
-        Proof::Password(_) => Trying::Password {
-            account: &account,
-            network,
-        },
-        Proof::Token(_) => Trying::Token { network },
-    };
-    app.logins.throttle.begin(trying, at).map_err(throttled)
+    }
 }
 
 /// 429 for who failed too often.
@@ -236,6 +262,7 @@ async fn logout(
 ) -> Result<Response, ApiError> {
     let live = caller.principal.session.as_deref();
     if let Some(live) = live {
+        app.audit.record_first(caller.trail.as_ref()).await?;
         app.logins.sessions.end(&live.digest, &live.session).await?;
     }
     let answer: Value = json!({"ok": true, "deleted": live.is_some()});

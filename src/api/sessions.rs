@@ -8,17 +8,16 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use super::access::lacks_role;
 use super::authenticate::principal_of;
 use super::body::PathOf;
 use super::error::{ApiError, ErrorCode};
 use super::guard::Caller;
 use super::query::Query;
 use super::state::App;
-use super::users::{find, may_grant, named};
+use super::users::whose;
 use crate::auth::session::{Basis, Digest, Session};
 use crate::clock::now;
-use crate::domain::identity::{Role, UserKey};
+use crate::domain::identity::UserKey;
 use crate::domain::time::Timestamp;
 
 /// The routes of this file, under `/api/gateway`.
@@ -79,27 +78,6 @@ pub struct SessionList {
     pub sessions: Vec<SessionView>,
 }
 
-/// Whose sessions a request is about: the caller's, or those of `user_id` and `tenant_id`.
-fn whose(app: &App, caller: &Caller, query: &Query) -> Result<UserKey, ApiError> {
-    let own = &caller.principal.user;
-    let Some(user) = query.text("user_id") else {
-        query.finish()?;
-        return Ok(own.clone());
-    };
-    let key = named(caller, user, query)?;
-    if key == *own {
-        return Ok(key);
-    }
-    if caller.principal.power() < Role::TenantAdmin {
-        return Err(lacks_role(Role::TenantAdmin)
-            .with("resource_class", "sessions")
-            .with("action", "read"));
-    }
-    let user = find(app, caller, &key)?;
-    may_grant(caller, user.power())?;
-    Ok(key)
-}
-
 /// Those that count now.
 fn live(app: &App, user: &UserKey) -> Result<Vec<(Digest, Session)>, ApiError> {
     let at = now();
@@ -157,6 +135,7 @@ async fn end(
         let gone = ApiError::new(ErrorCode::SessionNotFound, "Session not found");
         return Err(gone);
     };
+    app.audit.record_first(caller.trail.as_ref()).await?;
     app.logins.sessions.end(digest, session).await?;
     Ok(Json(
         json!({"ok": true, "deleted": true, "session_id": session.id.as_str()}),

@@ -62,6 +62,7 @@ pub struct Rotated {
     responses((status = 200, body = Rotated, example = json!({"ok": true, "kid": "3f1c9a0b7d52e864"}))))]
 async fn rotate(State(app): State<App>, caller: Caller) -> Result<Json<Rotated>, ApiError> {
     let keys = tokens(&app)?.clone();
+    app.audit.record_first(caller.trail.as_ref()).await?;
     let rotated = tokio::task::spawn_blocking(move || keys.rotate(now())).await;
     let failed = |error: &dyn std::fmt::Display| {
         tracing::error!(%error, "the signing key could not be rotated");

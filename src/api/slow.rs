@@ -1,5 +1,6 @@
 //! Slow hashes: few at a time and not many in line, so that the rest of the processor is for requests.
 
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -7,9 +8,6 @@ use metrics::counter;
 use tokio::sync::{Semaphore, oneshot};
 
 use super::error::{ApiError, ErrorCode};
-
-/// Computed at once: each takes a core for tens of milliseconds, and a password's 19 MiB.
-const AT_ONCE: usize = 2;
 
 /// Computed and waiting at most.
 const IN_LINE: usize = 64;
@@ -27,9 +25,15 @@ pub struct SlowHashes {
 }
 
 impl SlowHashes {
+    /// On half of the cores: each takes one for tens of milliseconds, and a password's 19 MiB.
     pub fn new() -> SlowHashes {
+        let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+        SlowHashes::with_turns((cores / 2).max(1))
+    }
+
+    fn with_turns(turns: usize) -> SlowHashes {
         SlowHashes {
-            turns: Arc::new(Semaphore::new(AT_ONCE)),
+            turns: Arc::new(Semaphore::new(turns)),
             line: Semaphore::new(IN_LINE),
         }
     }
@@ -76,4 +80,50 @@ fn busy() -> ApiError {
         "Too Many Requests (token and password checks)",
     )
     .retry_after(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[tokio::test]
+    async fn as_many_are_computed_at_once_as_there_are_turns_and_no_more_wait_than_fit_in_line() {
+        const TURNS: usize = 2;
+        let hashes = Arc::new(SlowHashes::with_turns(TURNS));
+        let (began, begun) = mpsc::channel();
+        let begin = || {
+            let (hashes, began) = (Arc::clone(&hashes), began.clone());
+            let (end, ended) = mpsc::channel::<()>();
+            let compute = async move {
+                let work = move || {
+                    began.send(()).unwrap();
+                    let _ = ended.recv();
+                };
+                hashes.compute(work).await
+            };
+            (tokio::spawn(compute), end)
+        };
+        let mut asked: Vec<_> = (0..IN_LINE).map(|_| begin()).collect();
+        while hashes.line.available_permits() > 0 || hashes.turns.available_permits() > 0 {
+            tokio::task::yield_now().await;
+        }
+        let refused = begin().0.await.unwrap().unwrap_err();
+        assert_eq!(refused.code, ErrorCode::TooManyRequests);
+        let begun = tokio::task::spawn_blocking(move || {
+            for _ in 0..TURNS {
+                begun.recv().unwrap();
+            }
+            begun
+        });
+        let begun = begun.await.unwrap();
+        assert!(begun.try_recv().is_err(), "a third was begun");
+        // A request that goes away leaves its turn with the work.
+        let (first, end) = asked.remove(0);
+        first.abort();
+        assert!(first.await.unwrap_err().is_cancelled());
+        assert_eq!(hashes.turns.available_permits(), 0);
+        drop(end);
+        drop(asked);
+    }
 }

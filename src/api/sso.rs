@@ -3,32 +3,38 @@
 
 use jsonwebtoken::Header;
 
+use super::authenticate::Asking;
 use super::error::{ApiError, ErrorCode};
 use super::state::App;
 use crate::auth::Principal;
 use crate::auth::sso::Person;
 use crate::coordinator::SubmitError;
-use crate::domain::command::{Command, Origin, Rejection};
+use crate::domain::command::Rejection;
 use crate::domain::identity::{
     IdentityCommand, IdentityRejection, Profile, ProfileChange, Role, User,
 };
 use crate::domain::ids::PlaneId;
 use crate::domain::tenant::QuotasChange;
-use crate::domain::time::Timestamp;
+
+/// The keyed hash of the token that was shown, and with which request.
+type Showing<'a> = (&'a [u8; 32], &'a Asking<'a>);
 
 /// Who shows a token of the issuer; `None` when it is not accepted, or names nobody who is let in.
 pub async fn principal(
     app: &App,
     (header, token): (&Header, &[u8]),
     digest: &[u8; 32],
-    at: Timestamp,
+    asking: &Asking<'_>,
 ) -> Result<Option<Principal>, ApiError> {
     let Some(sso) = app.auth.sso() else {
         return Ok(None);
     };
-    let person = sso.verify(token, header, at).await.map_err(|error| {
-        ApiError::new(ErrorCode::IssuerUnavailable, error.to_string()).retry_after(10)
-    })?;
+    let person = sso
+        .verify(token, header, asking.at)
+        .await
+        .map_err(|error| {
+            ApiError::new(ErrorCode::IssuerUnavailable, error.to_string()).retry_after(10)
+        })?;
     let Some(person) = person else {
         return Ok(None);
     };
@@ -36,13 +42,17 @@ pub async fn principal(
         return Ok(None);
     }
     let user = match app.ledger.user(&person.key)? {
-        Some(user) => in_step(app, user, &person, at).await?,
-        None => make_known(app, &person, at).await?,
+        Some(user) => in_step(app, user, &person, (digest, asking)).await?,
+        None => make_known(app, &person, (digest, asking)).await?,
     };
     Ok(user.and_then(|user| Principal::of_person(&user, &person, digest)))
 }
 
-async fn make_known(app: &App, person: &Person, at: Timestamp) -> Result<Option<User>, ApiError> {
+async fn make_known(
+    app: &App,
+    person: &Person,
+    shown: Showing<'_>,
+) -> Result<Option<User>, ApiError> {
     if !person.provision {
         return Ok(None);
     }
@@ -57,7 +67,7 @@ async fn make_known(app: &App, person: &Person, at: Timestamp) -> Result<Option<
         key: person.key.clone(),
         profile,
     };
-    match submit(app, person, command, at).await {
+    match submit(app, person, command, shown).await {
         // Another request was first.
         Ok(())
         | Err(SubmitError::Rejected(Rejection::Identity(IdentityRejection::UserExists(_)))) => {
@@ -77,7 +87,7 @@ async fn in_step(
     app: &App,
     user: User,
     person: &Person,
-    at: Timestamp,
+    shown: Showing<'_>,
 ) -> Result<Option<User>, ApiError> {
     let younger = person
         .issued_at
@@ -97,7 +107,7 @@ async fn in_step(
         quotas: QuotasChange::default(),
         rotate: None,
     };
-    match submit(app, person, command, at).await {
+    match submit(app, person, command, shown).await {
         Ok(()) | Err(SubmitError::Rejected(_)) => Ok(app.ledger.user(&person.key)?),
         Err(error) => Err(error.into()),
     }
@@ -112,14 +122,8 @@ async fn submit(
     app: &App,
     person: &Person,
     command: IdentityCommand,
-    at: Timestamp,
+    (digest, asking): Showing<'_>,
 ) -> Result<(), SubmitError> {
-    let origin = Origin {
-        plane: PlaneId::ROOT,
-        actor: person.key.actor(),
-        request_id: None,
-        at,
-    };
-    let command = Command::Identity(Box::new(command));
-    app.handle.submit(origin, command).await.map(drop)
+    let user = (PlaneId::ROOT, &person.key);
+    asking.submit(app, user, Some(digest), command).await
 }

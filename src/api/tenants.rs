@@ -301,6 +301,7 @@ async fn set(
     change: TenantChange,
     create: bool,
 ) -> Result<Json<TenantAnswer>, ApiError> {
+    caller.about(&tenant);
     let command = IdentityCommand::SetTenant {
         tenant: tenant.clone(),
         change,

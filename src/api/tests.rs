@@ -1,10 +1,13 @@
 //! The routes against a real ledger and coordinator, without an executor: what is submitted stays where the
-//! scheduler puts it.
+//! scheduler puts it. Logins, and who is gone, are in `people`.
+
+mod people;
 
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
+use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::BodyExt;
 use serde_json::{Value, json};
@@ -674,7 +677,7 @@ async fn a_reader_that_stands_still_is_cut_off() {
             Body::from_stream(async_stream::stream! {
                 let _held = held;
                 loop {
-                    yield Ok::<_, std::convert::Infallible>(bytes::Bytes::from_static(&[0; 1 << 16]));
+                    yield Ok::<_, std::convert::Infallible>(Bytes::from_static(&[0; 1 << 16]));
                 }
             })
         }
@@ -710,13 +713,7 @@ impl Drop for Held {
 #[tokio::test]
 async fn a_write_that_cannot_be_recorded_is_refused_when_that_is_required() {
     for (audit, status) in [(AuditMode::On, 401), (AuditMode::Required, 503)] {
-        let mut gateway = gateway_with(|config| config.audit = audit);
-        gateway.coordinator.handle.stop().await;
-        let ended = std::mem::replace(
-            &mut gateway.coordinator.thread,
-            std::thread::spawn(|| Ok(())),
-        );
-        ended.join().unwrap().unwrap();
+        let gateway = gateway_with(|config| config.audit = audit).without_coordinator();
         let bare = Request::post("/api/gateway/commands").header("host", "localhost");
         let answer = gateway.send(bare.body(Body::empty()).unwrap()).await;
         assert_eq!(answer.status, status);

@@ -12,11 +12,13 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use super::body::{JsonBody, PathOf};
-use super::error::ApiError;
+use super::error::{ApiError, FieldError};
 use super::fields::TextRule;
 use super::guard::Caller;
+use super::query::Query;
+use super::reauth::{MEMBERS, confirm, latest_end, read_current};
 use super::state::App;
-use super::users::read_scopes;
+use super::users::{read_scopes, whose};
 use crate::auth::Principal;
 use crate::domain::command::Command;
 use crate::domain::identity::{IdentityCommand, NewToken, Role, Scope, Token, TokenHash, TokenKey};
@@ -113,16 +115,25 @@ impl TokenView {
     }
 }
 
-/// The caller's tokens.
+/// A user's tokens.
 #[derive(Serialize, ToSchema)]
 pub struct TokenList {
     pub tokens: Vec<TokenView>,
 }
 
-/// List one's own tokens.
-#[utoipa::path(get, path = "/tokens", tag = "users", responses((status = 200, body = TokenList, example = json!({"tokens": [{"token_id": "tok_0123456789abcdef", "name": "ci", "scopes": ["runs:read"], "created_at": "2026-11-21T02:00:00.000120+00:00", "expires_at": null, "last_used_at": null, "imported": false}]}))))]
-async fn list(State(app): State<App>, caller: Caller) -> Result<Json<TokenList>, ApiError> {
-    let tokens = app.ledger.tokens(&caller.principal.user)?;
+/// List one's own tokens; as an administrator, anybody's.
+#[utoipa::path(get, path = "/tokens", tag = "users", params(
+        ("user_id" = Option<String>, Query, description = "Whose, for administrators; one's own when absent"),
+        ("tenant_id" = Option<String>, Query, description = "`default` when absent"),
+    ), responses((status = 200, body = TokenList, example = json!({"tokens": [{"token_id": "tok_0123456789abcdef", "name": "ci", "scopes": ["runs:read"], "created_at": "2026-11-21T02:00:00.000120+00:00", "expires_at": null, "last_used_at": null, "imported": false}]})),
+        (status = 404, description = "Gateway user not found")))]
+async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    query: Query,
+) -> Result<Json<TokenList>, ApiError> {
+    let user = whose(&app, &caller, &query)?;
+    let tokens = app.ledger.tokens(&user)?;
     let tokens = tokens.into_iter().map(|token| TokenView::of(&app, token));
     Ok(Json(TokenList {
         tokens: tokens.collect(),
@@ -136,8 +147,12 @@ pub struct TokenRequest {
     pub name: String,
     /// `runs:read`, `runs:write`, `services:read`, `services:write`, `ledger:read`, `inference`, `*`; all when absent.
     pub scopes: Option<Vec<String>>,
-    /// Up to ten years; for good when absent.
+    /// Up to ten years; for good when absent. Asked for with a token that expires, or by a session that began with one,
+    /// at most until then, unless `current_password` is shown.
     pub expires_in_s: Option<u64>,
+    /// One of these, where the session that asks began more than 15 minutes ago.
+    pub current_password: Option<String>,
+    pub current_token: Option<String>,
 }
 
 /// A new token and its secret, which is shown here and never again.
@@ -158,21 +173,28 @@ async fn create(
     body: JsonBody,
 ) -> Result<Json<TokenAnswer>, ApiError> {
     let minted = app.auth.mint();
-    let new = {
+    let (mut new, current) = {
         let fields = body.fields()?;
-        fields.forbid_others(&["name", "scopes", "expires_in_s"]);
+        let [password, token] = MEMBERS;
+        fields.forbid_others(&["name", "scopes", "expires_in_s", password, token]);
         let name = fields.required_text("name", TextRule::name(MAX_NAME_CHARS));
         let scopes = read_scopes(&fields).filter(|scopes| !scopes.is_empty());
         let life_s = fields.int("expires_in_s", 1..=MAX_LIFE_S);
+        let current = read_current(&fields);
         fields.finish()?;
-        NewToken {
+        let new = NewToken {
             token: token_id(),
             name: name.into(),
             scopes: scopes.unwrap_or_else(|| vec![Scope::All]),
             hash: minted.hash,
             expires_at: life_s.map(|life_s| caller.at + life_s * 1_000),
-        }
+        };
+        (new, current)
     };
+    let shown = confirm(&app, &caller, current).await?;
+    if let Some(latest) = latest_end(&app, &caller.principal, shown)? {
+        new.expires_at = Some(within(latest, new.expires_at)?);
+    }
     let id = new.token.clone();
     let command = IdentityCommand::IssueToken {
         owner: caller.principal.user.clone(),
@@ -190,17 +212,37 @@ async fn create(
     }))
 }
 
-/// Revoke a token of one's own: the next request that shows it is refused.
+/// When a token ends that is made with one that ends at `latest`.
+fn within(latest: Timestamp, asked: Option<Timestamp>) -> Result<Timestamp, ApiError> {
+    match asked {
+        Some(asked) if asked > latest => {
+            let loc = vec!["body".to_owned(), "expires_in_s".to_owned()];
+            let message = "Input should end no later than the token that asks; show current_password to ask for more";
+            let fault = FieldError::new(loc, "less_than_equal", message);
+            Err(ApiError::validation(vec![fault]))
+        }
+        asked => Ok(asked.unwrap_or(latest)),
+    }
+}
+
+/// Revoke a token of one's own, or as an administrator of anybody's: the next request that shows it is refused.
 #[utoipa::path(delete, path = "/tokens/{token_id}", tag = "users",
+    params(
+        ("user_id" = Option<String>, Query, description = "Whose, for administrators; one's own when absent"),
+        ("tenant_id" = Option<String>, Query, description = "`default` when absent"),
+    ),
     responses((status = 200, body = Object, example = json!({"ok": true, "deleted": true, "token_id": "tok_0123456789abcdef"})),
         (status = 404, description = "Token not found")))]
 async fn revoke(
     State(app): State<App>,
     caller: Caller,
     PathOf(id): PathOf<String>,
+    query: Query,
 ) -> Result<Json<Value>, ApiError> {
+    let owner = whose(&app, &caller, &query)?;
+    drop(query);
     let key = TokenKey {
-        owner: caller.principal.user.clone(),
+        owner,
         token: SmolStr::new(&id),
     };
     let command = IdentityCommand::RevokeToken { key: key.clone() };

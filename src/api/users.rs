@@ -15,17 +15,20 @@ use super::body::{JsonBody, PathOf};
 use super::error::ApiError;
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
+use super::login::Proof;
 use super::query::Query;
+use super::reauth::{MEMBERS, confirm, read_current};
 use super::state::App;
 use super::tenants::{QuotasView, read_quotas};
 use super::tokens::token_id;
+use crate::auth::Minted;
 use crate::auth::secret::parse_imported;
 use crate::domain::command::{Command, Rejection};
 use crate::domain::identity::{
     IdentityCommand, IdentityRejection, NewToken, Profile, ProfileChange, Role, Scope, TokenHash,
     User, UserKey, power, sanitised,
 };
-use crate::domain::tenant::Quotas;
+use crate::domain::tenant::{Quotas, QuotasChange};
 use crate::domain::time::Timestamp;
 
 /// Longest user, tenant and runtime id.
@@ -127,6 +130,7 @@ pub(super) fn find(app: &App, caller: &Caller, key: &UserKey) -> Result<User, Ap
     };
     let user =
         user.ok_or_else(|| ApiError::from(Rejection::from(IdentityRejection::UserNotFound)))?;
+    caller.about(&key.tenant);
     Ok(user)
 }
 
@@ -148,6 +152,28 @@ pub(super) fn named(caller: &Caller, id: &str, query: &Query) -> Result<UserKey,
         tenant: tenant.unwrap_or_else(|| default_tenant(caller)),
         user: sanitised(id),
     })
+}
+
+/// Whose tokens or sessions a request is about: the caller's, or those of `user_id` and `tenant_id`.
+pub(super) fn whose(app: &App, caller: &Caller, query: &Query) -> Result<UserKey, ApiError> {
+    let principal = &caller.principal;
+    let Some(user) = query.text("user_id") else {
+        query.finish()?;
+        return Ok(principal.user.clone());
+    };
+    let key = named(caller, user, query)?;
+    if key == principal.user {
+        return Ok(key);
+    }
+    // Who is restricted sees to its own by a session, and to nobody else's.
+    if principal.power() < Role::TenantAdmin || !principal.has_scope(Scope::All) {
+        return Err(lacks_role(Role::TenantAdmin)
+            .with("resource_class", "users")
+            .with("action", "read"));
+    }
+    let user = find(app, caller, &key)?;
+    may_grant(caller, user.power())?;
+    Ok(key)
 }
 
 pub(super) fn default_tenant(caller: &Caller) -> SmolStr {
@@ -255,8 +281,8 @@ fn read_profile(fields: &Fields) -> ProfileChange {
     }
 }
 
-/// A token of the administrator's choice; its secret is not told back.
-fn read_token(app: &App, fields: &Fields) -> Option<TokenHash> {
+/// A token of the administrator's choice.
+fn read_token(app: &App, fields: &Fields) -> Option<Minted> {
     let text = fields.text("token", TextRule::name(512))?;
     let minted = app.auth.adopt(&text);
     if minted.is_none() {
@@ -264,7 +290,7 @@ fn read_token(app: &App, fields: &Fields) -> Option<TokenHash> {
         let message = "Value error, a token has 16 to 512 visible characters, and a right checksum if it begins with rgt_";
         fields.fault("token", "value_error", message);
     }
-    minted.map(|minted| minted.hash)
+    minted
 }
 
 fn first_token(hash: TokenHash) -> NewToken {
@@ -306,24 +332,19 @@ async fn create(
             .with("resource_class", "admin")
             .with("action", "write"));
     }
+    caller.about(&key.tenant);
     may_grant(&caller, power(&profile.roles))?;
-    let (hash, secret) = match chosen {
-        Some(hash) => (hash, None),
-        None => {
-            let minted = app.auth.mint();
-            (minted.hash, Some(minted.secret))
-        }
-    };
+    let minted = chosen.unwrap_or_else(|| app.auth.mint());
     let command = IdentityCommand::CreateUser {
         key: key.clone(),
         profile,
-        token: first_token(hash),
+        token: first_token(minted.hash),
     };
     submit(&app, &caller, command).await?;
     let user = UserView::read(&app, find(&app, &caller, &key)?)?;
     Ok(Json(UserAnswer {
         user,
-        token: secret.map(shown),
+        token: Some(shown(minted.secret)),
     }))
 }
 
@@ -336,7 +357,7 @@ fn read_new_user(
     app: &App,
     caller: &Caller,
     fields: &Fields,
-) -> Result<(UserKey, Profile, Option<TokenHash>), ApiError> {
+) -> Result<(UserKey, Profile, Option<Minted>), ApiError> {
     fields.forbid_others(&[
         "user_id",
         "tenant_id",
@@ -385,7 +406,47 @@ async fn read(
     Ok(Json(UserAnswer { user, token: None }))
 }
 
-/// Change a user. Absent members stay as they are; a rotation ends all of its tokens and shows the new one.
+/// What is to become of a user.
+struct Change {
+    profile: ProfileChange,
+    quotas: QuotasChange,
+    /// The token in place of all others.
+    minted: Option<Minted>,
+    current: Option<Proof>,
+}
+
+fn read_change(app: &App, fields: &Fields) -> Result<Change, ApiError> {
+    let [password, token] = MEMBERS;
+    fields.forbid_others(&[
+        "email",
+        "roles",
+        "scopes",
+        "enabled",
+        "runtime_id",
+        "token",
+        "rotate_token",
+        "quotas",
+        password,
+        token,
+    ]);
+    let profile = read_profile(fields);
+    let quotas = read_quotas(fields);
+    let chosen = read_token(app, fields);
+    let rotate = fields.boolean("rotate_token").unwrap_or(false);
+    let current = read_current(fields);
+    fields.finish()?;
+    Ok(Change {
+        profile,
+        quotas,
+        minted: chosen.or_else(|| rotate.then(|| app.auth.mint())),
+        current,
+    })
+}
+
+/// Change a user. Absent members stay as they are; a rotation ends all of its tokens, its password and its sessions, and
+/// shows the new token.
+///
+/// A new e-mail address needs a login at most 15 minutes old, a token, `current_password` or `current_token`.
 #[utoipa::path(patch, path = "/admin/users/{user_id}", tag = "users",
     params(("tenant_id" = Option<String>, Query, description = "`default` when absent")),
     request_body(content = Object, example = json!({"enabled": true, "rotate_token": true})),
@@ -399,35 +460,23 @@ async fn update(
 ) -> Result<Json<UserAnswer>, ApiError> {
     let key = named(&caller, &id, &query)?;
     drop(query);
-    let (change, quotas, chosen, rotate) = {
-        let fields = body.fields()?;
-        fields.forbid_others(&[
-            "email",
-            "roles",
-            "scopes",
-            "enabled",
-            "runtime_id",
-            "token",
-            "rotate_token",
-            "quotas",
-        ]);
-        let change = read_profile(&fields);
-        let quotas = read_quotas(&fields);
-        let chosen = read_token(&app, &fields);
-        let rotate = fields.boolean("rotate_token").unwrap_or(false);
-        fields.finish()?;
-        (change, quotas, chosen, rotate)
-    };
+    let Change {
+        profile: change,
+        quotas,
+        minted,
+        current,
+    } = read_change(&app, &body.fields()?)?;
     let user = find(&app, &caller, &key)?;
     may_grant(&caller, user.power())?;
     may_grant(&caller, change.roles.as_deref().map_or(Role::Viewer, power))?;
-    let (hash, secret) = match (chosen, rotate) {
-        (Some(hash), _) => (Some(hash), None),
-        (None, true) => {
-            let minted = app.auth.mint();
-            (Some(minted.hash), Some(minted.secret))
-        }
-        (None, false) => (None, None),
+    let email = change.email.as_ref();
+    if email.is_some_and(|email| *email != user.profile.email) {
+        confirm(&app, &caller, current).await?;
+    }
+    let (hash, secret) = minted.map(|m| (m.hash, m.secret)).unzip();
+    let ended = match hash {
+        Some(_) => app.ledger.tokens(&key)?,
+        None => Vec::new(),
     };
     let command = IdentityCommand::UpdateUser {
         key: key.clone(),
@@ -436,6 +485,9 @@ async fn update(
         rotate: hash.map(first_token),
     };
     submit(&app, &caller, command).await?;
+    for token in ended {
+        app.auth.uses().forget(&token.key);
+    }
     let user = UserView::read(&app, find(&app, &caller, &key)?)?;
     Ok(Json(UserAnswer {
         user,

@@ -2,13 +2,14 @@
 //! that run's input and checkpoint, and nothing else. It dies with the attempt: what is committed counts.
 
 use http::{HeaderMap, Method};
+use smol_str::SmolStr;
 
 use super::checkpoint::given_attempt;
 use super::error::{ApiError, ErrorCode, FieldError};
 use super::queue::job_not_found;
 use super::state::App;
 use crate::auth::jwt::work::Work;
-use crate::auth::{Principal, Signed};
+use crate::auth::{Principal, Signed, service_user};
 use crate::domain::ids::{Attempt, PlaneId, RunId};
 use crate::ledger::{InstancePhase, RunSummary};
 
@@ -22,14 +23,16 @@ pub const ROUTES: &[(&str, &str)] = &[
 
 /// Who shows a genuine token for work; `None` when that is over.
 pub fn principal(app: &App, work: Work, digest: &[u8; 32]) -> Result<Option<Principal>, ApiError> {
-    let plane = match &work {
+    let (tenant, plane) = match &work {
         Work::Attempt {
             plane,
             run,
             attempt,
             ..
         } => match app.ledger.run(*plane, *run)? {
-            Some(run) if run.attempt == *attempt && is_done_by(&run, &work) => *plane,
+            Some(run) if run.attempt == *attempt && is_done_by(&run, &work) => {
+                (app.ledger.tenant_of(*plane)?, *plane)
+            }
             _ => return Ok(None),
         },
         Work::Instance {
@@ -44,11 +47,11 @@ pub fn principal(app: &App, work: Work, digest: &[u8; 32]) -> Result<Option<Prin
             if !lives {
                 return Ok(None);
             }
-            // Which plane it works in is known with the run (`admit`).
-            PlaneId::ROOT
+            // Which plane it works in, and for whom, is known with the run (`admit`).
+            (SmolStr::new_static("default"), PlaneId::ROOT)
         }
     };
-    Ok(Some(Principal::of_work(work, plane, digest)))
+    Ok(Some(Principal::of_work(work, (tenant, plane), digest)))
 }
 
 /// Whether the run's current attempt runs where the token was given.
@@ -115,7 +118,8 @@ pub fn admit(
             let run = run
                 .filter(|run| is_done_by(run, work))
                 .ok_or_else(not_found)?;
-            narrowed(principal, &run, (verb, headers))
+            let tenant = app.ledger.tenant_of(run.plane)?;
+            narrowed(principal, (tenant, &run), (verb, headers))
         }
     }
 }
@@ -124,7 +128,7 @@ pub fn admit(
 /// work on an earlier one.
 fn narrowed(
     mut principal: Principal,
-    run: &RunSummary,
+    (tenant, run): (SmolStr, &RunSummary),
     (verb, headers): (&str, &HeaderMap),
 ) -> Result<Principal, ApiError> {
     let given = given_attempt(headers)?;
@@ -139,6 +143,8 @@ fn narrowed(
         generation,
     })) = principal.signed.take()
     {
+        principal.user = service_user(tenant, &service);
+        principal.actor = principal.user.actor();
         principal.plane = run.plane;
         principal.signed = Some(Signed::Work(Work::Attempt {
             plane: run.plane,
@@ -151,10 +157,10 @@ fn narrowed(
     Ok(principal)
 }
 
-/// The attempt that a caller's token is for; others have none.
-pub fn attempt_of(principal: &Principal) -> Option<Attempt> {
+/// The run and the attempt that a caller's token is for; others have none.
+pub fn attempt_of(principal: &Principal) -> Option<(RunId, Attempt)> {
     match &principal.signed {
-        Some(Signed::Work(Work::Attempt { attempt, .. })) => Some(*attempt),
+        Some(Signed::Work(Work::Attempt { run, attempt, .. })) => Some((*run, *attempt)),
         _ => None,
     }
 }

@@ -37,7 +37,7 @@ use subtle::ConstantTimeEq;
 
 use self::jwt::work::{Work, WorkTokens};
 use self::secret::TokenKey as HashKey;
-use self::session::{Digest, Session};
+use self::session::{Basis, Digest, Session};
 use self::sso::{Person, Sso};
 use self::uses::Uses;
 use crate::domain::identity::{Role, Scope, Token, TokenHash, TokenKey, User, UserKey, power};
@@ -73,7 +73,7 @@ pub struct Principal {
     pub signed: Option<Signed>,
     /// The browser session that it came by.
     pub session: Option<Arc<LiveSession>>,
-    /// The first 12 hex digits of the token's keyed hash: tells tokens apart in logs, and nothing else.
+    /// Of the token that it showed or logged in with (`fingerprint`); of a session by password, of the session.
     pub fingerprint: String,
 }
 
@@ -111,6 +111,13 @@ impl Principal {
         within(&self.token_scopes) && (self.user_scopes.is_empty() || within(&self.user_scopes))
     }
 
+    /// Whether it may see to what its user logs in with: by a session that did not begin with a restricted token,
+    /// whatever the user itself is restricted to, or by a token that may do all.
+    pub fn is_whole(&self) -> bool {
+        let may_all = self.token_scopes.contains(&Scope::All);
+        may_all && (self.session.is_some() || self.has_scope(Scope::All))
+    }
+
     /// Of a user and the token it showed; `None` when the user is disabled or the token has expired.
     pub fn of(user: &User, token: &Token, digest: &[u8; 32], now: Timestamp) -> Option<Principal> {
         let expired = token.expires_at.is_some_and(|at| at <= now);
@@ -142,14 +149,18 @@ impl Principal {
             token: None,
             signed: None,
             session: None,
-            fingerprint: short(digest),
+            fingerprint: fingerprint(digest),
         }
     }
 
     /// The same, come by a session.
     pub fn by_session(self, digest: Digest, session: Session) -> Principal {
+        let fingerprint = match session.basis {
+            Basis::Password => fingerprint(&digest),
+            Basis::Token(_) | Basis::FirstAdmin(_) => self.fingerprint,
+        };
         Principal {
-            fingerprint: short(&digest),
+            fingerprint,
             session: Some(Arc::new(LiveSession { digest, session })),
             ..self
         }
@@ -176,16 +187,17 @@ impl Principal {
             signed: Some(Signed::Sso {
                 expires_at: person.expires_at,
             }),
-            fingerprint: short(digest),
+            fingerprint: fingerprint(digest),
         })
     }
 
-    /// Of a service that works in a plane. Its name is no user's, since `:` is in no user id.
-    pub fn of_work(work: Work, plane: PlaneId, digest: &[u8; 32]) -> Principal {
-        let user = UserKey {
-            tenant: SmolStr::new_static("default"),
-            user: SmolStr::new(format!("service:{}", work.service())),
-        };
+    /// Of a service that works in a plane of a tenant.
+    pub fn of_work(
+        work: Work,
+        (tenant, plane): (SmolStr, PlaneId),
+        digest: &[u8; 32],
+    ) -> Principal {
+        let user = service_user(tenant, work.service());
         Principal {
             plane,
             actor: user.actor(),
@@ -197,7 +209,7 @@ impl Principal {
             token: None,
             session: None,
             signed: Some(Signed::Work(work)),
-            fingerprint: short(digest),
+            fingerprint: fingerprint(digest),
         }
     }
 }
@@ -327,11 +339,16 @@ impl Authenticator {
         })
     }
 
-    /// Tells the token of an `Authorization` header from others, whether it is accepted or not.
+    /// Tells the token of an `Authorization` header from others, whether it is accepted or not. `None` for none, and for
+    /// one that is too long to be one.
     pub fn fingerprint(&self, headers: &HeaderMap) -> Option<String> {
         let token = bearer(headers.get(header::AUTHORIZATION)?.as_bytes())?;
-        let fits = !token.is_empty() && token.len() <= MAX_TOKEN_BYTES;
-        fits.then(|| short(&self.key.digest(token)))
+        let most = match jwt::has_form(token) {
+            true => jwt::MAX_BYTES,
+            false => MAX_TOKEN_BYTES,
+        };
+        let fits = !token.is_empty() && token.len() <= most;
+        fits.then(|| fingerprint(&self.key.digest(token)))
     }
 
     /// The first administrator, if its token still has this keyed hash.
@@ -375,6 +392,14 @@ impl Authenticator {
     }
 }
 
+/// As whom a service works for a tenant. Its name is no user's, since `:` is in no user id.
+pub fn service_user(tenant: SmolStr, service: &str) -> UserKey {
+    UserKey {
+        tenant,
+        user: SmolStr::new(format!("service:{service}")),
+    }
+}
+
 fn first_admin(digest: &[u8; 32]) -> Principal {
     let user = UserKey::first_admin();
     Principal {
@@ -388,11 +413,12 @@ fn first_admin(digest: &[u8; 32]) -> Principal {
         token: None,
         signed: None,
         session: None,
-        fingerprint: short(digest),
+        fingerprint: fingerprint(digest),
     }
 }
 
-fn short(digest: &[u8; 32]) -> String {
+/// The first 12 hex digits of a token's keyed hash: tells tokens apart, and nothing else.
+pub fn fingerprint(digest: &[u8; 32]) -> String {
     blake3::Hash::from_bytes(*digest).to_hex()[..12].to_owned()
 }
 
@@ -436,6 +462,20 @@ mod tests {
             assert!(read(&auth, bad).is_none(), "{bad}");
         }
         assert!(auth.read(None, Timestamp(0)).is_none());
+    }
+
+    #[test]
+    fn a_signed_token_has_a_fingerprint_whatever_its_length_and_another_long_one_has_none() {
+        let auth = auth();
+        let of = |token: String| {
+            let value = HeaderValue::from_str(&format!("Bearer {token}")).unwrap();
+            auth.fingerprint(&HeaderMap::from_iter([(header::AUTHORIZATION, value)]))
+        };
+        let signed = |len| format!("eyJ{}.e30.AA", "A".repeat(len));
+        assert_eq!(of(signed(2_000)).map(|text| text.len()), Some(12));
+        assert_ne!(of(signed(2_000)), of(signed(2_001)));
+        assert_eq!(of(signed(jwt::MAX_BYTES)), None);
+        assert_eq!(of("A".repeat(MAX_TOKEN_BYTES + 1)), None);
     }
 
     #[test]

@@ -15,7 +15,10 @@ use crate::private_file;
 /// How much later a use must be to count as a newer one.
 const RESOLUTION_MS: u64 = 60_000;
 
-/// Largest file that is read back: some hundred thousand tokens.
+/// Tokens of which it is kept at most; those that were used longest ago are forgotten first.
+const MAX_KEPT: usize = 250_000;
+
+/// Largest file that is read back: `MAX_KEPT` tokens of the longest names fit.
 const MAX_FILE_BYTES: u64 = 64 << 20;
 
 /// Cloneable.
@@ -29,6 +32,20 @@ pub struct Uses {
 struct Inner {
     last: HashMap<TokenKey, Timestamp>,
     changed: bool,
+}
+
+impl Inner {
+    /// Forgets the oldest beyond `most`.
+    fn keep_newest(&mut self, most: usize) {
+        let surplus = self.last.len().saturating_sub(most);
+        if surplus == 0 {
+            return;
+        }
+        let mut times: Vec<Timestamp> = self.last.values().copied().collect();
+        let (_, last_forgotten, _) = times.select_nth_unstable(surplus - 1);
+        let last_forgotten = *last_forgotten;
+        self.last.retain(|_, at| *at > last_forgotten);
+    }
 }
 
 impl Uses {
@@ -92,6 +109,7 @@ impl Uses {
             if !std::mem::take(&mut inner.changed) {
                 return Ok(());
             }
+            inner.keep_newest(MAX_KEPT);
             inner
                 .last
                 .iter()
@@ -112,6 +130,26 @@ impl Uses {
 mod tests {
     use super::*;
     use crate::domain::identity::UserKey;
+
+    /// Rotations left the tokens that they ended behind, until the file was too long to be read.
+    #[test]
+    fn what_was_used_longest_ago_is_forgotten() {
+        let mut inner = Inner::default();
+        let token = |n: i64| TokenKey {
+            owner: UserKey::first_admin(),
+            token: n.to_string().into(),
+        };
+        inner.last = (0..10).map(|n| (token(n), Timestamp(n))).collect();
+        inner.keep_newest(10);
+        assert_eq!(inner.last.len(), 10);
+        inner.keep_newest(3);
+        let mut kept: Vec<Timestamp> = inner.last.into_values().collect();
+        kept.sort_unstable();
+        assert_eq!(kept, [Timestamp(7), Timestamp(8), Timestamp(9)]);
+        // A name and a tenant have 64 characters, a hash that is added to a name 17, and an id of a token 20.
+        let longest = 64 + 64 + 17 + 20 + 16;
+        assert!(MAX_KEPT as u64 * longest < MAX_FILE_BYTES);
+    }
 
     #[test]
     fn a_use_is_noted_once_a_minute_and_kept() {

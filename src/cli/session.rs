@@ -24,7 +24,7 @@ pub enum Session {
 }
 
 #[derive(Args, Debug)]
-pub struct Whose {
+pub(super) struct Whose {
     /// Whose; your own when absent
     #[arg(long)]
     user: Option<String>,
@@ -34,7 +34,7 @@ pub struct Whose {
 }
 
 impl Whose {
-    fn query(self) -> Vec<(&'static str, String)> {
+    pub(super) fn query(self) -> Vec<(&'static str, String)> {
         let user = self.user.map(|user| ("user_id", user));
         let tenant = self.tenant.map(|tenant| ("tenant_id", tenant));
         user.into_iter().chain(tenant).collect()

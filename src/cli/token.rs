@@ -1,4 +1,4 @@
-//! `rungate token`: one's own tokens.
+//! `rungate token`: one's own tokens or, as an administrator, somebody else's.
 
 use clap::{Args, Subcommand};
 use reqwest::Method;
@@ -8,6 +8,7 @@ use super::Context;
 use super::client::segment;
 use super::error::{CliError, Exit};
 use super::output::{instant, table, text};
+use super::session::Whose;
 
 /// Verbs of `rungate token`.
 #[derive(Debug, Subcommand)]
@@ -17,12 +18,14 @@ pub enum Token {
         after_help = "Example:\n  rungate token create ci --scope runs:read --scope runs:write --expires-in-days 90"
     )]
     Create(Create),
-    /// List your tokens
-    List,
+    /// List tokens
+    List(Whose),
     /// End a token at once
     Revoke {
         /// As `rungate token list` shows it
         token_id: String,
+        #[command(flatten)]
+        whose: Whose,
     },
     /// Sign job tokens with a new key; earlier ones verify until their last token has expired
     RotateSigningKey,
@@ -59,13 +62,15 @@ impl Token {
                 context.out.show(&answer, |answer| text(answer, "token"))?;
                 context.out.note("keep it: it is shown only here");
             }
-            Token::List => {
-                let answer = client.get(PATH, &[]).await?;
+            Token::List(whose) => {
+                let answer = client.get(PATH, &whose.query()).await?;
                 context.out.show(&answer, words)?;
             }
-            Token::Revoke { token_id } => {
+            Token::Revoke { token_id, whose } => {
                 let path = format!("{PATH}/{}", segment(&token_id));
-                let answer = client.call(Method::DELETE, &path, &[], None).await?;
+                let answer = client
+                    .call(Method::DELETE, &path, &whose.query(), None)
+                    .await?;
                 context
                     .out
                     .show(&answer, |_| format!("{token_id} revoked"))?;

@@ -39,7 +39,7 @@ pub enum User {
     Enable(Named),
     /// Delete it; its runtime stays reserved until it is transferred or purged
     Delete(Named),
-    /// End all of its tokens and print a new one
+    /// End all of its tokens, its password and its sessions, and print a new token
     Rotate(Named),
     /// Set a password for the console; your own when no user is named. Ends all of the user's sessions
     #[command(
@@ -63,7 +63,7 @@ pub enum User {
         /// Its registry, version 2
         file: PathBuf,
     },
-    /// Write a new token for the first administrator, with the gateway stopped
+    /// Write a new token for the first administrator and end all that it made, with the gateway stopped
     #[command(after_help = "Example:\n  rungate user recover-admin --data-dir /var/lib/rungate")]
     RecoverAdmin,
 }
@@ -345,11 +345,8 @@ async fn recover_admin(context: &Context) -> Result<Exit, CliError> {
         let text = "name the data directory of the stopped gateway with --data-dir";
         return Err(CliError::Usage(text.to_owned()));
     }
-    let data_dir = context.config.data_dir.clone();
-    let done = tokio::task::spawn_blocking(move || server::recover_admin(&data_dir)).await;
-    let path = done
-        .map_err(|error| CliError::Failed(error.to_string()))?
-        .map_err(|error| CliError::Failed(error.to_string()))?;
+    let done = server::recover_admin(&context.config.data_dir).await;
+    let path = done.map_err(|error| CliError::Failed(error.to_string()))?;
     let answer = json!({"token_file": path.display().to_string()});
     context.out.show(&answer, |answer| {
         format!("a new token is in {}", text(answer, "token_file"))

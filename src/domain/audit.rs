@@ -1,5 +1,5 @@
 //! What the audit keeps of a request that asked for a write: who, whence, for what. Never a secret: of a query
-//! string the names only, of a token a fingerprint, of a body nothing.
+//! string the names only, of a token a fingerprint, of a body its length.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ pub enum AuditMode {
 }
 
 /// A request that asked for a write, as records show it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Source {
     /// `None` when no credential was shown that is accepted.
     pub user: Option<UserKey>,
@@ -37,6 +37,33 @@ pub struct Source {
     pub path: Option<SmolStr>,
     /// The names of the query string's parameters.
     pub query: Vec<SmolStr>,
+    /// Kept beside it, in the record's meta: what was added to it since it was first written.
+    #[serde(skip)]
+    pub details: Details,
+}
+
+impl Source {
+    /// Whose administrators see it: the tenant that the write is about, else the one of who asked, else the one of
+    /// the account that was tried.
+    pub fn tenant(&self) -> Option<&SmolStr> {
+        let details = &self.details;
+        let user = self.user.as_ref().or(details.tried.as_ref());
+        details.about.as_ref().or(user.map(|user| &user.tenant))
+    }
+}
+
+/// More of a request; records have it from format 3 on.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Details {
+    /// The account that a login tried, whether it was right or wrong.
+    pub tried: Option<UserKey>,
+    /// The tenant that the write is about, where it is another than that of who asked.
+    pub about: Option<SmolStr>,
+    /// The `Origin` header.
+    pub origin: Option<SmolStr>,
+    pub user_agent: Option<SmolStr>,
+    /// Length of the body, as it was declared.
+    pub bytes_in: Option<u64>,
 }
 
 /// A source as the first record of what came of it carries it.

@@ -363,7 +363,7 @@ pub enum IdentityCommand {
         key: UserKey,
         profile: Profile,
     },
-    /// With `rotate`, every token ends and this one begins.
+    /// With `rotate`, every token and the password end and this token begins.
     UpdateUser {
         key: UserKey,
         change: ProfileChange,
@@ -410,6 +410,8 @@ pub enum IdentityCommand {
         replaces: PasswordHash,
         password: PasswordHash,
     },
+    /// All tokens and sessions of the first administrator end: somebody else may have made them.
+    RecoverFirstAdmin,
     /// Says something of a tenant. With `create` it must not have been said before.
     SetTenant {
         tenant: SmolStr,
@@ -451,6 +453,8 @@ pub enum IdentityRejection {
     RuntimeNotFound,
     #[error("Runtime {0} belongs to a user; delete the user or give it another runtime first")]
     RuntimeInUse(RuntimeKey),
+    #[error("Runtime {0} has no user any more; nothing is started in it")]
+    RuntimeLeft(RuntimeKey),
     #[error("User {0} already has this runtime")]
     RuntimeHeld(UserKey),
     #[error("Runtime {0} is being purged")]
@@ -490,6 +494,7 @@ impl IdentityRejection {
             IdentityRejection::RuntimeTaken(_) => "runtime_taken",
             IdentityRejection::RuntimeNotFound => "runtime_not_found",
             IdentityRejection::RuntimeInUse(_) => "runtime_in_use",
+            IdentityRejection::RuntimeLeft(_) => "runtime_left",
             IdentityRejection::RuntimeHeld(_) => "runtime_held",
             IdentityRejection::RuntimePurging(_) => "runtime_purging",
             IdentityRejection::RunsEnding { .. } => "runs_ending",

@@ -145,6 +145,8 @@ pub struct Tenant {
     pub allowance: Allowance,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
+    /// Grows whenever it is disabled: the sessions of its users end, and enabling it brings none back.
+    pub era: u64,
 }
 
 /// Whose quota it is.

@@ -25,7 +25,7 @@ const MAX_EXAMINED: usize = 100_000;
 pub struct AuditFilter {
     /// As records name it.
     pub actor: Option<SmolStr>,
-    /// Of the user who asked.
+    /// Whose administrators see it (`Source::tenant`).
     pub tenant: Option<SmolStr>,
     /// The route's pattern, with or without `/api/gateway`.
     pub route: Option<SmolStr>,
@@ -116,12 +116,11 @@ impl AuditEntry {
 
 impl AuditFilter {
     fn accepts(&self, entry: &AuditEntry) -> bool {
-        let user = entry.source.user.as_ref();
         let tenant = self.tenant.as_ref();
         self.actor
             .as_ref()
             .is_none_or(|actor| *actor == entry.actor)
-            && tenant.is_none_or(|tenant| user.is_some_and(|user| user.tenant == *tenant))
+            && tenant.is_none_or(|tenant| entry.source.tenant() == Some(tenant))
             && self
                 .route
                 .as_ref()
@@ -198,17 +197,8 @@ fn page(
 
 /// What the bytes of an audited write begin with: postcard writes a variant's number first.
 fn first_byte_of_audited() -> u8 {
-    let source = Arc::new(Source {
-        user: None,
-        token: None,
-        address: None,
-        method: SmolStr::default(),
-        route: SmolStr::default(),
-        path: None,
-        query: Vec::new(),
-    });
     let write = AuditedWrite {
-        source,
+        source: Arc::default(),
         status: 0,
         code: None,
         duration_us: 0,

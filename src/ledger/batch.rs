@@ -10,6 +10,7 @@ use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
+use crate::domain::audit::Details;
 use crate::domain::event::Event;
 use crate::domain::ids::{CommandId, Cursor, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::record::{NewRecord, Record};
@@ -236,10 +237,16 @@ impl Batch<'_> {
                 limit_bytes: MAX_PAYLOAD_BYTES,
             });
         }
+        let told = match (&record.asked, &record.event) {
+            (_, Event::WriteAudited { write }) => Some(&write.source),
+            (asked, _) => asked.as_ref().map(|asked| &asked.source),
+        };
+        let details = told.map(|source| source.details.clone());
         let meta = Meta {
             actor: record.actor,
             request_id: record.request_id,
             asked: record.asked,
+            details: details.filter(|details| *details != Details::default()),
         };
         let event_bytes = record_codec::encode(&record.event);
         let (format, meta_bytes) = meta.to_bytes();

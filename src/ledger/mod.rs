@@ -44,11 +44,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
+use smol_str::SmolStr;
 use tokio::sync::watch;
 use uuid::Uuid;
 
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
+use crate::domain::tenant::DEFAULT_TENANT;
 
 pub use audit::{AuditEntry, AuditFilter, AuditPage};
 pub use batch::{Appended, Batch, MAX_PAYLOAD_BYTES, StoredReply, Writer};
@@ -263,6 +265,13 @@ impl Ledger {
     /// All data planes.
     pub fn planes(&self) -> Result<Vec<PlaneView>, ReadError> {
         read::all(&*self.inner.store.snapshot()?, Table::Planes)
+    }
+
+    /// Whose a plane is; the default tenant's, where it is not known.
+    pub fn tenant_of(&self, plane: PlaneId) -> Result<SmolStr, ReadError> {
+        let snapshot = self.inner.store.snapshot()?;
+        let view = read::get::<PlaneView>(&*snapshot, Table::Planes, &plane.0.to_be_bytes())?;
+        Ok(view.map_or_else(|| DEFAULT_TENANT.clone(), |view| view.tenant))
     }
 
     /// Follows a topic from after a position: a cursor for a run, else a seq. Needs a Tokio runtime.

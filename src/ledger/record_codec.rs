@@ -1,4 +1,4 @@
-//! A record as bytes, formats 1 and 2, and its place in the hash chain. Leaves keys and tables to others.
+//! A record as bytes, formats 1 to 3, and its place in the hash chain. Leaves keys and tables to others.
 //!
 //! ```text
 //!   0  u16  format              72  [32] blake3 of the payload
@@ -12,14 +12,17 @@
 //! ```
 //! Numbers are little-endian. `hash = blake3(prev_hash ‖ envelope ‖ blake3(payload))`, where the envelope
 //! is seq and all the rest but the flags and the payload: a purge leaves every hash as it was. Format 2 has the
-//! request that the record came of behind the meta; records without one are written as format 1.
+//! request that the record came of behind the meta, format 3 that request if there is one and more of it (`Details`).
+//! Each record is written in the lowest format that holds it.
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 use uuid::Uuid;
 
-use crate::domain::audit::Asked;
+use std::sync::Arc;
+
+use crate::domain::audit::{Asked, Details};
 use crate::domain::event::Event;
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
@@ -31,7 +34,9 @@ use super::error::ReadError;
 const USUAL_BYTES: usize = 256;
 
 /// The newest record format that this program writes; it reads all up to it.
-pub const RECORD_FORMAT: u16 = 2;
+pub const RECORD_FORMAT: u16 = 3;
+/// The format of records that carry a request without details.
+const FORMAT_ASKED: u16 = 2;
 /// The format of records that carry no request.
 const FORMAT_BARE: u16 = 1;
 /// Bytes before the event.
@@ -49,20 +54,29 @@ pub const GENESIS: Hash = [0; 32];
 pub struct Meta {
     pub actor: SmolStr,
     pub request_id: Option<SmolStr>,
-    /// Only in format 2.
+    /// From format 2 on.
     #[serde(skip)]
     pub asked: Option<Asked>,
+    /// Of the request that it carries or, of an audited write, that it tells; from format 3 on.
+    #[serde(skip)]
+    pub details: Option<Details>,
 }
 
 impl Meta {
     /// Its bytes, and the record format that they make.
     pub fn to_bytes(&self) -> (u16, Vec<u8>) {
         let mut bytes = encode(self);
-        let Some(asked) = &self.asked else {
-            return (FORMAT_BARE, bytes);
-        };
-        bytes.extend(encode(asked));
-        (RECORD_FORMAT, bytes)
+        match (&self.asked, &self.details) {
+            (None, None) => (FORMAT_BARE, bytes),
+            (Some(asked), None) => {
+                bytes.extend(encode(asked));
+                (FORMAT_ASKED, bytes)
+            }
+            more => {
+                bytes.extend(encode(&more));
+                (RECORD_FORMAT, bytes)
+            }
+        }
     }
 }
 
@@ -198,7 +212,7 @@ impl<'a> Raw<'a> {
         bytes
     }
 
-    /// Whether it carries the request that it came of.
+    /// Whether it may carry the request that it came of.
     pub fn has_request(&self) -> bool {
         self.format != FORMAT_BARE
     }
@@ -210,20 +224,40 @@ impl<'a> Raw<'a> {
 
     /// Decodes who caused it.
     pub fn decode_meta(&self, seq: Seq) -> Result<Meta, ReadError> {
-        if !self.has_request() {
-            return decode(seq, self.meta);
-        }
-        let ((actor, request_id), asked) = decode(seq, self.meta)?;
+        type Who = (SmolStr, Option<SmolStr>);
+        let ((actor, request_id), asked, details) = match self.format {
+            FORMAT_BARE => (decode::<Who>(seq, self.meta)?, None, None),
+            FORMAT_ASKED => {
+                let (who, asked) = decode::<(Who, Asked)>(seq, self.meta)?;
+                (who, Some(asked), None)
+            }
+            _ => {
+                let (who, more) =
+                    decode::<(Who, (Option<Asked>, Option<Details>))>(seq, self.meta)?;
+                (who, more.0, more.1)
+            }
+        };
         Ok(Meta {
             actor,
             request_id,
-            asked: Some(asked),
+            asked,
+            details,
         })
     }
 
     /// Decodes all of it.
     pub fn decode(&self, seq: Seq) -> Result<Record, ReadError> {
-        let meta = self.decode_meta(seq)?;
+        let mut meta = self.decode_meta(seq)?;
+        let mut event = self.decode_event(seq)?;
+        if let Some(details) = meta.details {
+            let told = match &mut event {
+                Event::WriteAudited { write } => Some(&mut write.source),
+                _ => meta.asked.as_mut().map(|asked| &mut asked.source),
+            };
+            if let Some(source) = told {
+                Arc::make_mut(source).details = details;
+            }
+        }
         Ok(Record {
             seq,
             cursor: self.cursor,
@@ -232,7 +266,7 @@ impl<'a> Raw<'a> {
             actor: meta.actor,
             request_id: meta.request_id,
             asked: meta.asked,
-            event: self.decode_event(seq)?,
+            event,
             payload: Bytes::copy_from_slice(self.payload),
             purged: self.purged,
             prev_hash: self.prev_hash,

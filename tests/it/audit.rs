@@ -214,12 +214,12 @@ async fn a_tenants_administrator_sees_its_own_tenant_and_filters_hold() {
     told(&gateway, &id(&refused)).await;
     let everyone = gateway.token().to_owned();
     let count = async |token: &str, query: &str| entries(&gateway, token, query).await.len();
-    // Ann's two starts and her refusal.
-    assert_eq!(count(&tara, "").await, 3);
-    assert_eq!(count(&tara, "tenant=acme").await, 3);
+    // How she and Ann came to be, Ann's two starts and her refusal.
+    assert_eq!(count(&tara, "").await, 5);
+    assert_eq!(count(&tara, "tenant=acme").await, 5);
     assert_eq!(count(&tara, "tenant=default").await, 0);
     assert_eq!(count(&tara, "actor=bob").await, 0);
-    assert_eq!(count(&everyone, "tenant=acme").await, 3);
+    assert_eq!(count(&everyone, "tenant=acme").await, 5);
     assert_eq!(count(&everyone, "actor=acme/ann&outcome=denied").await, 1);
     assert_eq!(count(&everyone, "actor=bob").await, 2);
     assert_eq!(count(&everyone, "route=/runs/start").await, 4);
@@ -250,6 +250,87 @@ async fn a_tenants_administrator_sees_its_own_tenant_and_filters_hold() {
     call(&gateway, &tara, Method::GET, &theirs, None)
         .await
         .expect(400);
+}
+
+/// Logins were told as nobody's, and what the gateway's administrator did to a tenant was hidden from it.
+#[tokio::test]
+async fn a_tenants_administrator_sees_its_logins_and_what_is_done_to_it_by_others() {
+    let mut gateway = Gateway::start(Options::default()).await;
+    let admin_of = |name: &str, tenant: &str| json!({"user_id": name, "tenant_id": tenant, "roles": ["tenant_admin"]});
+    let tara = user(&gateway, admin_of("tara", "acme")).await;
+    let tess = user(&gateway, admin_of("tess", "default")).await;
+    let ann = user(&gateway, json!({"user_id": "ann", "tenant_id": "acme"})).await;
+    let users = "/api/gateway/admin/users";
+    let password = json!({"password": "correct horse battery"});
+    let path = format!("{users}/ann/password?tenant_id=acme");
+    let set = gateway.post(&path, password).await;
+    let done_to = [id(&set), {
+        let body = Some(json!({"email": "ann@example.com"}));
+        let path = format!("{users}/ann?tenant_id=acme");
+        let patched = call(&gateway, gateway.token(), Method::PATCH, &path, body).await;
+        assert_eq!(patched.status, 200, "{}", patched.text);
+        id(&patched)
+    }];
+    let login = async |more: Value| {
+        let mut body = json!({"user_id": "ann", "tenant_id": "acme"});
+        body.as_object_mut()
+            .unwrap()
+            .extend(more.as_object().unwrap().clone());
+        let request = gateway
+            .bare(Method::POST, "/api/gateway/session/login")
+            .json(&body);
+        crate::support::answer(request.header("user-agent", "a browser")).await
+    };
+    let by_password = login(json!({"password": "correct horse battery"})).await;
+    let wrong = login(json!({"password": "canary of a password"})).await;
+    let by_token = login(json!({"token": ann})).await;
+    let me = call(&gateway, &ann, Method::GET, "/api/gateway/me", None).await;
+    let fingerprint = me.expect(200)["principal"]["token_fingerprint"].clone();
+    let ids = [&by_password, &wrong, &by_token].map(id);
+    assert_eq!(
+        [by_password.status, wrong.status, by_token.status],
+        [200, 401, 200]
+    );
+    let session = &by_token.json["principal"];
+    assert_eq!(session["token_fingerprint"], fingerprint);
+    told(&gateway, &ids[1]).await;
+    // What was answered with success is on disk.
+    gateway.kill();
+    gateway.launch().await;
+    let seen = entries(&gateway, &tara, "").await;
+    let find = |id: &String| seen.iter().find(|entry| entry["request_id"] == id.as_str());
+    let login = |id| {
+        let entry = find(id).expect("its administrator sees it").clone();
+        let tried = (&entry["tried_tenant_id"], &entry["tried_user_id"]);
+        assert_eq!(tried, (&json!("acme"), &json!("ann")), "{entry}");
+        assert_eq!(entry["user_agent"], "a browser");
+        assert!(entry["bytes_in"].as_u64() > Some(20), "{entry}");
+        entry
+    };
+    let (right, refused, by_token) = (login(&ids[0]), login(&ids[1]), login(&ids[2]));
+    assert_eq!(
+        (&right["actor_id"], &right["outcome"]),
+        (&json!("acme/ann"), &json!("allowed"))
+    );
+    assert_eq!(right["token_fingerprint"], Value::Null);
+    assert_eq!(
+        (&refused["actor_id"], &refused["outcome"]),
+        (&json!("nobody"), &json!("denied"))
+    );
+    assert_eq!(by_token["token_fingerprint"], fingerprint);
+    for id in &done_to {
+        let entry = find(id).expect("what was done to it");
+        assert_eq!(
+            (&entry["actor_id"], &entry["about_tenant_id"]),
+            (&json!("admin"), &json!("acme"))
+        );
+    }
+    let elsewhere = entries(&gateway, &tess, "").await;
+    let foreign = |entry: &&Value| entry.to_string().contains("acme");
+    assert_eq!(elsewhere.iter().find(foreign), None);
+    let tail = gateway.get("/api/gateway/audit/tail").await.expect(200);
+    let lines = tail["content"].as_str().unwrap();
+    assert!(lines.contains(r#""user_agent":"a browser""#) && !lines.contains("canary"));
 }
 
 #[tokio::test]

@@ -2,7 +2,7 @@
 //! secrets, and looked for wherever the gateway tells anything.
 //!
 //! What counts as a secret here: what is shown in `Authorization` (accepted or not), a token that the gateway made or
-//! an administrator chose, the value of a query parameter that the route does not know, and a `password` in a
+//! an administrator chose (told in the answer to that alone), the value of a query parameter that the route does not know, and a `password` in a
 //! body that the route does not ask for. It may stand in no answer, log, metric, record, export, audit line, error,
 //! file of the data directory, or environment of a process.
 //!
@@ -86,8 +86,8 @@ async fn through(
         canaries.query
     );
     let method: Method = method.to_uppercase().parse().unwrap();
-    let body =
-        json!({"password": canaries.body, "job": {"service_type": 7, "password": canaries.body}});
+    let body = json!({"password": canaries.body, "current_token": canaries.body,
+        "job": {"service_type": 7, "password": canaries.body}});
     let credentials = [
         ("the administrator", format!("Bearer {}", gateway.token())),
         ("a wrong token", format!("Bearer {}", canaries.shown)),
@@ -174,13 +174,16 @@ async fn a_secret_is_in_nothing_that_the_gateway_tells_or_keeps() {
     let run = gateway.start_job(job.clone()).await;
     let chosen = json!({"user_id": "carla", "token": canaries.chosen});
     let created = gateway.post("/api/gateway/admin/users", chosen).await;
-    let mut said = vec![("the answer to a new user".to_owned(), created.text)];
+    // The answer to who chose it is the one place that tells it.
+    assert_eq!(created.expect(200)["token"], canaries.chosen.as_str());
+    let mut said = Said::new();
     let minted = user(&gateway, json!({"user_id": "mia"})).await;
     let patch = json!({"token": format!("{}0", canaries.chosen)});
     let path = "/api/gateway/admin/users/carla";
     let patched = answer(gateway.request(Method::PATCH, path).json(&patch)).await;
     assert_eq!(patched.status, 200, "{}", patched.text);
-    said.push(("the answer to a new token".to_owned(), patched.text));
+    let changed = format!("{}0", canaries.chosen);
+    assert_eq!(patched.json["token"], changed.as_str());
 
     let api = gateway.get("/openapi.json").await.expect(200);
     let mut routes = 0;

@@ -206,6 +206,34 @@ async fn a_dispatch_carries_a_token_for_its_own_run_only() {
     assert_eq!(late.expect(401)["code"], "unauthorized");
 }
 
+/// Pushes for another tenant's runs were told to the default tenant's administrator, and not to its own.
+#[tokio::test]
+async fn what_is_pushed_for_a_tenants_run_is_told_to_that_tenants_administrator() {
+    let held = Held::start().await;
+    let gateway = &held.gateway;
+    let acme =
+        |name: &str, role: &str| json!({"user_id": name, "tenant_id": "acme", "roles": [role]});
+    let tara = user(gateway, acme("tara", "tenant_admin")).await;
+    let tess = user(
+        gateway,
+        json!({"user_id": "tess", "roles": ["tenant_admin"]}),
+    )
+    .await;
+    let zoe = user(gateway, acme("zoe", "user")).await;
+    let run = start(gateway, &zoe, json!({"hold": true}), "held").await;
+    let token = held.dispatched(2).await;
+    progress(gateway, &token, &run).await.expect(200);
+    let pushes = async |token: &str| {
+        let path = "/api/gateway/audit?route=/queue/{job_id}/progress";
+        let page = call(gateway, token, Method::GET, path, None).await;
+        page.expect(200)["items"].clone()
+    };
+    let told = pushes(&tara).await;
+    assert_eq!(told[0]["actor_id"], "acme/service:held", "{told}");
+    assert_eq!(told[0]["run_id"], run.as_str());
+    assert_eq!(pushes(&tess).await, json!([]));
+}
+
 #[tokio::test]
 async fn a_token_dies_with_its_attempt() {
     let mut held = Held::start().await;

@@ -1,11 +1,12 @@
-//! The format on disk: these bytes were written by formats 1 and 2, and every later program must read them.
+//! The format on disk: these bytes were written by formats 1 to 3, and every later program must read them.
 //! A new format adds a golden file beside; it never changes one. `UPDATE_GOLDEN=1` writes a missing file.
 
 use std::fmt::Write;
 use std::path::Path;
+use std::sync::Arc;
 
 use proptest::prelude::*;
-use rungate::domain::audit::Asked;
+use rungate::domain::audit::{Asked, Details};
 use rungate::domain::event::Event;
 use rungate::domain::ids::{PlaneId, RunId};
 use rungate::domain::time::Timestamp;
@@ -13,7 +14,7 @@ use rungate::ledger::record_codec::{GENESIS, Meta, Raw, encode};
 use rungate::ledger::view;
 use uuid::Uuid;
 
-use crate::ledger_world::{START, one_of_each, run_id, source};
+use crate::ledger_world::{START, details, one_of_each, run_id, source};
 
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
@@ -63,7 +64,7 @@ fn one_of_each_event_is_in_the_golden_file() {
     assert!(postcard::take_from_bytes::<Event>(&beyond).is_err());
 }
 
-fn sample(payload: &[u8], asked: Option<Asked>) -> Vec<u8> {
+fn sample(payload: &[u8], asked: Option<Asked>, details: Option<Details>) -> Vec<u8> {
     let event = encode(&Event::JobCompleted {
         run: run_id(1),
         attempt: 2,
@@ -72,6 +73,7 @@ fn sample(payload: &[u8], asked: Option<Asked>) -> Vec<u8> {
         actor: "executor".into(),
         request_id: Some("r".into()),
         asked,
+        details,
     };
     let (format, meta) = meta.to_bytes();
     let mut raw = Raw {
@@ -102,15 +104,17 @@ fn asked() -> Asked {
 
 #[test]
 fn a_record_keeps_its_bytes() {
-    let bytes = sample(b"{\"ok\":true}", None);
+    let bytes = sample(b"{\"ok\":true}", None, None);
     golden("record_v1.txt", &format!("{}\n", hex(&bytes)));
-    let bytes = sample(b"{\"ok\":true}", Some(asked()));
+    let bytes = sample(b"{\"ok\":true}", Some(asked()), None);
     golden("record_v2.txt", &format!("{}\n", hex(&bytes)));
+    let bytes = sample(b"{\"ok\":true}", Some(asked()), Some(details()));
+    golden("record_v3.txt", &format!("{}\n", hex(&bytes)));
 }
 
 #[test]
 fn a_record_cut_short_is_an_error_and_no_panic() {
-    let bytes = sample(b"{}", Some(asked()));
+    let bytes = sample(b"{}", Some(asked()), Some(details()));
     for len in 0..bytes.len() {
         assert!(Raw::parse(1, &bytes[..len]).is_err(), "{len}");
     }
@@ -118,8 +122,8 @@ fn a_record_cut_short_is_an_error_and_no_panic() {
 
 #[test]
 fn a_record_of_a_newer_format_is_refused() {
-    let mut bytes = sample(b"{}", None);
-    bytes[0] = 3;
+    let mut bytes = sample(b"{}", None, None);
+    bytes[0] = 4;
     assert!(Raw::parse(1, &bytes).is_err());
 }
 
@@ -130,7 +134,7 @@ proptest! {
         (at, cursor, plane, run) in any::<(i64, u64, u32, u128)>(),
         (actor, request_id) in any::<(String, Option<String>)>(),
         index in 0usize..100,
-        (purged, is_asked) in any::<(bool, bool)>(),
+        (purged, is_asked, is_detailed) in any::<(bool, bool, bool)>(),
     ) {
         let events = one_of_each();
         let event = events[index % events.len()].clone();
@@ -139,6 +143,7 @@ proptest! {
             actor: actor.into(),
             request_id: request_id.map(Into::into),
             asked: is_asked.then(asked),
+            details: is_detailed.then(details),
         };
         let (format, meta_bytes) = meta.to_bytes();
         let mut raw = Raw {
@@ -163,10 +168,21 @@ proptest! {
         // A purge leaves the hash as it was.
         prop_assert_eq!(back.computed_hash(7), raw.hash);
         let record = back.decode(7).unwrap();
-        prop_assert_eq!(record.event, event);
+        prop_assert_eq!(back.decode_meta(7).unwrap(), meta.clone());
+        let (mut told, mut carried) = (event, meta.asked);
+        if let Some(details) = meta.details {
+            let source = match &mut told {
+                Event::WriteAudited { write } => Some(&mut write.source),
+                _ => carried.as_mut().map(|asked| &mut asked.source),
+            };
+            if let Some(source) = source {
+                Arc::make_mut(source).details = details;
+            }
+        }
+        prop_assert_eq!(record.event, told);
         prop_assert_eq!(record.actor, meta.actor);
         prop_assert_eq!(record.request_id, meta.request_id);
-        prop_assert_eq!(record.asked, meta.asked);
+        prop_assert_eq!(record.asked, carried);
         prop_assert_eq!(record.at, Timestamp(at));
         prop_assert_eq!(record.purged, purged);
         prop_assert_eq!(record.payload.len(), if purged { 0 } else { payload.len() });

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use rungate::domain::audit::{Asked, AuditedWrite, Source};
+use rungate::domain::audit::{Asked, AuditedWrite, Details, Source};
 use rungate::domain::event::{
     CommandKind, Event, Exit, JobStopCause, RequeueCause, StartCause, StopCause,
 };
@@ -733,7 +733,22 @@ pub fn source() -> Arc<Source> {
         route: "/services/{name}/stop".into(),
         path: Some("/services/a/stop".into()),
         query: vec!["drain".into()],
+        details: Details::default(),
     })
+}
+
+/// What records have of it from format 3 on.
+pub fn details() -> Details {
+    Details {
+        tried: Some(UserKey {
+            tenant: "acme".into(),
+            user: "bob".into(),
+        }),
+        about: Some("acme".into()),
+        origin: Some("https://gpu.example".into()),
+        user_agent: Some("curl/8.5.0".into()),
+        bytes_in: Some(300),
+    }
 }
 
 fn logins() -> Vec<Event> {

@@ -37,6 +37,7 @@ mod health;
 mod hosts;
 mod isolation;
 mod job_tokens;
+mod late_bodies;
 mod ledger_disk;
 mod ledger_follow;
 mod ledger_golden;

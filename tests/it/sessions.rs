@@ -146,6 +146,10 @@ async fn a_session_is_dead_after_each_event_that_ends_it() {
     let token = patch(&gateway, json!({"rotate_token": true})).await["token"].clone();
     let token = token.as_str().unwrap();
     dead(&gateway, &rotated, "the rotation").await;
+    // Whoever had the token may have set the password: that is over too.
+    let refused = login(&gateway, json!({"user_id": "ann", "password": PASSWORD})).await;
+    refused.expect(401);
+    set_password(&gateway, "ann", json!(PASSWORD)).await;
 
     let changed = both(&gateway, token).await;
     let body = json!({"current_password": PASSWORD, "password": "another horse battery"});
@@ -237,6 +241,93 @@ async fn a_session_ends_when_it_is_idle_or_old_and_the_first_administrators_with
     std::fs::remove_file(gateway.token_path()).unwrap();
     gateway.launch().await;
     assert_eq!(remembered.status(&gateway).await, 401);
+}
+
+#[tokio::test]
+async fn a_session_ends_when_its_token_expires() {
+    let gateway = Gateway::start(Options::default()).await;
+    let ann = user(&gateway, json!({"user_id": "ann"})).await;
+    let body = json!({"name": "short", "expires_in_s": 2});
+    let path = "/api/gateway/tokens";
+    let short = call(&gateway, &ann, Method::POST, path, Some(body)).await;
+    let short = short.expect(200)["token"].as_str().unwrap().to_owned();
+    let browser = Browser::by_token(&gateway, "ann", &short).await;
+    assert_eq!(browser.status(&gateway).await, 200);
+    until("its token has expired", || async {
+        browser.status(&gateway).await == 401
+    })
+    .await;
+    let listed = call(&gateway, &ann, Method::GET, SESSIONS, None).await;
+    assert_eq!(listed.expect(200)["sessions"], json!([]));
+}
+
+/// Enabling the tenant again revived them.
+#[tokio::test]
+async fn a_disabled_tenants_sessions_are_over_for_good() {
+    let gateway = Gateway::start(Options::default()).await;
+    let ann = user(&gateway, json!({"user_id": "ann", "tenant_id": "acme"})).await;
+    let path = "/api/gateway/admin/tenants";
+    let enable = async |enabled: bool| {
+        let body = Some(json!({"enabled": enabled}));
+        let path = format!("{path}/acme");
+        admin(&gateway, Method::PATCH, &path, body)
+            .await
+            .expect(200);
+    };
+    // The first time it is the tenant's first word, then a change of it.
+    for _ in 0..2 {
+        let browser = Browser::by_token(&gateway, "ann", &ann).await;
+        assert_eq!(browser.status(&gateway).await, 200);
+        let body = Some(json!({"weight": 200}));
+        let weigh = format!("{path}/acme");
+        enable(false).await;
+        assert_eq!(browser.status(&gateway).await, 401);
+        enable(true).await;
+        assert_eq!(browser.status(&gateway).await, 401, "it came back");
+        let again = Browser::by_token(&gateway, "ann", &ann).await;
+        admin(&gateway, Method::PATCH, &weigh, body)
+            .await
+            .expect(200);
+        assert_eq!(again.status(&gateway).await, 200, "other changes end none");
+    }
+    gateway.get("/api/gateway/ledger/verify").await.expect(200);
+}
+
+/// Who was restricted could neither end a session nor change the password.
+#[tokio::test]
+async fn a_restricted_user_sees_to_its_own_logins_by_a_session() {
+    let gateway = Gateway::start(Options::default()).await;
+    let body = json!({"user_id": "ann", "scopes": ["runs:read"]});
+    let ann = user(&gateway, body).await;
+    set_password(&gateway, "ann", json!(PASSWORD)).await;
+    let (browser, other) = (
+        by_password(&gateway, "ann").await,
+        Browser::by_token(&gateway, "ann", &ann).await,
+    );
+    let id = other.body["session"]["session_id"].as_str().unwrap();
+    let end = format!("{SESSIONS}/{id}");
+    for (method, path) in [(Method::GET, SESSIONS), (Method::DELETE, end.as_str())] {
+        let refused = call(&gateway, &ann, method.clone(), path, None).await;
+        assert_eq!(
+            refused.expect(403)["required_scope"],
+            "*",
+            "a token is not it"
+        );
+        browser.call(&gateway, method, path, None).await.expect(200);
+    }
+    assert_eq!(other.status(&gateway).await, 401);
+    let start = "/api/gateway/runs/start";
+    let start = browser
+        .call(&gateway, Method::POST, start, Some(json!({})))
+        .await;
+    start.expect(403);
+    let body = json!({"current_password": PASSWORD, "password": "another horse battery"});
+    let path = format!("{ME}/password");
+    browser
+        .call(&gateway, Method::POST, &path, Some(body))
+        .await
+        .expect(200);
+    assert_eq!(browser.status(&gateway).await, 401);
 }
 
 #[tokio::test]

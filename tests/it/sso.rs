@@ -60,6 +60,18 @@ async fn a_person_is_made_known_once_and_keeps_its_plane() {
     }
     assert_eq!((issuer.discovered(), issuer.asked()), (1, 1));
 
+    // Whence it came is told, though all that it asked for was to read.
+    let told = gateway.get("/api/gateway/audit?actor=sso/ann").await;
+    let told = told.expect(200);
+    let made = &told["items"][0];
+    assert_eq!(told["items"].as_array().unwrap().len(), 1, "{told}");
+    assert_eq!(made["event"], "plane_opened", "{made}");
+    assert_eq!(
+        (&made["route"], &made["address"]),
+        (&json!(ME), &json!("127.0.0.1"))
+    );
+    assert!(made["request_id"].is_string() && made["token_fingerprint"].is_string());
+
     let token = keys[0].sign_as("JWT", &claims);
     let body = json!({"job": {"service_type": "t", "payload": {}}});
     let path = "/api/gateway/runs/start";
@@ -140,6 +152,18 @@ async fn roles_come_from_the_issuers_youngest_word() {
     call(&gateway, &promoted, Method::GET, "/metrics", None)
         .await
         .expect(200);
+    // A token that it makes would have the user's roles: it makes none, nor a password.
+    let tokens = "/api/gateway/tokens";
+    let mint = async |token: &str| {
+        let body = Some(json!({"name": "own"}));
+        call(&gateway, token, Method::POST, tokens, body).await
+    };
+    assert_eq!(mint(&staff).await.expect(403)["code"], "role_required");
+    let first = Some(json!({"password": "correct horse battery"}));
+    let path = format!("{ME}/password");
+    let refused = call(&gateway, &staff, Method::POST, &path, first).await;
+    assert_eq!(refused.expect(403)["code"], "role_required");
+    assert_eq!(mint(&promoted).await.expect(200)["expires_at"], Value::Null);
     let record = gateway
         .get(&format!("{USERS}/{id}?tenant_id=acme"))
         .await

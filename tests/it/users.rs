@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use crate::isolation::{call, user};
 use crate::rungate::{run, rungate};
+use crate::support::browser::Browser;
 use crate::support::{Gateway, Options};
 
 const USERS: &str = "/api/gateway/admin/users";
@@ -97,14 +98,9 @@ async fn a_users_life_is_the_contracts() {
         (401, 200)
     );
     let chosen = "agw_chosen-by-the-administrator";
-    admin(
-        &gateway,
-        Method::PATCH,
-        &alice,
-        Some(json!({"token": chosen})),
-    )
-    .await
-    .expect(200);
+    let body = Some(json!({"token": chosen}));
+    let told = admin(&gateway, Method::PATCH, &alice, body).await;
+    assert_eq!(told.expect(200)["token"], chosen);
     assert_eq!(
         (
             status(&gateway, second).await,
@@ -213,6 +209,50 @@ async fn a_tenants_administrator_manages_its_tenant_alone() {
 }
 
 #[tokio::test]
+async fn an_administrator_lists_and_revokes_single_tokens_of_its_tenants_users() {
+    let gateway = Gateway::start(Options::default()).await;
+    let tara = json!({"user_id": "tara", "tenant_id": "acme", "roles": ["tenant_admin"]});
+    let tara = user(&gateway, tara).await;
+    let ann = user(&gateway, json!({"user_id": "ann", "tenant_id": "acme"})).await;
+    let bob = user(&gateway, json!({"user_id": "bob"})).await;
+    let tokens = "/api/gateway/tokens";
+    let body = Some(json!({"name": "ci"}));
+    let made = call(&gateway, &ann, Method::POST, tokens, body).await;
+    let ci = made.expect(200);
+    let anns = format!("{tokens}?user_id=ann&tenant_id=acme");
+    let list = call(&gateway, &tara, Method::GET, &anns, None).await;
+    let list = list.expect(200);
+    assert_eq!(list["tokens"].as_array().unwrap().len(), 2, "{list}");
+    let one = format!("{tokens}/{}?user_id=ann", ci["token_id"].as_str().unwrap());
+    for (token, path, expected) in [
+        (&bob, anns.as_str(), 403),
+        (&ann, &format!("{tokens}?user_id=tara&tenant_id=acme"), 403),
+        (
+            &tara,
+            &format!("{tokens}?user_id=bob&tenant_id=default"),
+            404,
+        ),
+    ] {
+        let refused = call(&gateway, token, Method::GET, path, None).await;
+        assert_eq!(refused.status, expected, "{}", refused.text);
+    }
+    call(&gateway, &tara, Method::DELETE, &one, None)
+        .await
+        .expect(200);
+    let ci = ci["token"].as_str().unwrap();
+    assert_eq!(
+        (status(&gateway, ci).await, status(&gateway, &ann).await),
+        (401, 200)
+    );
+    call(&gateway, &tara, Method::DELETE, &one, None)
+        .await
+        .expect(404);
+    let words = ["token", "list", "--user", "ann", "--tenant", "acme"];
+    let (code, out, _) = cli(&gateway, &words).await;
+    assert_eq!((code, out.lines().count()), (0, 2), "{out}");
+}
+
+#[tokio::test]
 async fn a_left_runtime_is_transferred_or_purged() {
     let mut gateway = Gateway::start(Options::default()).await;
     let ann = user(&gateway, json!({"user_id": "ann"})).await;
@@ -285,10 +325,16 @@ async fn a_left_runtime_is_transferred_or_purged() {
         .expect(400);
     let done = gateway.post(&purge, confirm.clone()).await.expect(200);
     assert_eq!(
-        (&done["purged"], &done["runtime_id"]),
-        (&json!(true), &json!("ann"))
+        (&done["purged"], &done["runtime_id"], &done["deleted_data"]),
+        (&json!(true), &json!("ann"), &json!(true))
     );
     gateway.post(&purge, confirm).await.expect(404);
+    // Bob's own, which was given up for ann's, never had anything in it.
+    let empty = format!("{reservations}/bob/purge");
+    let done = gateway
+        .post(&empty, json!({"confirm_runtime_id": "bob"}))
+        .await;
+    assert_eq!(done.expect(200)["deleted_data"], false);
     let export = gateway.get("/api/gateway/ledger/export").await.text;
     let payloads = export.lines().filter_map(|line| {
         let line: Value = serde_json::from_str(line).unwrap();
@@ -411,6 +457,16 @@ async fn imported_tokens_go_on_working() {
         .await
         .expect(200);
     assert_eq!(list["tokens"][0]["imported"], false);
+    let told = gateway
+        .get("/api/gateway/audit?actor=ann")
+        .await
+        .expect(200);
+    let upgraded = &told["items"][0];
+    assert_eq!(
+        (&upgraded["event"], &upgraded["route"]),
+        (&json!("token_upgraded"), &json!(ME))
+    );
+    assert!(upgraded["address"].is_string() && upgraded["request_id"].is_string());
     gateway.delete(&format!("{USERS}/ann")).await.expect(200);
     assert_eq!(status(&gateway, token).await, 401);
     gateway.get("/api/gateway/ledger/verify").await.expect(200);
@@ -510,10 +566,18 @@ async fn the_command_line_manages_users_and_tokens() {
     let (code, _, error) = cli(&gateway, &recover).await;
     assert_eq!(code, 1, "{error}");
     let old = gateway.token().to_owned();
-    gateway.stop().await;
+    let minted = cli(&gateway, &["token", "create", "thiefs"]).await.1;
+    let session = Browser::by_token(&gateway, "admin", minted.trim()).await;
+    assert_eq!(session.status(&gateway).await, 200);
+    // A crash before it is nothing to it.
+    gateway.kill();
     assert_eq!(cli(&gateway, &recover).await.0, 0);
     gateway.launch().await;
     assert_ne!(gateway.token(), old);
+    // What a thief had made with the old one is over too.
+    assert_eq!(status(&gateway, minted.trim()).await, 401);
+    assert_eq!(session.status(&gateway).await, 401);
+    gateway.get("/api/gateway/ledger/verify").await.expect(200);
     assert_eq!(
         (
             status(&gateway, &old).await,

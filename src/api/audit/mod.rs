@@ -19,4 +19,4 @@ mod window;
 
 pub use recorder::Recorder;
 pub use routes::router;
-pub use trail::Trail;
+pub use trail::{MaybeTrail, Seen, Trail};

@@ -4,6 +4,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::response::{IntoResponse, Response};
+use http::StatusCode;
 use smol_str::SmolStr;
 
 use super::trail::Trail;
@@ -52,15 +53,28 @@ impl Recorder {
         trail.is_recorded() && response.status().as_u16() < 400
     }
 
-    /// Sees to it that an answered write is recorded. With `required` the answer waits for the record, and becomes
-    /// a refusal without one.
-    pub async fn settle(
-        &self,
-        trail: &Trail,
-        request_id: &SmolStr,
-        started: Instant,
-        response: Response,
-    ) -> Response {
+    /// Records a write that the ledger knows nothing of otherwise, such as a login, as allowed: before it is done, so
+    /// that it cannot be done unrecorded. Should it go wrong after all, that gets a record of its own.
+    ///
+    /// # Errors
+    /// With `required`, when there can be no record: the write must not be done.
+    pub async fn record_first(&self, trail: Option<&Trail>) -> Result<(), ApiError> {
+        let Some(trail) = trail.filter(|trail| !trail.is_recorded()) else {
+            return Ok(());
+        };
+        let write = audited(trail, StatusCode::OK, None);
+        match self.record(write, trail.request_id(), true).await {
+            Ok(()) => trail.note_recorded(),
+            Err(error) if self.mode == AuditMode::Required => return Err(refusal(&error)),
+            // It is tried again when the answer is settled.
+            Err(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Sees to it that an answered write is recorded: with success, before the answer. With `required` a refusal waits
+    /// for its record too, and without one the answer becomes another refusal.
+    pub async fn settle(&self, trail: &Trail, response: Response) -> Response {
         let (status, error) = (
             response.status(),
             response
@@ -69,14 +83,7 @@ impl Recorder {
                 .map(|error| error.code),
         );
         let has_failed = status.as_u16() >= 400;
-        let write = AuditedWrite {
-            source: trail.source().clone(),
-            status: status.as_u16(),
-            code: error.map(|code| SmolStr::new_static(code.as_str())),
-            duration_us: u64::try_from(started.elapsed().as_micros()).unwrap_or(u64::MAX),
-            count: 1,
-            since: now(),
-        };
+        let write = audited(trail, status, error);
         let write = match has_failed {
             true => self.admit(write),
             // Nobody gets here who is not allowed to: told one by one.
@@ -85,7 +92,7 @@ impl Recorder {
         let Some(write) = write else {
             return response;
         };
-        match self.record(write, Some(request_id)).await {
+        match self.record(write, trail.request_id(), !has_failed).await {
             Err(error) if self.mode == AuditMode::Required => refusal(&error).into_response(),
             Err(error) => {
                 report(&error);
@@ -125,17 +132,30 @@ impl Recorder {
         lock(windows).admit(write, Instant::now())
     }
 
+    /// On disk when it returns, unless it is a refusal and `on`: those are not worth a wait.
     async fn record(
         &self,
         write: AuditedWrite,
-        request_id: Option<&SmolStr>,
+        request_id: &SmolStr,
+        is_allowed: bool,
     ) -> Result<(), SubmitError> {
-        let origin = origin(write.source.user.as_ref(), request_id);
+        let origin = origin(write.source.user.as_ref(), Some(request_id));
         let command = Command::AuditWrite(Box::new(write));
-        match self.mode {
-            AuditMode::Required => self.handle.submit(origin, command).await.map(drop),
-            AuditMode::On | AuditMode::Off => self.handle.tell(origin, command),
+        match is_allowed || self.mode == AuditMode::Required {
+            true => self.handle.submit(origin, command).await.map(drop),
+            false => self.handle.tell(origin, command),
         }
+    }
+}
+
+fn audited(trail: &Trail, status: StatusCode, code: Option<ErrorCode>) -> AuditedWrite {
+    AuditedWrite {
+        source: trail.source(),
+        status: status.as_u16(),
+        code: code.map(|code| SmolStr::new_static(code.as_str())),
+        duration_us: u64::try_from(trail.began().elapsed().as_micros()).unwrap_or(u64::MAX),
+        count: 1,
+        since: now(),
     }
 }
 
@@ -156,7 +176,7 @@ fn lock(windows: &Mutex<Windows>) -> std::sync::MutexGuard<'_, Windows> {
 
 fn report(error: &SubmitError) {
     metrics::counter!("rungate_audit_lost_total").increment(1);
-    tracing::warn!(%error, "a refused write could not be recorded");
+    tracing::warn!(%error, "a write could not be recorded");
 }
 
 fn refusal(error: &SubmitError) -> ApiError {

@@ -45,6 +45,11 @@ pub struct AuditView {
     pub actor_id: String,
     pub user_id: Option<String>,
     pub tenant_id: Option<String>,
+    /// The account that a login tried, right or wrong.
+    pub tried_user_id: Option<String>,
+    pub tried_tenant_id: Option<String>,
+    /// The tenant that the write is about, where it is another than `tenant_id`: its administrators see it.
+    pub about_tenant_id: Option<String>,
     /// Of the token that was shown, accepted or not: tells tokens apart, and nothing else.
     pub token_fingerprint: Option<String>,
     pub address: Option<String>,
@@ -54,6 +59,11 @@ pub struct AuditView {
     pub path: String,
     /// The names of the query string's parameters.
     pub query: Vec<String>,
+    /// The `Origin` header.
+    pub origin: Option<String>,
+    pub user_agent: Option<String>,
+    /// Length of the body, as it was declared.
+    pub bytes_in: Option<u64>,
     /// The answer's; 200 where `event` tells what came of it.
     pub status: u16,
     /// `allowed`, `denied` (401, 403, 429) or `failed`.
@@ -76,6 +86,8 @@ impl AuditView {
     fn of(entry: AuditEntry) -> AuditView {
         let text = |text: &SmolStr| text.to_string();
         let source = &entry.source;
+        let details = &source.details;
+        let tried = details.tried.as_ref();
         AuditView {
             seq: entry.seq,
             at: entry.at,
@@ -83,12 +95,18 @@ impl AuditView {
             actor_id: text(&entry.actor),
             user_id: source.user.as_ref().map(|user| text(&user.user)),
             tenant_id: source.user.as_ref().map(|user| text(&user.tenant)),
+            tried_user_id: tried.map(|tried| text(&tried.user)),
+            tried_tenant_id: tried.map(|tried| text(&tried.tenant)),
+            about_tenant_id: details.about.as_ref().map(text),
             token_fingerprint: source.token.as_ref().map(text),
             address: source.address.map(|address| address.to_string()),
             method: text(&source.method),
             route: text(&source.route),
             path: text(source.path.as_ref().unwrap_or(&source.route)),
             query: source.query.iter().map(text).collect(),
+            origin: details.origin.as_ref().map(text),
+            user_agent: details.user_agent.as_ref().map(text),
+            bytes_in: details.bytes_in,
             status: entry.status,
             outcome: Outcome::of(entry.status).name(),
             code: entry.code.as_ref().map(text),
@@ -120,9 +138,9 @@ impl AuditView {
             "auth_token_fp": self.token_fingerprint,
             "principal_user_id": self.user_id,
             "principal_tenant_id": self.tenant_id,
-            "origin": null,
-            "user_agent": null,
-            "bytes_in": null,
+            "origin": self.origin,
+            "user_agent": self.user_agent,
+            "bytes_in": self.bytes_in,
             "headers": Map::new(),
             "error": self.code,
             "count": self.count,
@@ -157,10 +175,13 @@ pub struct AuditList {
     ),
     responses((status = 200, body = AuditList, example = json!({"items": [{
         "seq": 40, "at": "2026-11-21T02:00:00.000120+00:00", "request_id": "7f1c…", "actor_id": "alice", "user_id": "alice",
-        "tenant_id": "default", "token_fingerprint": "75e9c0c51212", "address": "192.0.2.7", "method": "POST",
-        "route": "/services/register", "path": "/services/register", "query": [], "status": 403, "outcome": "denied",
+        "tenant_id": "default", "tried_user_id": null, "tried_tenant_id": null, "about_tenant_id": null,
+        "token_fingerprint": "75e9c0c51212", "address": "192.0.2.7", "method": "POST",
+        "route": "/services/register", "path": "/services/register", "query": [], "origin": null,
+        "user_agent": "curl/8.5.0", "bytes_in": 312, "status": 403, "outcome": "denied",
         "code": "role_required", "duration_ms": 0.2, "count": 1, "since": "2026-11-21T02:00:00.000120+00:00",
-        "event": null, "run_id": null}], "next_cursor": "AAAA…"})))
+        "event": null, "run_id": null}], "next_cursor": "AAAA…"})),
+        (status = 400, description = "The cursor is not one of this listing"))
 )]
 async fn list(
     State(app): State<App>,

@@ -27,6 +27,8 @@ const PER_SECOND: f64 = 4.0;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Kind {
     user: Option<UserKey>,
+    /// The account that a login tried. Whoever is throttled tries any number of them: those are alike.
+    tried: Option<UserKey>,
     network: Option<IpAddr>,
     method: SmolStr,
     route: SmolStr,
@@ -112,13 +114,8 @@ impl Windows {
         let count = write.count;
         let among = other.or_insert_with(|| AuditedWrite {
             source: Arc::new(Source {
-                user: None,
-                token: None,
-                address: None,
-                method: SmolStr::default(),
                 route: SmolStr::new_static("(many)"),
-                path: None,
-                query: Vec::new(),
+                ..Source::default()
             }),
             code: None,
             duration_us: 0,
@@ -148,11 +145,14 @@ impl Kind {
             address,
             method,
             route,
+            details,
             ..
         } = &*write.source;
         let is_https = false;
+        let is_throttled = write.status == 429;
         Kind {
             user: user.clone(),
+            tried: details.tried.clone().filter(|_| !is_throttled),
             network: address.map(|address| Client { address, is_https }.network()),
             method: method.clone(),
             route: route.clone(),
@@ -169,13 +169,10 @@ mod tests {
     fn write(address: u32, status: u16) -> AuditedWrite {
         AuditedWrite {
             source: Arc::new(Source {
-                user: None,
-                token: None,
                 address: Some(IpAddr::from(address.to_be_bytes())),
                 method: "POST".into(),
                 route: "/commands".into(),
-                path: None,
-                query: Vec::new(),
+                ..Source::default()
             }),
             status,
             code: None,

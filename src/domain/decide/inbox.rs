@@ -109,6 +109,7 @@ impl Context<'_> {
         if ended.purged {
             return Err(Rejection::Purged(run));
         }
+        self.is_owned(plane)?;
         self.may_queue(plane)?;
         Ok(vec![Event::JobRevived {
             run,

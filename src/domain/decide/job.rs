@@ -6,7 +6,7 @@ use smol_str::SmolStr;
 use super::{Context, Decision};
 use crate::domain::command::{JobFailure, Rejection, Reply};
 use crate::domain::event::{Event, JobStopCause, RequeueCause};
-use crate::domain::identity::IdentityRejection;
+use crate::domain::identity::{IdentityRejection, RuntimeKey};
 use crate::domain::ids::{Attempt, PlaneId, RunId};
 use crate::domain::scheduler::stop_job;
 use crate::domain::spec::JobSpec;
@@ -23,7 +23,7 @@ impl Context<'_> {
         labels: Vec<(SmolStr, SmolStr)>,
         payload: Bytes,
     ) -> Result<Decision, Rejection> {
-        self.check_open(plane)?;
+        self.is_owned(plane)?;
         self.may_queue(plane)?;
         self.may_keep(plane, payload.len())?;
         let queue = &self.state.queue;
@@ -51,6 +51,22 @@ impl Context<'_> {
         match self.state.is_open(plane) {
             true => Ok(()),
             false => Err(IdentityRejection::UserNotFound.into()),
+        }
+    }
+
+    /// Whether a plane has a user, whose runs may begin: a purge is not outrun by what was asked before it.
+    pub(super) fn is_owned(&self, plane: PlaneId) -> Result<(), Rejection> {
+        let Some(opened) = self.state.planes.get(&plane) else {
+            return self.check_open(plane);
+        };
+        let key = RuntimeKey {
+            tenant: opened.tenant.clone(),
+            runtime: opened.runtime.clone(),
+        };
+        let runtime = self.state.people.runtimes.get(&key);
+        match runtime.is_some_and(|now| now.plane == plane && now.reservation.is_none()) {
+            true => Ok(()),
+            false => Err(IdentityRejection::RuntimeLeft(key).into()),
         }
     }
 

@@ -59,6 +59,7 @@ impl Context<'_> {
                 replaces,
                 password,
             } => self.rehash_password(key, &replaces, password),
+            IdentityCommand::RecoverFirstAdmin => Ok(self.recover_first_admin()),
             IdentityCommand::SetTenant {
                 tenant,
                 change,
@@ -90,6 +91,13 @@ impl Context<'_> {
             profile,
             plane: PlaneId::ROOT,
         })
+    }
+
+    fn recover_first_admin(&self) -> Vec<Event> {
+        let key = UserKey::first_admin();
+        let mut events = self.revoke_all(&key, RevokeCause::Revoked);
+        events.push(Event::SessionsEnded { key });
+        events
     }
 
     /// The plane for a runtime that is free, and the event that opens it when it is new.
@@ -196,6 +204,11 @@ impl Context<'_> {
         if let Some(token) = rotate {
             self.check_hash(&token.hash)?;
             events.extend(self.revoke_all(&key, RevokeCause::Rotated));
+            // Whoever had a token may have set it.
+            if people.password_of(&key).is_some() {
+                let (key, password) = (key.clone(), None);
+                events.push(Event::PasswordChanged { key, password });
+            }
             events.push(Event::TokenIssued { owner: key, token });
         }
         Ok(events)

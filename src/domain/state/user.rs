@@ -207,6 +207,8 @@ pub fn fold_tenant(tenant: Option<Tenant>, event: &Event, at: Timestamp) -> Opti
             allowance: Allowance::default(),
             created_at: at,
             updated_at: at,
+            // Until something was said of it, it was enabled.
+            era: u64::from(!profile.enabled),
         }),
         Event::TenantAllowanceChanged { allowance, .. } => tenant.map(|tenant| Tenant {
             allowance: *allowance,
@@ -214,6 +216,7 @@ pub fn fold_tenant(tenant: Option<Tenant>, event: &Event, at: Timestamp) -> Opti
             ..tenant
         }),
         Event::TenantUpdated { profile, .. } => tenant.map(|tenant| Tenant {
+            era: tenant.era + u64::from(tenant.profile.enabled && !profile.enabled),
             profile: profile.clone(),
             updated_at: at,
             ..tenant
