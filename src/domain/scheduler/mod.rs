@@ -98,22 +98,13 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
         }
         let everything = usable.len() == all.len();
         match try_harder(state, settings, now, key, job, &usable, fair) {
-            Outcome::Park(
-                Parking {
-                    enough_for: None,
-                    by_share,
-                    ..
-                },
-                wake_at,
-            ) => {
-                parking.tried.get_or_insert(key);
-                parking.by_share |= by_share;
-                earliest = earliest.into_iter().chain(wake_at).min();
-            }
-            outcome if everything => return outcome,
             Outcome::Act(events) => return Outcome::Act(events),
-            Outcome::Park(..) => {
+            Outcome::Park(of_lane, wake_at) => {
                 parking.tried.get_or_insert(key);
+                parking.by_share |= of_lane.by_share;
+                // What is on its way is for those who may use it; the others are woken for what they may.
+                parking.enough_for = of_lane.enough_for.filter(|_| everything);
+                earliest = earliest.into_iter().chain(wake_at).min();
             }
         }
         if everything {
