@@ -31,7 +31,8 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
     }
     let open = state.queue.open().clone();
     // Parking changes nobody's turn: the order holds until something is decided.
-    let fair = Fair::new(state, settings, now);
+    let shares = std::mem::take(&mut state.shares);
+    let fair = Fair::with(state, settings, now, shares);
     let mut order = fair.order(open);
     let mut parked = Vec::new();
     let mut decided = None;
@@ -41,6 +42,7 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
             Outcome::Park(parking, wake_at) => parked.push((target, parking, wake_at)),
         }
     }
+    state.shares = fair.into_shares();
     for (target, parking, wake_at) in parked {
         state.queue.park(&target, parking);
         state.timers.set(TimerKey::Shape(target), wake_at);
