@@ -62,11 +62,31 @@ pub struct Fair<'a> {
     /// Places, MiB and thousandths of GPUs that there are.
     capacity: OnceCell<[u64; 3]>,
     /// What was asked before.
-    shares: RefCell<FxHashMap<&'a SmolStr, u64>>,
+    shares: RefCell<Shares>,
+}
+
+/// Shares as they were last weighed, in one step of time and of one machine. State keeps them from decision to decision,
+/// as only the tenants at work have others each time.
+#[derive(Clone, Debug, Default)]
+pub struct Shares {
+    weighed_in: Option<(Timestamp, [u64; 3])>,
+    of: FxHashMap<SmolStr, u64>,
+}
+
+impl Shares {
+    /// The tenant's account has changed.
+    pub fn forget(&mut self, tenant: &str) {
+        self.of.remove(tenant);
+    }
 }
 
 impl<'a> Fair<'a> {
     pub fn new(state: &'a State, settings: &Settings, now: Timestamp) -> Fair<'a> {
+        Fair::with(state, settings, now, Shares::default())
+    }
+
+    /// The same, with what was weighed before.
+    pub fn with(state: &'a State, settings: &Settings, now: Timestamp, shares: Shares) -> Fair<'a> {
         let step_us = step_us(state);
         Fair {
             state,
@@ -76,8 +96,13 @@ impl<'a> Fair<'a> {
                 .max(1),
             now: Timestamp(now.0.div_euclid(step_us).saturating_mul(step_us)),
             capacity: OnceCell::new(),
-            shares: RefCell::default(),
+            shares: RefCell::new(shares),
         }
+    }
+
+    /// What was weighed, for the next time.
+    pub fn into_shares(self) -> Shares {
+        self.shares.into_inner()
     }
 
     /// When time alone may change the order.
@@ -141,13 +166,23 @@ impl<'a> Fair<'a> {
     }
 
     /// The part of the machine that a tenant uses, in parts of its weight.
-    fn share(&self, tenant: &'a SmolStr) -> u64 {
-        let known = self.shares.borrow().get(tenant).copied();
-        known.unwrap_or_else(|| {
-            let share = self.weighed_share(tenant);
-            self.shares.borrow_mut().insert(tenant, share);
-            share
-        })
+    fn share(&self, tenant: &SmolStr) -> u64 {
+        let mut shares = self.shares.borrow_mut();
+        let weighed_in = (self.now, *self.capacity());
+        if shares.weighed_in != Some(weighed_in) {
+            shares.of.clear();
+            shares.weighed_in = Some(weighed_in);
+        }
+        if let Some(share) = shares.of.get(tenant) {
+            return *share;
+        }
+        let share = self.weighed_share(tenant);
+        shares.of.insert(tenant.clone(), share);
+        share
+    }
+
+    fn capacity(&self) -> &[u64; 3] {
+        self.capacity.get_or_init(|| capacity(self.state))
     }
 
     fn weighed_share(&self, tenant: &SmolStr) -> u64 {
@@ -160,7 +195,7 @@ impl<'a> Fair<'a> {
     /// The same if the tenant held `held` instead of what it does.
     fn weighed(&self, tenant: &SmolStr, account: &Account, held: Amount) -> u64 {
         let usage = account.usage(self.state.accounts.half_life_ms, self.now, held);
-        let capacity = self.capacity.get_or_init(|| capacity(self.state));
+        let capacity = self.capacity();
         let dominant = usage.iter().zip(capacity).map(|(used, there)| match there {
             0 => 0,
             there => (u128::from(*used) << 16) / u128::from(*there),
@@ -185,7 +220,7 @@ impl<'a> Fair<'a> {
     }
 
     /// Whether a tenant has used less of what it is due than any other that waits for one of `targets` and may be served.
-    pub fn is_first_of(&self, tenant: &'a SmolStr, targets: &[Target]) -> bool {
+    pub fn is_first_of(&self, tenant: &SmolStr, targets: &[Target]) -> bool {
         let shapes = targets
             .iter()
             .filter_map(|target| self.state.queue.shape(target));

@@ -31,7 +31,8 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
     }
     let open = state.queue.open().clone();
     // Parking changes nobody's turn: the order holds until something is decided.
-    let fair = Fair::new(state, settings, now);
+    let shares = std::mem::take(&mut state.shares);
+    let fair = Fair::with(state, settings, now, shares);
     let mut order = fair.order(open);
     let mut parked = Vec::new();
     let mut decided = None;
@@ -41,6 +42,7 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
             Outcome::Park(parking, wake_at) => parked.push((target, parking, wake_at)),
         }
     }
+    state.shares = fair.into_shares();
     for (target, parking, wake_at) in parked {
         state.queue.park(&target, parking);
         state.timers.set(TimerKey::Shape(target), wake_at);
@@ -98,22 +100,13 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
         }
         let everything = usable.len() == all.len();
         match try_harder(state, settings, now, key, job, &usable, fair) {
-            Outcome::Park(
-                Parking {
-                    enough_for: None,
-                    by_share,
-                    ..
-                },
-                wake_at,
-            ) => {
-                parking.tried.get_or_insert(key);
-                parking.by_share |= by_share;
-                earliest = earliest.into_iter().chain(wake_at).min();
-            }
-            outcome if everything => return outcome,
             Outcome::Act(events) => return Outcome::Act(events),
-            Outcome::Park(..) => {
+            Outcome::Park(of_lane, wake_at) => {
                 parking.tried.get_or_insert(key);
+                parking.by_share |= of_lane.by_share;
+                // What is on its way is for those who may use it; the others are woken for what they may.
+                parking.enough_for = of_lane.enough_for.filter(|_| everything);
+                earliest = earliest.into_iter().chain(wake_at).min();
             }
         }
         if everything {

@@ -24,6 +24,7 @@ use self::user::People;
 use super::event::Event;
 use super::identity::UserKey;
 use super::ids::{Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::scheduler::fair::Shares;
 use super::scheduler::queue::Queue;
 use super::tenant::Quotas;
 use super::time::Timestamp;
@@ -72,6 +73,8 @@ pub struct State {
     pub user_limits: BTreeMap<PlaneId, (UserKey, Quotas)>,
     /// Whether any quota may make a waiting run wait.
     limited: bool,
+    /// Tenants' shares, for as long as they hold.
+    pub shares: Shares,
 }
 
 /// One user's data plane.

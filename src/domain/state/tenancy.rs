@@ -11,6 +11,7 @@ use super::user::People;
 use crate::domain::event::Event;
 use crate::domain::identity::UserKey;
 use crate::domain::ids::{PlaneId, RunId};
+use crate::domain::scheduler::fair::Shares;
 use crate::domain::spec::Target;
 use crate::domain::tenant::{DEFAULT_TENANT, DEFAULT_WEIGHT, Holder, QuotaHit, TenantProfile};
 use crate::domain::time::Timestamp;
@@ -62,6 +63,7 @@ impl State {
         }
         let tenant = self.tenant_of(plane).clone();
         self.accounts.hold((&tenant, plane), (before, after), at);
+        self.shares.forget(&tenant);
         match self.limited {
             true => self.queue.unpark_all(),
             false => self.queue.unpark_shared(),
@@ -132,6 +134,7 @@ impl State {
         let tenant = self.tenant_of(plane).clone();
         let waits = self.awaits(&tenant, target);
         self.accounts.serve(&tenant, target, charge, at, waits);
+        self.shares.forget(&tenant);
     }
 
     /// Milliseconds at `at` since a run was queued, or its tenant was served with one like it.
@@ -160,6 +163,7 @@ impl State {
     pub(super) fn apply_tenancy(&mut self, at: Timestamp, event: &Event) {
         if let Event::ShareHalfLifeChanged { half_life_ms } = event {
             self.accounts.set_half_life(*half_life_ms, at);
+            self.shares = Shares::default();
             self.queue.unpark_all();
         }
         self.people.apply(event, at);
@@ -189,6 +193,7 @@ impl State {
         let mut users = self.user_limits.values();
         self.limited = tenants.any(|tenant| tenant.profile.quotas.limits_running())
             || users.any(|(_, quotas)| quotas.limits_running());
+        self.shares = Shares::default();
         self.queue.unpark_all();
     }
 
