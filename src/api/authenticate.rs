@@ -19,6 +19,7 @@ use crate::auth::{Principal, Shown, Signed};
 use crate::clock::now;
 use crate::domain::command::{Command, Origin};
 use crate::domain::identity::IdentityCommand;
+use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
 use crate::ledger::{ReadError, TokenOwner};
 
@@ -141,6 +142,7 @@ async fn check_imported(
         plane: owner.user.plane,
         actor: owner.user.key.actor(),
         request_id: None,
+        tenancy: Tenancy::All,
         at,
     };
     let upgrade = IdentityCommand::UpgradeToken {

@@ -363,6 +363,11 @@ impl From<Rejection> for ApiError {
         let error = ApiError::new(rejection_code(&rejection), detail);
         match rejection {
             Rejection::Stopping => error.retry_after(5),
+            Rejection::ServiceShared(_) => error
+                .with("reason_code", "admin_required")
+                .with("required_role", "admin")
+                .with("resource_class", "services")
+                .with("action", "write"),
             Rejection::QuotaExceeded(hit) => error
                 .with("quota", hit.quota)
                 .with("limit", hit.limit)
@@ -391,8 +396,9 @@ fn rejection_code(rejection: &Rejection) -> ErrorCode {
         Rejection::CancelWhileRunning(_) => ErrorCode::CancelWhileRunning,
         Rejection::StaleAttempt { .. } => ErrorCode::StaleAttempt,
         Rejection::Purged(_) => ErrorCode::Purged,
-        Rejection::ServiceExists(_) => ErrorCode::ServiceExists,
+        Rejection::ServiceExists(_) | Rejection::ServiceNameTaken(_) => ErrorCode::ServiceExists,
         Rejection::ServiceNotFound(_) => ErrorCode::ServiceNotFound,
+        Rejection::ServiceShared(_) => ErrorCode::RoleRequired,
         Rejection::ServiceHasActiveJobs(_) => ErrorCode::ServiceHasActiveJobs,
         Rejection::ServiceDisabled(_) => ErrorCode::ServiceDisabled,
         Rejection::NoEngine(_) => ErrorCode::NoEngine,
@@ -459,6 +465,7 @@ mod tests {
             },
             Rejection::CommandReused("c".into()),
             Rejection::NoEngine("s".into()),
+            Rejection::ServiceShared("s".into()),
             IdentityRejection::UserNotFound.into(),
             IdentityRejection::RunsEnding { runs: 1 }.into(),
             IdentityRejection::TokenExists("t".into()).into(),

@@ -31,7 +31,9 @@ use super::work;
 use crate::auth::Principal;
 use crate::clock::now;
 use crate::domain::command::Origin;
+use crate::domain::identity::Role;
 use crate::domain::ids::PlaneId;
+use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -61,7 +63,16 @@ impl Caller {
             plane: self.principal.plane,
             actor: self.principal.actor.clone(),
             request_id: Some(self.request_id.clone()),
+            tenancy: self.tenancy(),
             at: self.at,
+        }
+    }
+
+    /// Whose services it may be about.
+    pub fn tenancy(&self) -> Tenancy {
+        match self.principal.power() {
+            Role::Admin => Tenancy::All,
+            _ => Tenancy::Of(self.principal.user.tenant.clone()),
         }
     }
 

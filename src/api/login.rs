@@ -10,6 +10,7 @@ use crate::auth::session::Basis;
 use crate::clock::now;
 use crate::domain::command::{Command, Origin};
 use crate::domain::identity::{IdentityCommand, PasswordHash, User, UserKey};
+use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
 
 /// What somebody shows.
@@ -157,6 +158,7 @@ async fn rehash(app: &App, user: &User, replaces: PasswordHash, password: String
         plane: user.plane,
         actor: user.key.actor(),
         request_id: None,
+        tenancy: Tenancy::All,
         at: at.max(now()),
     };
     let command = Command::Identity(Box::new(command));

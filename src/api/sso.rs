@@ -13,7 +13,7 @@ use crate::domain::identity::{
     IdentityCommand, IdentityRejection, Profile, ProfileChange, Role, User,
 };
 use crate::domain::ids::PlaneId;
-use crate::domain::tenant::QuotasChange;
+use crate::domain::tenant::{QuotasChange, Tenancy};
 use crate::domain::time::Timestamp;
 
 /// Who shows a token of the issuer; `None` when it is not accepted, or names nobody who is let in.
@@ -118,6 +118,7 @@ async fn submit(
         plane: PlaneId::ROOT,
         actor: person.key.actor(),
         request_id: None,
+        tenancy: Tenancy::All,
         at,
     };
     let command = Command::Identity(Box::new(command));

@@ -28,6 +28,7 @@ use crate::domain::command::{Command, Origin};
 use crate::domain::identity::{IdentityCommand, UserKey};
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
+use crate::domain::tenant::Tenancy;
 use crate::driver::Logs;
 use crate::ledger::{Ledger, OpenOptions};
 use crate::telemetry::Metrics;
@@ -744,6 +745,7 @@ async fn a_weaker_hash_is_renewed_at_the_next_login() {
         plane: PlaneId::ROOT,
         actor: "test".into(),
         request_id: None,
+        tenancy: Tenancy::All,
         at: crate::clock::now(),
     };
     let set = Command::Identity(Box::new(set));

@@ -785,5 +785,9 @@ fn tenants() -> Vec<Event> {
         Event::ShareHalfLifeChanged {
             half_life_ms: 60_000,
         },
+        Event::ServiceAssigned {
+            service: "svc".into(),
+            tenant: "acme".into(),
+        },
     ]
 }

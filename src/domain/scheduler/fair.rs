@@ -136,10 +136,11 @@ impl<'a> Fair<'a> {
         shapes.into_iter().map(|(target, _)| target).collect()
     }
 
-    /// Waiting jobs of a shape that quotas let run at once.
-    pub fn demand(&self, shape: &Shape) -> usize {
+    /// Waiting jobs of a shape, of tenants that are `admitted`, that quotas let run at once.
+    pub fn demand(&self, shape: &Shape, admitted: impl Fn(&SmolStr) -> bool) -> usize {
         let lanes = shape.lanes().iter();
         lanes
+            .filter(|(key, _)| admitted(&key.tenant))
             .map(|(key, lane)| {
                 let room = self.state.limits_of_lane(key).headroom();
                 lane.waiting
@@ -242,9 +243,19 @@ pub struct Serving<'f, 'a> {
 }
 
 impl<'a> Serving<'_, 'a> {
-    /// Whether it depends on the tenants' shares who is first.
-    pub fn is_contested(&self) -> bool {
-        self.contested
+    /// Whether it depends on the tenants' shares who is first on a service.
+    pub fn is_contested_for(&self, service: &Service) -> bool {
+        let admits = |front: &&Front| service.admits(&front.lane.tenant);
+        self.contested && self.fronts.iter().filter(admits).nth(1).is_some()
+    }
+
+    /// The next job of those lanes.
+    pub fn first_of(
+        &mut self,
+        wanted: impl Fn(&LaneKey) -> bool,
+    ) -> Option<(&'a LaneKey, OrderKey)> {
+        self.fronts.retain(|front| wanted(front.lane));
+        self.next()
     }
 
     /// Tells no further jobs of a lane.
@@ -439,28 +450,32 @@ impl State {
         limits.is_empty() || limits.hit(Amount::of_run(service)).is_none()
     }
 
-    /// Those of `services` that a lane's quotas let its jobs use now.
+    /// Those of `services` that admit a lane's jobs, and that its quotas let them use now.
     pub fn usable<'s, 'a>(
         &self,
         lane: &LaneKey,
         services: &'s [&'a Service],
     ) -> Cow<'s, [&'a Service]> {
         let limits = self.limits_of_lane(lane);
-        if limits.is_empty() {
+        let allowed = |service: &&&Service| {
+            let admitted = service.admits(&lane.tenant);
+            admitted && (limits.is_empty() || limits.hit(Amount::of_run(service)).is_none())
+        };
+        if services.iter().all(|service| allowed(&service)) {
             return Cow::Borrowed(services);
         }
-        let allowed = |service: &&&Service| limits.hit(Amount::of_run(service)).is_none();
         Cow::Owned(services.iter().filter(allowed).copied().collect())
     }
 
-    /// The most urgent priority among the jobs of a shape that quotas let run, if any.
-    pub fn most_urgent(&self, target: &Target) -> Option<Priority> {
+    /// The most urgent priority among the jobs of a shape that `service` admits and quotas let run, if any.
+    pub fn most_urgent(&self, service: &Service, target: &Target) -> Option<Priority> {
         let shape = self.queue.shape(target)?;
-        let level = match self.is_limited() {
+        let level = match self.is_limited() || service.tenant.is_some() {
             false => shape.most_urgent(),
             true => {
                 let lanes = shape.lanes().iter();
-                let free = lanes.filter(|(lane, _)| !self.is_at_quota(lane));
+                let free = lanes
+                    .filter(|(lane, _)| service.admits(&lane.tenant) && !self.is_at_quota(lane));
                 free.filter_map(|(_, lane)| lane.most_urgent()).min()
             }
         }?;

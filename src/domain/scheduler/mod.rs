@@ -9,6 +9,8 @@ pub mod status;
 pub mod upkeep;
 pub mod why;
 
+use smol_str::SmolStr;
+
 use self::fair::Fair;
 use self::queue::OrderKey;
 use self::room::{Leave, Request, Spared, may_preempt};
@@ -67,7 +69,7 @@ enum Outcome {
 /// Tries the first job of a shape. Those to which a place was promised wait for it, so behind them the next
 /// one is tried.
 ///
-/// A lane that quotas keep from some of the services is passed over when it gets nowhere with the others.
+/// A lane that may not use all of the services is passed over when it gets nowhere with the others.
 fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
     let state = fair.state;
     let all = candidates(state, target);
@@ -77,11 +79,14 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
         let may_start = may_start(service, now) && placement::could_fit(state, service);
         service.instance.is_some() || may_start
     };
-    let matters = serving.is_contested() && all.iter().any(may_serve);
+    let matters = all
+        .iter()
+        .any(|service| serving.is_contested_for(service) && may_serve(service));
     let next_look = matters.then(|| fair.next_look());
     // Of this shape, with places promised, and served before.
     let mut before = Vec::new();
     let (mut first_tried, mut earliest) = (None, next_look);
+    let mut enough: Option<usize> = None;
     while let Some((lane, key)) = serving.next() {
         let run = key.1;
         let Some(job) = state.jobs.get(&run) else {
@@ -100,20 +105,19 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
         }
         let everything = usable.len() == all.len();
         match try_harder(state, settings, now, key, job, &usable, fair) {
+            outcome @ Outcome::Act(_) => return outcome,
             Outcome::Park {
                 wake_at,
                 enough_for: None,
                 ..
-            } => {
-                first_tried.get_or_insert(key);
-                earliest = earliest.into_iter().chain(wake_at).min();
-            }
-            outcome if everything => return outcome,
-            Outcome::Act(events) => return Outcome::Act(events),
-            Outcome::Park { .. } => {
-                first_tried.get_or_insert(key);
+            } => earliest = earliest.into_iter().chain(wake_at).min(),
+            // Nobody before it has anything else to wait for.
+            outcome if everything && first_tried.is_none() => return outcome,
+            Outcome::Park { enough_for, .. } => {
+                enough = enough.into_iter().chain(enough_for).min();
             }
         }
+        first_tried.get_or_insert(key);
         if everything {
             break;
         }
@@ -122,7 +126,7 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
     Outcome::Park {
         tried: first_tried,
         wake_at: earliest.filter(|_| first_tried.is_some()),
-        enough_for: None,
+        enough_for: enough,
     }
 }
 
@@ -185,7 +189,7 @@ fn try_harder(
     )
 }
 
-/// Services that may run jobs of this shape, in the order of their names.
+/// Services that may run jobs of this shape, of tenants that they admit; in the order of their names.
 pub fn candidates<'a>(state: &'a State, target: &Target) -> Vec<&'a Service> {
     let usable = |service: &&Service| service.enabled && service.serves(target);
     match target {
@@ -232,7 +236,8 @@ fn dispatch(run: RunId, job: &Job, service: &Service) -> Event {
 /// How many jobs of this shape have places on their way: on instances that come up, in room being made, or
 /// promised. `None` when more jobs wait than that, of those that quotas let run.
 fn places_coming(state: &State, target: &Target, all: &[&Service], fair: &Fair) -> Option<usize> {
-    let waiting = fair.demand(state.queue.shape(target)?);
+    let admitted = |tenant: &SmolStr| all.iter().any(|service| service.admits(tenant));
+    let waiting = fair.demand(state.queue.shape(target)?, admitted);
     let coming: usize = all
         .iter()
         .filter(|service| {
@@ -244,10 +249,8 @@ fn places_coming(state: &State, target: &Target, all: &[&Service], fair: &Fair) 
         return None;
     }
     let same_shape = |run: &&RunId| {
-        state
-            .jobs
-            .get(run)
-            .is_some_and(|job| job.spec.target == *target)
+        let job = state.jobs.get(run);
+        job.is_some_and(|job| job.spec.target == *target && admitted(state.tenant_of(job.plane)))
     };
     let promised = state.promises.keys().filter(same_shape).count();
     let enough_for = coming.saturating_add(promised);

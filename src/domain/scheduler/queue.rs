@@ -142,8 +142,8 @@ pub struct Shape {
     /// Those with waiting jobs.
     lanes: BTreeMap<LaneKey, Lane>,
     waiting: usize,
-    /// Jobs of this shape that will want a place later: paused, preempted, or backing off.
-    pub held: u64,
+    /// Jobs of this shape that will want a place later: paused, preempted, or backing off; by tenant, of those with any.
+    held: BTreeMap<SmolStr, u64>,
     /// Waiting jobs by priority level, index 0 is priority 1.
     pub by_priority: [u64; 5],
     /// The job that was tried last; those before it have places promised. `None` when all have.
@@ -185,6 +185,11 @@ impl Shape {
         next.is_some_and(|(key, _)| key.tenant == *tenant)
     }
 
+    /// Whether any job of a tenant waits here, or will want a place later.
+    pub fn wants(&self, tenant: &SmolStr) -> bool {
+        self.awaits(tenant) || self.held.contains_key(tenant)
+    }
+
     /// Of all lanes' first jobs the one with the smallest key.
     pub fn first(&self) -> Option<OrderKey> {
         let firsts = self.lanes.values().filter_map(|lane| lane.waiting.first());
@@ -214,8 +219,9 @@ pub struct Queue {
     contested: BTreeSet<Target>,
     /// Something changed that may matter to any shape: all are opened before the next one is looked for.
     open_all: bool,
-    /// Somebody has quotas: the most urgent job of a shape may be one that has to wait for them.
-    limited: bool,
+    /// Somebody has quotas, or a service of its own: what the most urgent job of a shape may use, others may not, and
+    /// the other way round.
+    lanes_differ: bool,
     ageing_us_per_level: i64,
     waiting: u64,
 }
@@ -311,16 +317,21 @@ impl Queue {
     }
 
     /// Counts a job of this shape that waits outside the queue.
-    pub fn hold(&mut self, target: &Target) {
+    pub fn hold(&mut self, target: &Target, tenant: &SmolStr) {
         self.change(target, None, |shape| {
-            shape.held += 1;
+            *shape.held.entry(tenant.clone()).or_default() += 1;
             false
         });
     }
 
-    pub fn unhold(&mut self, target: &Target) {
+    pub fn unhold(&mut self, target: &Target, tenant: &SmolStr) {
         self.change(target, None, |shape| {
-            shape.held = shape.held.saturating_sub(1);
+            if let Some(held) = shape.held.get_mut(tenant) {
+                *held -= 1;
+                if *held == 0 {
+                    shape.held.remove(tenant);
+                }
+            }
             false
         });
     }
@@ -338,9 +349,11 @@ impl Queue {
         let Some(shape) = self.shapes.get_mut(target) else {
             return;
         };
-        let limited = self.limited;
+        let lanes_differ = self.lanes_differ;
         let most_urgent = |shape: &Shape| {
-            let lane = lane.filter(|_| limited).and_then(|key| shape.lane(key));
+            let lane = lane
+                .filter(|_| lanes_differ)
+                .and_then(|key| shape.lane(key));
             (shape.most_urgent(), lane.and_then(Lane::most_urgent))
         };
         let before = most_urgent(shape);
@@ -360,7 +373,7 @@ impl Queue {
                 false => self.contested.remove(target),
             };
         }
-        if shape.is_empty() && shape.held == 0 {
+        if shape.is_empty() && shape.held.is_empty() {
             self.shapes.remove(target);
         }
     }
@@ -393,9 +406,9 @@ impl Queue {
         self.open.extend(self.contested.iter().cloned());
     }
 
-    /// Whether anybody has quotas.
-    pub fn set_limited(&mut self, limited: bool) {
-        self.limited = limited;
+    /// Whether anybody has quotas, or a service of its own.
+    pub fn set_lanes_differ(&mut self, differ: bool) {
+        self.lanes_differ = differ;
         self.open_all = true;
     }
 

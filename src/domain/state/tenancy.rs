@@ -134,7 +134,14 @@ impl State {
         let mut users = self.user_limits.values();
         self.limited = tenants.any(|tenant| tenant.profile.quotas.limits_running())
             || users.any(|(_, quotas)| quotas.limits_running());
-        self.queue.set_limited(self.limited);
+        self.tell_lanes_apart();
+    }
+
+    /// Quotas keep some lanes' jobs from what others may use, and so do services of one tenant.
+    pub(super) fn tell_lanes_apart(&mut self) {
+        let mut services = self.services.values();
+        let apart = self.limited || services.any(|service| service.tenant.is_some());
+        self.queue.set_lanes_differ(apart);
     }
 
     /// A user's quotas or plane may have changed. Its waiting runs change lanes with them, which takes a look at

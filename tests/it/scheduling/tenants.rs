@@ -14,13 +14,13 @@ use rungate::domain::ids::{Generation, PlaneId, RunId};
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{JobSpec, Priority, ServiceSpec, Target};
 use rungate::domain::state::State;
-use rungate::domain::tenant::{QuotasChange, TenantChange};
+use rungate::domain::tenant::{QuotasChange, Tenancy, TenantChange};
 use rungate::domain::time::Timestamp;
 use smol_str::SmolStr;
 use uuid::Uuid;
 
 use super::bed::{payload, replay};
-use super::ops::{Op, op, plain_spec, pressing_op, pressing_spec, spec};
+use super::ops::{Op, name, op, plain_spec, pressing_op, pressing_spec, spec};
 use super::play::Play;
 use super::properties::config;
 use super::script::{create_user, user_key};
@@ -96,7 +96,7 @@ fn say(play: &mut Play, said: Said) {
     play.submit(Command::Identity(Box::new(command)));
 }
 
-/// A gateway with users of several tenants, whose starts they take in turns.
+/// A gateway with users of several tenants, whose starts they take in turns. Of the services two are one tenant's alone.
 fn several(specs: Vec<ServiceSpec>) -> Play {
     let mut play = Play::new();
     for user in USERS {
@@ -105,6 +105,9 @@ fn several(specs: Vec<ServiceSpec>) -> Play {
         let plane = play.bed.state.people.users[&user_key(user)].plane;
         play.starters.push(plane);
     }
+    play.owners = [(3, "a"), (4, "b")]
+        .map(|(service, tenant)| (name(service), tenant.into()))
+        .into();
     for spec in specs {
         play.register(spec);
     }
@@ -245,6 +248,7 @@ impl Machine {
             PlaneId::ROOT,
             Command::RegisterService {
                 spec: Box::new(spec),
+                tenant: None,
             },
         );
         machine.submit(
@@ -272,6 +276,7 @@ impl Machine {
             plane,
             actor: SmolStr::new_static("test"),
             request_id: None,
+            tenancy: Tenancy::All,
             at: self.now,
         };
         let decision = decide(&self.state, &self.settings, &origin, command, self.now).unwrap();
@@ -405,6 +410,107 @@ fn ten_jobs_do_not_wait_for_ten_thousand() {
                     "{theirs} before the {ours}th of ours"
                 );
             }
+        }
+    }
+}
+
+/// Between a look at a service and a command about it, the name may have come to be another's: the command itself is held
+/// to whoever gives it.
+#[test]
+fn a_command_finds_only_the_services_of_whoever_gives_it() {
+    let mut state = State::new(1);
+    for service in 0..3 {
+        let spec = Box::new(plain_spec(service));
+        state.apply(
+            1,
+            Timestamp(0),
+            PlaneId::ROOT,
+            &Event::ServiceRegistered { spec },
+        );
+    }
+    for (service, tenant) in [(1, "a"), (2, "b")] {
+        let (service, tenant) = (name(service), tenant.into());
+        let assigned = Event::ServiceAssigned { service, tenant };
+        state.apply(2, Timestamp(0), PlaneId::ROOT, &assigned);
+    }
+    let by = |tenancy: &Tenancy, command: Command| {
+        let origin = Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::new_static("test"),
+            request_id: None,
+            tenancy: tenancy.clone(),
+            at: Timestamp(0),
+        };
+        let decided = decide(&state, &Settings::default(), &origin, command, Timestamp(0));
+        decided.map_or_else(|rejection| rejection.code(), |_| "done")
+    };
+    let (none, shared) = ("service_not_found", "role_required");
+    // Of the shared service, of a's and of b's: what becomes of operating, of changing and of looking.
+    for (tenancy, operates, changes, looks) in [
+        (Tenancy::All, ["done"; 3], ["done"; 3], ["done"; 3]),
+        (
+            Tenancy::Of("default".into()),
+            ["done", none, none],
+            [shared, none, none],
+            ["done", none, none],
+        ),
+        (
+            Tenancy::Of("a".into()),
+            [shared, "done", none],
+            [shared, "done", none],
+            ["done", "done", none],
+        ),
+    ] {
+        for number in 0..3u8 {
+            let (n, service) = (usize::from(number), name(number));
+            let drain = true;
+            for command in [
+                Command::StartService {
+                    service: service.clone(),
+                },
+                Command::StopService {
+                    service: service.clone(),
+                    drain,
+                },
+                Command::RestartService {
+                    service: service.clone(),
+                    drain,
+                },
+                Command::EnableService {
+                    service: service.clone(),
+                },
+                Command::DisableService {
+                    service: service.clone(),
+                },
+            ] {
+                assert_eq!(
+                    by(&tenancy, command.clone()),
+                    operates[n],
+                    "{tenancy:?}: {command:?}"
+                );
+            }
+            let mut spec = Box::new(plain_spec(number));
+            spec.concurrency = 7;
+            for command in [
+                Command::UpdateService { spec: spec.clone() },
+                Command::RemoveService {
+                    service: service.clone(),
+                },
+            ] {
+                assert_eq!(
+                    by(&tenancy, command.clone()),
+                    changes[n],
+                    "{tenancy:?}: {command:?}"
+                );
+            }
+            let look = Command::PreemptRelease { service };
+            assert_eq!(
+                by(&tenancy, look.clone()),
+                looks[n],
+                "{tenancy:?}: {look:?}"
+            );
+            let again = Command::RegisterService { spec, tenant: None };
+            assert_eq!(by(&tenancy, again), "service_exists");
         }
     }
 }
