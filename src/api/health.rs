@@ -61,7 +61,7 @@ async fn livez() -> &'static str {
 async fn readyz(State(app): State<App>, query: Query) -> Response {
     let verbose = query.boolean("verbose").unwrap_or(false);
     drop(query);
-    let coordinator = tokio::time::timeout(READY_WAIT, app.handle.queue_stats());
+    let coordinator = tokio::time::timeout(READY_WAIT, app.handle.queue_stats(None));
     let checks = [
         ("serving", !app.stopping.is_cancelled()),
         ("ledger", app.ledger.planes().is_ok()),

@@ -35,7 +35,7 @@ async fn read(State(app): State<App>, _caller: Caller) -> Result<Response, ApiEr
 }
 
 async fn take_gauges(app: &App) -> Result<(), ApiError> {
-    let stats = app.handle.queue_stats().await?;
+    let stats = app.handle.queue_stats(None).await?;
     gauge!("rungate_queue_depth").set(stats.queued as f64);
     let counts = app.scan(|ledger| {
         let mut counts = BTreeMap::new();

@@ -191,3 +191,88 @@ async fn a_shared_service_is_operated_by_its_owners_people_and_changed_by_the_ad
     assert_eq!(refused["code"], "service_exists");
     gateway.register(again).await;
 }
+
+#[tokio::test]
+async fn nothing_tells_other_tenants_of_ones_services_and_jobs() {
+    let gateway = Gateway::start(Options::gpus("sim:24GiB")).await;
+    let g = &gateway;
+    let worker = Scripted::start().await;
+    let olga = person(g, "olga", "acme", "operator").await;
+    let mut service = worker.service("acme-secret-service", "acme-secret-project");
+    service["vram_gb"] = json!(20);
+    register(g, &olga, service.clone()).await.expect(200);
+    let path = format!("{SERVICES}/acme-secret-service/start");
+    post(g, &olga, &path, json!({})).await.expect(200);
+    let job = json!({"service_type": "acme-secret-project", "payload": {"hold": true}});
+    for _ in 0..2 {
+        start(g, &olga, job.clone()).await;
+    }
+    until("one runs", || async { worker.jobs().len() == 1 }).await;
+
+    let others = [
+        ("other", "globex", "operator"),
+        ("chief", "globex", "tenant_admin"),
+        ("dora", "default", "operator"),
+        ("vera", "default", "viewer"),
+    ];
+    for (id, tenant, role) in others {
+        let token = person(g, id, tenant, role).await;
+        for path in [
+            "/queue/stats",
+            "/gpu",
+            "/vram",
+            "/services",
+            "/available/acme-secret-project",
+            "/available/other",
+            "/preempt/check/acme-secret-service",
+            "/services/acme-secret-service",
+            "/api/gateway/runs",
+        ] {
+            let told = get(g, &token, path).await;
+            let echoed = path.rsplit('/').next().unwrap();
+            let text = told.text.replace(echoed, "");
+            assert!(!text.contains("acme-secret"), "{id}: {path}: {text}");
+        }
+        let stats = get(g, &token, "/queue/stats").await.expect(200);
+        assert_eq!(
+            stats,
+            json!({"total_queued": 0, "total_running": 0, "by_type": {}, "by_priority": {}})
+        );
+        let path = "/available/acme-secret-project";
+        let told = get(g, &token, path).await.expect(200);
+        assert_eq!(
+            (&told["reason"], &told["queue_depth"]),
+            (&json!("no_enabled_service"), &json!(0))
+        );
+        if role == "viewer" {
+            continue;
+        }
+        // The memory is taken; it is not said by whom. The name is taken; no more is said.
+        let name = format!("large-{id}");
+        let mut large = worker.service(&name, "large");
+        large["vram_gb"] = json!(20);
+        register(g, &token, large).await.expect(200);
+        let path = format!("{SERVICES}/{name}/start");
+        let refused = post(g, &token, &path, json!({})).await.expect(409);
+        assert_eq!(refused["detail"]["running_services"], json!([]));
+        assert_eq!(refused["detail"]["running_vram_mb"], 20 * 1_024);
+        let taken = register(g, &token, service.clone()).await.expect(409);
+        assert_eq!(
+            taken["detail"],
+            "The service name 'acme-secret-service' is taken; choose another"
+        );
+    }
+    let own = get(g, &olga, "/queue/stats").await.expect(200);
+    assert_eq!(own["by_type"], json!({"acme-secret-project": 1}));
+    assert_eq!(
+        (&own["total_queued"], &own["total_running"]),
+        (&json!(1), &json!(1))
+    );
+    let all = gateway.get("/queue/stats").await.expect(200);
+    assert_eq!(all, own);
+    let vram = get(g, &olga, "/vram").await.expect(200);
+    assert_eq!(
+        vram["allocated_services"][0]["service"],
+        "acme-secret-service"
+    );
+}
