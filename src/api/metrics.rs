@@ -1,5 +1,5 @@
-//! `GET /metrics`: what was recorded, and gauges that are taken at the moment of asking, over all planes. For
-//! operators: queue depths and service names are nobody else's business.
+//! `GET /metrics`: what was recorded, and gauges that are taken at the moment of asking, over all planes. For those
+//! who run the machine: queue depths and service names are nobody else's business.
 
 use std::collections::BTreeMap;
 

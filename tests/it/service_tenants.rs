@@ -276,3 +276,19 @@ async fn nothing_tells_other_tenants_of_ones_services_and_jobs() {
         "acme-secret-service"
     );
 }
+
+/// Numbers over all planes are for those who run the machine: a token for Prometheus is an operator's of `default`.
+#[tokio::test]
+async fn metrics_are_for_those_who_run_the_machine() {
+    let gateway = Gateway::start(Options::default()).await;
+    for (tenant, role, status) in [
+        ("default", "operator", 200),
+        ("default", "user", 403),
+        ("acme", "operator", 403),
+        ("acme", "tenant_admin", 403),
+        ("acme", "admin", 200),
+    ] {
+        let token = person(&gateway, &format!("{tenant}-{role}"), tenant, role).await;
+        get(&gateway, &token, "/metrics").await.expect(status);
+    }
+}
