@@ -13,6 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
+use super::access::{NEEDS, Need};
 use super::listen::{ListenConfig, serve};
 use super::{ApiConfig, App, Parts, router};
 use crate::auth::Authenticator;
@@ -25,7 +26,7 @@ use crate::auth::uses::Uses;
 use crate::coordinator;
 use crate::domain::audit::AuditMode;
 use crate::domain::command::{Command, Origin};
-use crate::domain::identity::{IdentityCommand, UserKey};
+use crate::domain::identity::{IdentityCommand, Scope, UserKey};
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
 use crate::domain::tenant::Tenancy;
@@ -770,4 +771,77 @@ async fn a_weaker_hash_is_renewed_at_the_next_login() {
     // It is the same password: nobody is logged out.
     assert_eq!(after.era, before.era);
     assert_eq!(login("horse").await.status, 200);
+}
+
+/// A token with one scope is refused by exactly the routes that need another.
+#[tokio::test]
+async fn a_scope_opens_the_routes_that_need_it_and_no_other() {
+    let gateway = gateway();
+    let users = "/api/gateway/admin/users";
+    let root = json!({"user_id": "root", "roles": ["admin"]});
+    let root = gateway.call(Method::POST, users, Some(root)).await;
+    let root = root.json["token"].as_str().unwrap().to_owned();
+    let by = async |token: &str, method: &str, path: &str, body: Value| {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "localhost")
+            .header("authorization", format!("Bearer {token}"))
+            .header("content-type", "application/json");
+        let request = request.body(Body::from(body.to_string())).unwrap();
+        // The body of a stream has no end.
+        let response = gateway.router.clone().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        match parts.status {
+            StatusCode::OK if path != "/api/gateway/tokens" => (parts.status, Value::Null),
+            status => {
+                let bytes = body.collect().await.unwrap().to_bytes();
+                (status, serde_json::from_slice(&bytes).unwrap_or_default())
+            }
+        }
+    };
+    for scope in Scope::ALL {
+        let body = json!({"name": scope.name(), "scopes": [scope.name()]});
+        let (_, made) = by(&root, "POST", "/api/gateway/tokens", body).await;
+        let token = made["token"].as_str().unwrap();
+        for (method, pattern, need) in NEEDS {
+            let is_ours = matches!(need, Need::Role(..) | Need::Machine(..));
+            let at_root = ["/metrics"].contains(pattern);
+            let prefix = if is_ours && !at_root {
+                "/api/gateway"
+            } else {
+                ""
+            };
+            let plain: Vec<&str> = pattern
+                .split('/')
+                .map(|part| {
+                    if part.starts_with('{') {
+                        "nothing"
+                    } else {
+                        part
+                    }
+                })
+                .collect();
+            let path = format!("{prefix}{}", plain.join("/"));
+            let (status, told) = by(token, method, &path, json!({})).await;
+            let needed = match need {
+                Need::Role(_, needed) | Need::Machine(_, needed) => Some(*needed),
+                Need::Open | Need::Anyone => None,
+            };
+            let opens = scope == Scope::All || needed.is_none_or(|needed| needed == scope);
+            let refused = told["code"] == "scope_required";
+            assert_eq!(
+                refused, !opens,
+                "{method} {path} with {scope:?}: {status} {told}"
+            );
+            assert_eq!(
+                refused,
+                status == StatusCode::FORBIDDEN,
+                "{method} {path}: {told}"
+            );
+            if refused {
+                assert_eq!(told["required_scope"], needed.unwrap().name());
+            }
+        }
+    }
 }
