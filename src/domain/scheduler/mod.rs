@@ -142,7 +142,7 @@ fn try_harder(
     fair: &Fair,
 ) -> Outcome {
     let (_, run) = key;
-    let enough_for = places_coming(state, &job.spec.target, all, fair);
+    let enough_for = places_coming(state, job, all, fair);
     if enough_for.is_some() {
         return Outcome::Park {
             tried: Some(key),
@@ -235,24 +235,22 @@ fn dispatch(run: RunId, job: &Job, service: &Service) -> Event {
 
 /// How many jobs of this shape have places on their way: on instances that come up, in room being made, or
 /// promised. `None` when more jobs wait than that, of those that quotas let run.
-fn places_coming(state: &State, target: &Target, all: &[&Service], fair: &Fair) -> Option<usize> {
-    let admitted = |tenant: &SmolStr| all.iter().any(|service| service.admits(tenant));
-    let waiting = fair.demand(state.queue.shape(target)?, admitted);
+fn places_coming(state: &State, job: &Job, all: &[&Service], fair: &Fair) -> Option<usize> {
+    let target = &job.spec.target;
     let coming: usize = all
         .iter()
-        .filter(|service| {
-            state.holds.contains_key(&service.spec.name)
-                || service.instance.as_ref().is_some_and(|i| i.is_coming())
-        })
+        .filter(|service| state.is_coming(service))
         .fold(0, |sum, service| sum.saturating_add(service.places()));
     if coming == 0 {
         return None;
     }
+    let admitted = |tenant: &SmolStr| all.iter().any(|service| service.admits(tenant));
     let same_shape = |run: &&RunId| {
         let job = state.jobs.get(run);
         job.is_some_and(|job| job.spec.target == *target && admitted(state.tenant_of(job.plane)))
     };
     let promised = state.promises.keys().filter(same_shape).count();
+    let waiting = fair.demand(target, state.tenant_of(job.plane), all);
     let enough_for = coming.saturating_add(promised);
     (waiting <= enough_for).then_some(enough_for)
 }

@@ -599,7 +599,7 @@ fn nothing_idle(
     for (lane, _) in fair.serving(target) {
         // What admits the lane, and its quotas let it use.
         let usable = state.usable(lane, &all).into_owned();
-        no_idle_place(&fair, now, target, &usable)?;
+        no_idle_place(&fair, now, (target, &lane.tenant), &usable)?;
         if usable.len() == all.len() {
             break;
         }
@@ -610,12 +610,12 @@ fn nothing_idle(
 fn no_idle_place(
     fair: &Fair,
     now: Timestamp,
-    target: &Target,
+    (target, tenant): (&Target, &SmolStr),
     all: &[&Service],
 ) -> Result<(), Broken> {
     let state = fair.state;
     let admitted = |tenant: &SmolStr| all.iter().any(|service| service.admits(tenant));
-    let waiting = fair.demand(state.queue.shape(target).ok_or("no shape")?, admitted);
+    let waiting = fair.demand(target, tenant, all);
     let mut coming = 0;
     for service in all {
         let places = service.spec.concurrency as usize;
