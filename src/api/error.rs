@@ -113,6 +113,7 @@ error_codes! {
     TokenExists = "token_exists", CONFLICT, "The token exists already";
     TokenNotFound = "token_not_found", NOT_FOUND, "No such token";
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS, "Too many requests at once";
+    TooManyServices = "too_many_services", CONFLICT, "The tenant has too many services";
     TooManyStreams = "too_many_streams", TOO_MANY_REQUESTS, "Too many streams at once";
     TooManyTenants = "too_many_tenants", CONFLICT, "There are too many tenants";
     TooManyTokens = "too_many_tokens", CONFLICT, "The user has too many tokens";
@@ -397,6 +398,7 @@ fn rejection_code(rejection: &Rejection) -> ErrorCode {
         Rejection::StaleAttempt { .. } => ErrorCode::StaleAttempt,
         Rejection::Purged(_) => ErrorCode::Purged,
         Rejection::ServiceExists(_) | Rejection::ServiceNameTaken(_) => ErrorCode::ServiceExists,
+        Rejection::TooManyServices(_) => ErrorCode::TooManyServices,
         Rejection::ServiceNotFound(_) => ErrorCode::ServiceNotFound,
         Rejection::ServiceShared(_) => ErrorCode::RoleRequired,
         Rejection::ServiceHasActiveJobs(_) => ErrorCode::ServiceHasActiveJobs,
@@ -466,6 +468,7 @@ mod tests {
             Rejection::CommandReused("c".into()),
             Rejection::NoEngine("s".into()),
             Rejection::ServiceShared("s".into()),
+            Rejection::TooManyServices("t".into()),
             IdentityRejection::UserNotFound.into(),
             IdentityRejection::RunsEnding { runs: 1 }.into(),
             IdentityRejection::TokenExists("t".into()).into(),

@@ -314,6 +314,10 @@ pub enum Rejection {
     /// By another tenant's service, or one that was removed.
     #[error("The service name '{0}' is taken; choose another")]
     ServiceNameTaken(ServiceName),
+    #[error(
+        "Tenant '{0}' has as many services as one may have; remove some and use their names again, or ask an administrator"
+    )]
+    TooManyServices(SmolStr),
     #[error("Unknown service: {0}")]
     ServiceNotFound(ServiceName),
     #[error("Service '{0}' is shared by all tenants; only the gateway's administrator may do that")]
@@ -368,6 +372,7 @@ impl Rejection {
             Rejection::StaleAttempt { .. } => "stale_attempt",
             Rejection::Purged(_) => "purged",
             Rejection::ServiceExists(_) | Rejection::ServiceNameTaken(_) => "service_exists",
+            Rejection::TooManyServices(_) => "too_many_services",
             Rejection::ServiceNotFound(_) => "service_not_found",
             Rejection::ServiceShared(_) => "role_required",
             Rejection::ServiceHasActiveJobs(_) => "service_has_active_jobs",

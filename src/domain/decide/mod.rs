@@ -135,4 +135,5 @@ pub fn decide(
     }
 }
 
+pub use service::MAX_SERVICES_OF_TENANT;
 pub use tick::due;

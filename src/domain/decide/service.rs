@@ -11,6 +11,11 @@ use crate::domain::scheduler::{best_victim, placement, start};
 use crate::domain::spec::{ServiceSpec, Worker};
 use crate::domain::state::job::Phase;
 use crate::domain::state::service::{Instance, InstancePhase, Service};
+use crate::domain::tenant::Tenancy;
+
+/// Names that a tenant may take by itself, those of removed services included: every name is remembered, and the scheduler
+/// looks at every service.
+pub const MAX_SERVICES_OF_TENANT: usize = 1_000;
 
 impl Context<'_> {
     /// A service that exists for whoever asks.
@@ -54,10 +59,26 @@ impl Context<'_> {
         if taken.is_some() || is_kept {
             return Err(Rejection::ServiceNameTaken(spec.name.clone()));
         }
+        if retired.is_none() {
+            self.may_take_a_name()?;
+        }
         let service = spec.name.clone();
         let mut events = vec![Event::ServiceRegistered { spec }];
         events.extend(tenant.map(|tenant| Event::ServiceAssigned { service, tenant }));
         Ok(Decision::of(events, answer(None, false)))
+    }
+
+    fn may_take_a_name(&self) -> Result<(), Rejection> {
+        let Tenancy::Of(tenant) = self.tenancy else {
+            return Ok(());
+        };
+        let services = self.state.services.values().map(|service| &service.tenant);
+        let retired = self.state.retired.values().map(|retired| &retired.tenant);
+        let own = |owner: &&Option<SmolStr>| owner.as_ref() == Some(tenant);
+        match services.chain(retired).filter(own).count() < MAX_SERVICES_OF_TENANT {
+            true => Ok(()),
+            false => Err(Rejection::TooManyServices(tenant.clone())),
+        }
     }
 
     /// A running instance keeps what it was started with; the next one gets the new specification.

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use proptest::test_runner::Config;
-use rungate::domain::command::{Command, Origin};
-use rungate::domain::decide::decide;
+use rungate::domain::command::{Command, Origin, Rejection};
+use rungate::domain::decide::{MAX_SERVICES_OF_TENANT, decide};
 use rungate::domain::engine::follow_up;
 use rungate::domain::event::Event;
 use rungate::domain::identity::{IdentityCommand, ProfileChange};
@@ -16,7 +16,7 @@ use rungate::domain::spec::{JobSpec, Priority, ServiceSpec, Target};
 use rungate::domain::state::State;
 use rungate::domain::tenant::{QuotasChange, Tenancy, TenantChange};
 use rungate::domain::time::Timestamp;
-use smol_str::SmolStr;
+use smol_str::{SmolStr, format_smolstr};
 use uuid::Uuid;
 
 use super::bed::{payload, replay};
@@ -513,4 +513,48 @@ fn a_command_finds_only_the_services_of_whoever_gives_it() {
             assert_eq!(by(&tenancy, again), "service_exists");
         }
     }
+}
+
+#[test]
+fn a_tenants_operators_take_so_many_names_and_no_more() {
+    let mut machine = Machine::new(1, &[1]);
+    let mut by = |tenancy: Tenancy, command: Command| {
+        let origin = Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::new_static("test"),
+            request_id: None,
+            tenancy,
+            at: machine.now,
+        };
+        let decided = decide(
+            &machine.state,
+            &machine.settings,
+            &origin,
+            command,
+            machine.now,
+        )?;
+        for (event, _) in decided.events {
+            machine.apply(PlaneId::ROOT, event);
+        }
+        Ok::<(), Rejection>(())
+    };
+    let register = |n: usize, tenant: Option<&str>| {
+        let name = format_smolstr!("own{n}");
+        let spec = Box::new(ServiceSpec {
+            name,
+            ..plain_spec(0)
+        });
+        let tenant = tenant.map(SmolStr::new);
+        Command::RegisterService { spec, tenant }
+    };
+    let own = || Tenancy::Of("a".into());
+    for n in 0..MAX_SERVICES_OF_TENANT {
+        by(own(), register(n, Some("a"))).unwrap();
+    }
+    let one_more = register(MAX_SERVICES_OF_TENANT, Some("a"));
+    let service = SmolStr::new_static("own7");
+    by(own(), Command::RemoveService { service }).unwrap();
+    assert_eq!(by(own(), one_more).unwrap_err().code(), "too_many_services");
+    by(own(), register(7, Some("a"))).unwrap();
+    by(Tenancy::All, register(MAX_SERVICES_OF_TENANT, Some("a"))).unwrap();
 }
