@@ -40,6 +40,7 @@ use crate::coordinator::{self, Handle, Running, SnapshotRules};
 use crate::domain::command::{Command, Origin};
 use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
+use crate::domain::tenant::Tenancy;
 use crate::driver::{Driver, DriverError, DriverOptions, Outcomes, ProbeTimings, Tasks};
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
 use crate::gpu::{self, InventoryError};
@@ -503,6 +504,7 @@ fn gateway_origin() -> Origin {
         plane: PlaneId::ROOT,
         actor: SmolStr::new_static("gateway"),
         request_id: None,
+        tenancy: Tenancy::All,
         at: crate::clock::now(),
     }
 }
@@ -522,6 +524,7 @@ fn api_config(config: &Config, addr: SocketAddr, no_gpu: Option<String>) -> ApiC
     api.trusted_proxies = usize::try_from(config.trusted_proxies).unwrap_or(usize::MAX);
     api.audit = config.audit;
     api.max_body_bytes = usize::try_from(config.max_body_bytes).unwrap_or(usize::MAX);
+    api.operators_may_run_commands = config.operators_may_run_commands;
     api.limits = limits(config);
     api.no_gpu_reason = no_gpu;
     api

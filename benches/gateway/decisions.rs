@@ -12,6 +12,7 @@ use rungate::domain::scheduler::step;
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::JobSpec;
 use rungate::domain::state::State;
+use rungate::domain::tenant::Tenancy;
 use rungate::domain::time::Timestamp;
 use smol_str::SmolStr;
 
@@ -127,6 +128,7 @@ impl World {
                 plane: PlaneId::ROOT,
                 actor: SmolStr::new_static("admin"),
                 request_id: None,
+                tenancy: Tenancy::All,
                 at: jobs::START,
             },
             now: jobs::START,

@@ -9,6 +9,7 @@ use rustc_hash::FxHashMap;
 use super::error::{ApiError, ErrorCode};
 use crate::auth::Principal;
 use crate::domain::identity::{Role, Scope};
+use crate::domain::tenant::DEFAULT_TENANT;
 
 /// What a caller must have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,14 +22,18 @@ pub enum Need {
     Role(Role, Scope),
     /// About what one logs in with: a session, or a token with all scopes.
     Own,
+    /// The same in `default`, the gateway owner's tenant, or the administrator's role: about the machine as a whole.
+    Machine(Role, Scope),
 }
 
 const READ_RUNS: Need = Need::Role(Role::Viewer, Scope::RunsRead);
 const WRITE_RUNS: Need = Need::Role(Role::User, Scope::RunsWrite);
 const READ_SERVICES: Need = Need::Role(Role::Viewer, Scope::ServicesRead);
 const OPERATE: Need = Need::Role(Role::Operator, Scope::ServicesWrite);
-/// What services wrote, and numbers of all planes: not for everyone, yet nothing is changed.
+/// What services wrote: not for everyone, yet nothing is changed.
 const INSPECT: Need = Need::Role(Role::Operator, Scope::ServicesRead);
+/// Numbers of all planes, and names of services.
+const WATCH_MACHINE: Need = Need::Machine(Role::Operator, Scope::ServicesRead);
 const READ_LEDGER: Need = Need::Role(Role::Admin, Scope::LedgerRead);
 /// Of their own tenant; administrators, of all.
 const READ_AUDIT: Need = Need::Role(Role::TenantAdmin, Scope::LedgerRead);
@@ -47,7 +52,7 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/.well-known/jwks.json", Need::Open),
     ("GET", "/ping", Need::Anyone),
     ("GET", "/me", Need::Anyone),
-    ("GET", "/metrics", INSPECT),
+    ("GET", "/metrics", WATCH_MACHINE),
     // Runs of the caller's plane.
     ("POST", "/runs/start", WRITE_RUNS),
     ("GET", "/runs", READ_RUNS),
@@ -71,7 +76,7 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/preempt/check/{service}", READ_RUNS),
     ("POST", "/preempt/execute", WRITE_RUNS),
     ("POST", "/preempt/release/{service}", WRITE_RUNS),
-    // Services and GPUs, which all planes share.
+    // Services, one's tenant's and the shared ones, and GPUs. `service_owner` says which of them one may change.
     ("GET", "/queue/stats", READ_SERVICES),
     ("GET", "/gpu", READ_SERVICES),
     ("GET", "/vram", READ_SERVICES),
@@ -160,8 +165,20 @@ pub fn grants(need: Need, principal: &Principal) -> bool {
     match need {
         Need::Open | Need::Anyone => true,
         Need::Own => principal.is_whole(),
-        Need::Role(role, scope) => principal.power() >= role && principal.has_scope(scope),
+        Need::Role(role, scope) | Need::Machine(role, scope) => {
+            lacking(need, role, principal).is_none() && principal.has_scope(scope)
+        }
     }
+}
+
+/// The role that a caller would have to have.
+fn lacking(need: Need, role: Role, principal: &Principal) -> Option<Role> {
+    let power = principal.power();
+    if power < role {
+        return Some(role);
+    }
+    let is_owners = power == Role::Admin || principal.user.tenant == DEFAULT_TENANT;
+    (matches!(need, Need::Machine(..)) && !is_owners).then_some(Role::Admin)
 }
 
 /// Lets a caller pass, or says what it lacks (`contracts/run-gateway.md` section 2, row 9).
@@ -174,10 +191,10 @@ pub fn check(
     if need == Need::Own && !principal.is_whole() {
         return Err(lacks_scope(Scope::All, method, path));
     }
-    let Need::Role(role, scope) = need else {
+    let (Need::Role(role, scope) | Need::Machine(role, scope)) = need else {
         return Ok(());
     };
-    if principal.power() < role {
+    if let Some(role) = lacking(need, role, principal) {
         return Err(lacks_role(role)
             .with("resource_class", resource_class(path))
             .with("action", action(method)));

@@ -23,6 +23,7 @@ use crate::domain::audit::Source;
 use crate::domain::command::{Command, Origin};
 use crate::domain::identity::{IdentityCommand, Token, TokenHash, UserKey};
 use crate::domain::ids::PlaneId;
+use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
 use crate::ledger::{ReadError, TokenOwner};
 
@@ -53,6 +54,7 @@ impl Asking<'_> {
             plane,
             actor: user.actor(),
             request_id: self.request_id.cloned(),
+            tenancy: Tenancy::All,
             at: self.at,
         };
         let source = (self.source)().map(|mut source| {

@@ -24,6 +24,8 @@ pub struct ApiConfig {
     pub max_checkpoint_bytes: usize,
     /// How long a body may take to arrive, so that a slow sender holds nothing for long.
     pub body_timeout: Duration,
+    /// Whether operators may say what programs are run as services, like administrators.
+    pub operators_may_run_commands: bool,
     /// How much callers may ask.
     pub limits: LimitConfig,
     /// What a stream tells its reader to wait before reconnecting, in milliseconds.
@@ -59,6 +61,7 @@ impl ApiConfig {
             max_body_bytes: 1 << 20,
             max_checkpoint_bytes: 1 << 20,
             body_timeout: Duration::from_secs(30),
+            operators_may_run_commands: false,
             limits: LimitConfig::default(),
             stream_retry_ms: 1_000,
             service_start_wait: Duration::from_secs(120),

@@ -117,6 +117,7 @@ error_codes! {
     TokenNotFound = "token_not_found", NOT_FOUND, "No such token";
     TokenTaken = "token_taken", CONFLICT, "The token is in use already";
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS, "Too many requests at once";
+    TooManyServices = "too_many_services", CONFLICT, "The tenant has too many services";
     TooManyStreams = "too_many_streams", TOO_MANY_REQUESTS, "Too many streams at once";
     TooManyTenants = "too_many_tenants", CONFLICT, "There are too many tenants";
     TooManyTokens = "too_many_tokens", CONFLICT, "The user has too many tokens";
@@ -370,6 +371,11 @@ impl From<Rejection> for ApiError {
         let error = ApiError::new(rejection_code(&rejection), detail);
         match rejection {
             Rejection::Stopping => error.retry_after(5),
+            Rejection::ServiceShared(_) => error
+                .with("reason_code", "admin_required")
+                .with("required_role", "admin")
+                .with("resource_class", "services")
+                .with("action", "write"),
             Rejection::DiskReserve { .. } => error.retry_after(DISK_RETRY_S),
             Rejection::QuotaExceeded(hit)
             | Rejection::Identity(IdentityRejection::QuotaExceeded(hit)) => error
@@ -400,8 +406,10 @@ fn rejection_code(rejection: &Rejection) -> ErrorCode {
         Rejection::CancelWhileRunning(_) => ErrorCode::CancelWhileRunning,
         Rejection::StaleAttempt { .. } => ErrorCode::StaleAttempt,
         Rejection::Purged(_) => ErrorCode::Purged,
-        Rejection::ServiceExists(_) => ErrorCode::ServiceExists,
+        Rejection::ServiceExists(_) | Rejection::ServiceNameTaken(_) => ErrorCode::ServiceExists,
+        Rejection::TooManyServices(_) => ErrorCode::TooManyServices,
         Rejection::ServiceNotFound(_) => ErrorCode::ServiceNotFound,
+        Rejection::ServiceShared(_) => ErrorCode::RoleRequired,
         Rejection::ServiceHasActiveJobs(_) => ErrorCode::ServiceHasActiveJobs,
         Rejection::ServiceDisabled(_) => ErrorCode::ServiceDisabled,
         Rejection::NoEngine(_) => ErrorCode::NoEngine,
@@ -472,6 +480,8 @@ mod tests {
             },
             Rejection::CommandReused("c".into()),
             Rejection::NoEngine("s".into()),
+            Rejection::ServiceShared("s".into()),
+            Rejection::TooManyServices("t".into()),
             IdentityRejection::UserNotFound.into(),
             IdentityRejection::RunsEnding { runs: 1 }.into(),
             IdentityRejection::TokenExists("t".into()).into(),

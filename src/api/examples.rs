@@ -123,7 +123,7 @@ pub fn job() -> Value {
 /// A process service that is ready.
 pub fn service() -> Value {
     let contract = json!({
-        "name": "stats", "container": "stats", "type": "text-stats", "description": "", "vram_gb": 4.0,
+        "name": "stats", "tenant": null, "container": "stats", "type": "text-stats", "description": "", "vram_gb": 4.0,
         "enabled": true, "container_running": true, "healthy": true, "port": 40123, "response_time_ms": null,
         "scheduler_status": "idle", "active_job_id": null, "health_endpoint": "/health",
         "progress_mode": "stateless", "progress_endpoint": null, "created_at": AT, "updated_at": AT

@@ -12,6 +12,7 @@ use utoipa_axum::routes;
 use super::body::PathOf;
 use super::error::ApiError;
 use super::guard::Caller;
+use super::service_owner::sees;
 use super::services::{gib, is_healthy, is_running, source_name};
 use super::state::App;
 use crate::coordinator::GpuStatus;
@@ -44,6 +45,7 @@ fn describe(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Value {
     let reservations: Vec<Value> = gpu
         .reservations
         .iter()
+        .filter(|(service, _)| services.contains_key(service.as_str()))
         .map(|(service, mib)| json!({"service": service.as_str(), "memory_mb": mib}))
         .collect();
     json!({
@@ -67,7 +69,7 @@ fn describe(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Value {
     })
 }
 
-/// Our processes that hold memory of a GPU.
+/// The processes of these services that hold memory of a GPU.
 fn processes(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Vec<Value> {
     let entry = |(service, mib): &(crate::domain::ids::ServiceName, u64)| {
         let instance = services.get(service.as_str())?.instance.as_ref()?;
@@ -75,6 +77,13 @@ fn processes(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Vec<Val
         Some(json!({"pid": process.pid, "type": "C", "name": service.as_str(), "memory_mb": mib}))
     };
     gpu.reservations.iter().filter_map(entry).collect()
+}
+
+/// The services that exist for a caller: of the memory of others it is told how much, not whose.
+async fn seen(app: &App, caller: &Caller) -> Result<Vec<ServiceView>, ApiError> {
+    let mut views = app.scan(|ledger| ledger.services()).await?;
+    views.retain(|view| sees(caller, view));
+    Ok(views)
 }
 
 fn by_name(views: &[ServiceView]) -> HashMap<&str, &ServiceView> {
@@ -90,9 +99,9 @@ fn by_name(views: &[ServiceView]) -> HashMap<&str, &ServiceView> {
     "memory_total_mb": 24576, "memory_free_mb": 16384, "memory_utilization_pct": 33.3, "temperature_c": null,
     "power_draw_w": null, "unified_memory": false, "processes": [], "source": "simulated", "gpus": []
 }))))]
-async fn gpu(State(app): State<App>, _caller: Caller) -> Result<Json<Value>, ApiError> {
+async fn gpu(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
     let status = app.handle.gpu_status().await?;
-    let views = app.scan(|ledger| ledger.services()).await?;
+    let views = seen(&app, &caller).await?;
     let services = by_name(&views);
     let gpus: Vec<Value> = status.iter().map(|gpu| describe(gpu, &services)).collect();
     let Some(first) = gpus.first() else {
@@ -144,9 +153,9 @@ fn without_gpu(reason: Option<&str>) -> Value {
     "total_mb": 24576, "used_mb": 8192, "free_mb": 16384, "reserved_mb": 8192, "available_for_new_mb": 16384,
     "allocated_services": [{"service": "stats", "vram_gb": 8.0, "vram_mb": 8192, "container_running": true}]
 }))))]
-async fn vram(State(app): State<App>, _caller: Caller) -> Result<Json<Value>, ApiError> {
+async fn vram(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
     let status = app.handle.gpu_status().await?;
-    let views = app.scan(|ledger| ledger.services()).await?;
+    let views = seen(&app, &caller).await?;
     let sum = |of: fn(&GpuStatus) -> u64| status.iter().map(of).sum::<u64>();
     let total = sum(|gpu| gpu.facts.memory_mib);
     let used = sum(used_mib);
@@ -188,12 +197,13 @@ const FULL_PERCENT: u64 = 90;
 }))))]
 async fn available(
     State(app): State<App>,
-    _caller: Caller,
+    caller: Caller,
     PathOf(wanted): PathOf<String>,
 ) -> Result<Json<Value>, ApiError> {
     let status = app.handle.gpu_status().await?;
-    let stats = app.handle.queue_stats().await?;
-    let views = app.scan(|ledger| ledger.services()).await?;
+    let tenant = caller.tenancy().tenant().cloned();
+    let stats = app.handle.queue_stats(tenant).await?;
+    let views = seen(&app, &caller).await?;
     let offers: Vec<&ServiceView> = views
         .iter()
         .filter(|view| view.enabled && view.spec.service_type == wanted.as_str())

@@ -32,7 +32,9 @@ use super::work;
 use crate::auth::Principal;
 use crate::clock::now;
 use crate::domain::command::Origin;
+use crate::domain::identity::Role;
 use crate::domain::ids::PlaneId;
+use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -62,6 +64,7 @@ impl Caller {
             plane: self.principal.plane,
             actor: self.principal.actor.clone(),
             request_id: Some(self.request_id.clone()),
+            tenancy: self.tenancy(),
             at: self.at,
         }
     }
@@ -71,6 +74,14 @@ impl Caller {
     pub fn about(&self, tenant: &SmolStr) {
         if let Some(trail) = &self.trail {
             trail.about(tenant);
+        }
+    }
+
+    /// Whose services it may be about.
+    pub fn tenancy(&self) -> Tenancy {
+        match self.principal.power() {
+            Role::Admin => Tenancy::All,
+            _ => Tenancy::Of(self.principal.user.tenant.clone()),
         }
     }
 

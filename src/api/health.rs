@@ -64,7 +64,7 @@ impl Readiness {
 }
 
 async fn check(ledger: Ledger, handle: Handle) -> Checks {
-    let decides = tokio::time::timeout(READY_WAIT, handle.queue_stats());
+    let decides = tokio::time::timeout(READY_WAIT, handle.queue_stats(None));
     Checks {
         // One entry of one table.
         reads: ledger.admits("default").is_ok(),

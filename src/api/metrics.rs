@@ -1,5 +1,5 @@
-//! `GET /metrics`: what was recorded, and gauges that are taken at the moment of asking, over all planes. For
-//! operators: queue depths and service names are nobody else's business.
+//! `GET /metrics`: what was recorded, and gauges that are taken at the moment of asking, over all planes. For those
+//! who run the machine: queue depths and service names are nobody else's business.
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -33,7 +33,7 @@ async fn read(State(app): State<App>, _caller: Caller) -> Result<Response, ApiEr
 }
 
 async fn take_gauges(app: &App) -> Result<(), ApiError> {
-    let stats = app.handle.queue_stats().await?;
+    let stats = app.handle.queue_stats(None).await?;
     gauge!("rungate_queue_depth").set(stats.queued as f64);
     for (status, count) in app.scan(|ledger| ledger.runs_by_status()).await? {
         gauge!("rungate_runs", "status" => status.name()).set(count as f64);

@@ -67,6 +67,7 @@ mod runs;
 mod runtimes;
 mod service_control;
 mod service_logs;
+mod service_owner;
 mod service_spec;
 mod services;
 mod session;

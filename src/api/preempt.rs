@@ -15,7 +15,8 @@ use super::guard::Caller;
 use super::job::MAX_ID_CHARS;
 use super::queue::{find_job, job_not_found};
 use super::runs::unexpected;
-use super::services::{find, scheduler_status};
+use super::service_owner::find;
+use super::services::scheduler_status;
 use super::state::App;
 use crate::domain::command::{Command, Reply};
 use crate::domain::ids::{PlaneId, RunId, ServiceName};
@@ -45,7 +46,7 @@ async fn check(
     caller: Caller,
     PathOf(name): PathOf<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let view = find(&app, &name)?;
+    let view = find(&app, &caller, &name)?;
     let plane = caller.plane();
     let active = view
         .active_runs
@@ -149,7 +150,7 @@ async fn execute(
     body: JsonBody,
 ) -> Result<Json<Value>, ApiError> {
     let request = ExecuteRequest::read(&body.fields()?)?;
-    let service = find(&app, &request.service_name)?.spec.name;
+    let service = find(&app, &caller, &request.service_name)?.spec.name;
     let preemptor: RunId = request
         .preemptor_job_id
         .parse()

@@ -105,12 +105,13 @@ pub struct Stats {
     pub by_priority: BTreeMap<String, u64>,
 }
 
-/// Count the queue.
+/// Count the queue: what the caller's tenant has there, for administrators of all tenants together.
 #[utoipa::path(get, path = "/queue/stats", tag = "queue", responses((status = 200, body = Stats, example = json!({
     "total_queued": 3, "total_running": 1, "by_type": {"llm": 3}, "by_priority": {"P3": 3}
 }))))]
-async fn stats(State(app): State<App>, _caller: Caller) -> Result<Json<Stats>, ApiError> {
-    let stats = app.handle.queue_stats().await?;
+async fn stats(State(app): State<App>, caller: Caller) -> Result<Json<Stats>, ApiError> {
+    let tenant = caller.tenancy().tenant().cloned();
+    let stats = app.handle.queue_stats(tenant).await?;
     Ok(Json(Stats {
         total_queued: stats.queued,
         total_running: stats.running,

@@ -17,7 +17,8 @@ use super::guard::Caller;
 use super::query::Query;
 use super::run_view::seconds;
 use super::runs::unexpected;
-use super::services::{find, is_healthy, is_running};
+use super::service_owner::{find, sees};
+use super::services::{is_healthy, is_running};
 use super::state::App;
 use crate::coordinator::SubmitError;
 use crate::domain::command::{Command, Rejection, Reply};
@@ -66,7 +67,7 @@ async fn start(
     caller: Caller,
     PathOf(name): PathOf<String>,
 ) -> Result<Json<StartAnswer>, ApiError> {
-    let before = find(&app, &name)?;
+    let before = find(&app, &caller, &name)?;
     // An instance that is gone holds its memory until that is seen free: a start waits for it.
     wait(&app, &name, app.config.service_stop_wait, |view| {
         let left = view.and_then(|view| view.instance.as_ref());
@@ -113,7 +114,7 @@ async fn stop(
 ) -> Result<Json<StopAnswer>, ApiError> {
     let drain = read_drain(&query)?;
     drop(query);
-    let before = find(&app, &name)?;
+    let before = find(&app, &caller, &name)?;
     let service = ServiceName::from(name.as_str());
     let (_, already) = control(
         &app,
@@ -164,7 +165,7 @@ async fn restart(
 ) -> Result<Json<StartAnswer>, ApiError> {
     let drain = read_drain(&query)?;
     drop(query);
-    let before = find(&app, &name)?;
+    let before = find(&app, &caller, &name)?;
     let old = before
         .instance
         .as_ref()
@@ -231,13 +232,18 @@ async fn submit(
         }) => Ok((generation, already)),
         Ok(reply) => Err(unexpected(&reply)),
         Err(SubmitError::Rejected(rejection @ Rejection::InsufficientVram { .. })) => {
-            Err(insufficient_vram(app, rejection)?)
+            Err(insufficient_vram(app, caller, rejection)?)
         }
         Err(error) => Err(error.into()),
     }
 }
 
-fn insufficient_vram(app: &App, rejection: Rejection) -> Result<ApiError, ApiError> {
+/// All that is held is counted; services that do not exist for the caller are not named.
+fn insufficient_vram(
+    app: &App,
+    caller: &Caller,
+    rejection: Rejection,
+) -> Result<ApiError, ApiError> {
     let mut running_services = Vec::new();
     let mut running_vram_mb = 0;
     for view in app.ledger.services()? {
@@ -245,9 +251,9 @@ fn insufficient_vram(app: &App, rejection: Rejection) -> Result<ApiError, ApiErr
             continue;
         };
         let held: u64 = instance.grants.iter().map(|grant| grant.mib).sum();
-        if held > 0 {
+        running_vram_mb += held;
+        if held > 0 && sees(caller, &view) {
             running_services.push(view.spec.name.to_string());
-            running_vram_mb += held;
         }
     }
     let mut error = ApiError::from(rejection);

@@ -19,7 +19,7 @@ use super::error::ApiError;
 use super::guard::Caller;
 use super::limits::Place;
 use super::query::Query;
-use super::services::find;
+use super::service_owner::find_owned;
 use super::sse;
 use super::state::App;
 use crate::domain::ids::ServiceName;
@@ -70,7 +70,7 @@ async fn read(
         (tail, follow)
     };
     drop(query);
-    let service = find(&app, &name)?.spec.name;
+    let service = find_owned(&app, &caller, &name)?.spec.name;
     if follow {
         let place = app.limits.stream(&caller.principal)?;
         let watch = Watch::new(&app, &caller);

@@ -12,14 +12,17 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
-use super::error::{ApiError, ErrorCode};
+use super::error::ApiError;
 use super::examples;
+use super::fields::Fields;
 use super::guard::Caller;
 use super::query::Query;
 use super::run_view::seconds;
 use super::service_control::control;
+use super::service_owner::{check_program, find, find_owned, owner, sees};
 use super::service_spec::{read_changes, read_new};
 use super::state::App;
+use super::users::id;
 use crate::domain::command::Command;
 use crate::domain::identity::Role;
 use crate::domain::ids::ServiceName;
@@ -41,6 +44,8 @@ pub fn router() -> OpenApiRouter<App> {
 #[derive(Serialize, ToSchema)]
 pub struct Service {
     pub name: String,
+    /// Whose jobs alone it takes; null for everybody's.
+    pub tenant: Option<String>,
     pub container: String,
     #[serde(rename = "type")]
     #[schema(rename = "type")]
@@ -69,6 +74,7 @@ pub struct Service {
     pub updated_at: Timestamp,
     /// `process`, `external` or `container`.
     pub driver: &'static str,
+    /// Of a shared service other tenants are not told this, nor `env`, `working_dir`, `url` and the instance's `pid`.
     pub command: Option<Vec<String>>,
     /// Names only: values may be secrets.
     pub env: Option<Vec<String>>,
@@ -173,20 +179,29 @@ pub fn scheduler_status(view: &ServiceView) -> &'static str {
 }
 
 impl Service {
-    /// As a caller sees it: runs of other planes are counted nowhere and named to the administrator alone.
+    /// As a caller sees it: runs of other planes are counted nowhere and named to the administrator alone; where it
+    /// runs is no matter of other tenants.
     pub fn of(view: &ServiceView, caller: &Caller) -> Self {
         let sees_all = caller.principal.power() == Role::Admin;
         let spec = &view.spec;
-        let (driver, command, env, working_dir, url) = worker(spec);
+        let is_ours = caller.tenancy().operates(view.tenant.as_ref());
+        let (driver, command, env, working_dir, url) = match worker(spec) {
+            told if is_ours => told,
+            (driver, ..) => (driver, None, None, None, None),
+        };
         let active_job_ids: Vec<String> = view
             .active_runs
             .iter()
             .filter(|(plane, _)| sees_all || *plane == caller.plane())
             .map(|(_, run)| run.to_string())
             .collect();
-        let instance = view.instance.as_ref().map(Instance::from);
+        let mut instance = view.instance.as_ref().map(Instance::from);
+        if let Some(instance) = instance.as_mut().filter(|_| !is_ours) {
+            instance.pid = None;
+        }
         Service {
             name: spec.name.to_string(),
+            tenant: view.tenant.as_ref().map(ToString::to_string),
             container: spec.container.clone(),
             service_type: spec.service_type.to_string(),
             description: spec.description.clone(),
@@ -255,16 +270,6 @@ fn worker(spec: &ServiceSpec) -> WorkerMembers {
     }
 }
 
-/// A service by the name in the path, or 404.
-pub fn find(app: &App, name: &str) -> Result<ServiceView, ApiError> {
-    app.ledger.service(name)?.ok_or_else(|| {
-        ApiError::new(
-            ErrorCode::ServiceNotFound,
-            format!("Unknown service: {name}"),
-        )
-    })
-}
-
 /// All services by name.
 #[derive(Serialize, ToSchema)]
 pub struct ServiceList {
@@ -287,6 +292,7 @@ async fn list(
     let views = app.scan(|ledger| ledger.services()).await?;
     let services = views
         .iter()
+        .filter(|view| sees(&caller, view))
         .filter(|view| {
             wanted
                 .as_deref()
@@ -306,11 +312,11 @@ async fn read(
     caller: Caller,
     PathOf(name): PathOf<String>,
 ) -> Result<Json<Service>, ApiError> {
-    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
 }
 
-/// What a service is registered with. `command` makes it a local process, `url` something that runs elsewhere,
-/// neither a container.
+/// What a service is registered with. `command` makes it a local process, which is the administrator's to say unless
+/// `operators_may_run_commands` is set; `url` something that runs elsewhere, neither a container.
 #[derive(Serialize, ToSchema)]
 pub struct ServiceRequest {
     /// `[A-Za-z0-9][A-Za-z0-9_.-]{0,62}`
@@ -318,6 +324,9 @@ pub struct ServiceRequest {
     #[serde(rename = "type")]
     #[schema(rename = "type")]
     pub service_type: String,
+    /// The tenant whose jobs alone it takes. The administrator's to choose, null shares it; of others' services it is
+    /// their own.
+    pub tenant: Option<String>,
     pub container: Option<String>,
     /// 0 lets Rungate choose one and pass it as `PORT`.
     pub port: Option<u16>,
@@ -353,11 +362,16 @@ async fn register(
     caller: Caller,
     body: JsonBody,
 ) -> Result<Json<Service>, ApiError> {
-    let spec = Box::new(read_new(&body.fields()?)?);
+    let (spec, tenant) = {
+        let fields = body.fields()?;
+        check_program(&app, &caller, &fields)?;
+        let tenant = owner(&caller, &fields)?;
+        (Box::new(read_new(&fields)?), tenant)
+    };
     let name = spec.name.clone();
-    app.submit(&caller, Command::RegisterService { spec })
+    app.submit(&caller, Command::RegisterService { spec, tenant })
         .await?;
-    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
 }
 
 /// Change a service. Absent members stay as they are; it holds for the next instance.
@@ -370,10 +384,24 @@ async fn update(
     PathOf(name): PathOf<String>,
     body: JsonBody,
 ) -> Result<Json<Service>, ApiError> {
-    let current = find(&app, &name)?;
-    let spec = Box::new(read_changes(&body.fields()?, &current.spec)?);
+    let current = find_owned(&app, &caller, &name)?;
+    let spec = {
+        let fields = body.fields()?;
+        check_program(&app, &caller, &fields)?;
+        keeps_tenant(&fields, &current);
+        Box::new(read_changes(&fields, &current.spec)?)
+    };
     app.submit(&caller, Command::UpdateService { spec }).await?;
-    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
+}
+
+fn keeps_tenant(fields: &Fields, current: &ServiceView) {
+    let named = fields.has("tenant") || fields.is_null("tenant");
+    if named && id(fields, "tenant") != current.tenant {
+        let message =
+            "Value error, a service's tenant cannot change; remove it and register it again";
+        fields.fault("tenant", "value_error", message);
+    }
 }
 
 /// Remove a service.
@@ -401,7 +429,7 @@ async fn enable(
     let service = ServiceName::from(name.as_str());
     app.submit(&caller, Command::EnableService { service })
         .await?;
-    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
 }
 
 /// Let a service take no more jobs.
@@ -415,7 +443,7 @@ async fn disable(
     let service = ServiceName::from(name.as_str());
     app.submit(&caller, Command::DisableService { service })
         .await?;
-    Ok(Json(Service::of(&find(&app, &name)?, &caller)))
+    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
 }
 
 /// A GPU's source as JSON shows it.

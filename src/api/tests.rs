@@ -16,6 +16,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tower::ServiceExt;
 
+use super::access::{NEEDS, Need};
 use super::listen::{ListenConfig, serve};
 use super::{ApiConfig, App, Parts, router};
 use crate::auth::Authenticator;
@@ -28,9 +29,10 @@ use crate::auth::uses::Uses;
 use crate::coordinator;
 use crate::domain::audit::AuditMode;
 use crate::domain::command::{Command, Origin};
-use crate::domain::identity::{IdentityCommand, UserKey};
+use crate::domain::identity::{IdentityCommand, Scope, UserKey};
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
+use crate::domain::tenant::Tenancy;
 use crate::driver::Logs;
 use crate::ledger::{Ledger, OpenOptions, Space};
 use crate::telemetry::Metrics;
@@ -713,7 +715,9 @@ impl Drop for Held {
 #[tokio::test]
 async fn a_write_that_cannot_be_recorded_is_refused_when_that_is_required() {
     for (audit, status) in [(AuditMode::On, 401), (AuditMode::Required, 503)] {
-        let gateway = gateway_with(|config| config.audit = audit).without_coordinator();
+        let gateway = gateway_with(|config| config.audit = audit)
+            .without_coordinator()
+            .await;
         let bare = Request::post("/api/gateway/commands").header("host", "localhost");
         let answer = gateway.send(bare.body(Body::empty()).unwrap()).await;
         assert_eq!(answer.status, status);
@@ -746,6 +750,7 @@ async fn a_weaker_hash_is_renewed_at_the_next_login() {
         plane: PlaneId::ROOT,
         actor: "test".into(),
         request_id: None,
+        tenancy: Tenancy::All,
         at: crate::clock::now(),
     };
     let set = Command::Identity(Box::new(set));
@@ -824,7 +829,7 @@ async fn a_header_that_does_not_arrive_ends_its_connection() {
 async fn probes_share_what_one_of_them_found() {
     let mut gateway = gateway();
     assert_eq!(gateway.get("/readyz").await.status, 200);
-    gateway.coordinator.handle.stop();
+    gateway.coordinator.handle.stop().await;
     let ended = std::mem::replace(
         &mut gateway.coordinator.thread,
         std::thread::spawn(|| Ok(())),
@@ -905,4 +910,78 @@ async fn a_stop_comes_before_the_frames_that_are_ready() {
     while !is_step(&body.frame().await.unwrap().unwrap().into_data().unwrap()) {}
     gateway.stopping.cancel();
     assert!(!is_step(&body.collect().await.unwrap().to_bytes()));
+}
+
+/// A token with one scope is refused by exactly the routes that need another.
+#[tokio::test]
+async fn a_scope_opens_the_routes_that_need_it_and_no_other() {
+    let gateway = gateway();
+    let users = "/api/gateway/admin/users";
+    let root = json!({"user_id": "root", "roles": ["admin"]});
+    let root = gateway.call(Method::POST, users, Some(root)).await;
+    let root = root.json["token"].as_str().unwrap().to_owned();
+    let by = async |token: &str, method: &str, path: &str, body: Value| {
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "localhost")
+            .header("authorization", format!("Bearer {token}"))
+            .header("content-type", "application/json");
+        let request = request.body(Body::from(body.to_string())).unwrap();
+        // The body of a stream has no end.
+        let response = gateway.router.clone().oneshot(request).await.unwrap();
+        let (parts, body) = response.into_parts();
+        match parts.status {
+            StatusCode::OK if path != "/api/gateway/tokens" => (parts.status, Value::Null),
+            status => {
+                let bytes = body.collect().await.unwrap().to_bytes();
+                (status, serde_json::from_slice(&bytes).unwrap_or_default())
+            }
+        }
+    };
+    for scope in Scope::ALL {
+        let body = json!({"name": scope.name(), "scopes": [scope.name()]});
+        let (_, made) = by(&root, "POST", "/api/gateway/tokens", body).await;
+        let token = made["token"].as_str().unwrap();
+        for (method, pattern, need) in NEEDS {
+            let is_ours = matches!(need, Need::Role(..) | Need::Machine(..) | Need::Own);
+            let at_root = ["/metrics"].contains(pattern);
+            let prefix = if is_ours && !at_root {
+                "/api/gateway"
+            } else {
+                ""
+            };
+            let plain: Vec<&str> = pattern
+                .split('/')
+                .map(|part| {
+                    if part.starts_with('{') {
+                        "nothing"
+                    } else {
+                        part
+                    }
+                })
+                .collect();
+            let path = format!("{prefix}{}", plain.join("/"));
+            let (status, told) = by(token, method, &path, json!({})).await;
+            let needed = match need {
+                Need::Role(_, needed) | Need::Machine(_, needed) => Some(*needed),
+                Need::Own => Some(Scope::All),
+                Need::Open | Need::Anyone => None,
+            };
+            let opens = scope == Scope::All || needed.is_none_or(|needed| needed == scope);
+            let refused = told["code"] == "scope_required";
+            assert_eq!(
+                refused, !opens,
+                "{method} {path} with {scope:?}: {status} {told}"
+            );
+            assert_eq!(
+                refused,
+                status == StatusCode::FORBIDDEN,
+                "{method} {path}: {told}"
+            );
+            if refused {
+                assert_eq!(told["required_scope"], needed.unwrap().name());
+            }
+        }
+    }
 }

@@ -84,6 +84,9 @@ pub struct Register {
     /// Type that jobs ask for
     #[arg(long = "type", value_name = "TYPE")]
     service_type: String,
+    /// Tenant whose jobs alone it takes, for administrators; by default it is shared
+    #[arg(long, value_name = "TENANT")]
+    tenant: Option<String>,
     /// GiB of GPU memory that it needs
     #[arg(long, value_name = "GIB")]
     vram_gb: Option<f64>,
@@ -211,6 +214,7 @@ impl Register {
         set("container", Some(container.into()));
         set("type", Some(self.service_type.into()));
         set("port", Some(self.port.into()));
+        set("tenant", self.tenant.map(Value::from));
         set("vram_gb", self.vram_gb.map(Value::from));
         set("gpus", self.gpus.map(Value::from));
         set("concurrency", self.concurrency.map(Value::from));

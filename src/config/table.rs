@@ -78,6 +78,8 @@ settings! {
         "Proxies in front of the gateway; a client's address is that many entries from the right of X-Forwarded-For.";
     audit: AuditMode, "RUNGATE_AUDIT", &[], ANY, "on".to_owned(),
         "What is recorded of writes: `on`, `required` (no answer before the record is on disk) or `off`.";
+    operators_may_run_commands: bool, "RUNGATE_OPERATORS_MAY_RUN_COMMANDS", &[], ANY, "false".to_owned(),
+        "Whether operators may register programs as services, which run as the gateway's user; otherwise administrators alone.";
     max_body_bytes: u64, "RUNGATE_MAX_BODY_BYTES", &[], (1_024, 1 << 30), "1048576".to_owned(),
         "Largest request body, in bytes.";
     min_free_bytes: u64, "RUNGATE_MIN_FREE_BYTES", &[], (0, 1 << 50), "268435456".to_owned(),

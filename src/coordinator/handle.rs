@@ -150,8 +150,10 @@ impl Handle {
         .await
     }
 
-    pub async fn queue_stats(&self) -> Result<QueueStats, SubmitError> {
-        self.ask(|state, _, _| status::queue_stats(state)).await
+    /// Of one tenant's jobs, or of all.
+    pub async fn queue_stats(&self, tenant: Option<SmolStr>) -> Result<QueueStats, SubmitError> {
+        self.ask(move |state, _, _| status::queue_stats(state, tenant.as_ref()))
+            .await
     }
 
     pub async fn gpu_status(&self) -> Result<Vec<GpuStatus>, SubmitError> {

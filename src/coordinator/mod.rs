@@ -177,16 +177,18 @@ pub use self::recovery::recover;
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
     use std::sync::Arc;
 
     use smol_str::SmolStr;
 
     use super::*;
-    use crate::domain::audit::{AuditedWrite, Source};
+    use crate::domain::audit::{AuditedWrite, Details, Source};
     use crate::domain::command::{Command, Origin, Rejection};
     use crate::domain::event::Event;
     use crate::domain::ids::PlaneId;
     use crate::domain::record::NewRecord;
+    use crate::domain::tenant::Tenancy;
     use crate::domain::time::Timestamp;
     use crate::ledger::{Ledger, OpenOptions};
 
@@ -206,6 +208,7 @@ mod tests {
             settings: Settings::default(),
             effects,
             snapshots,
+            space: Space::new(Path::new("/"), 0),
         };
         start(parts).unwrap().handle
     }
@@ -220,6 +223,7 @@ mod tests {
             route: SmolStr::default(),
             path: None,
             query: Vec::new(),
+            details: Details::default(),
         });
         let at = crate::clock::now();
         let write = AuditedWrite {
@@ -234,6 +238,7 @@ mod tests {
             plane: PlaneId::ROOT,
             actor: SmolStr::default(),
             request_id: None,
+            tenancy: Tenancy::All,
             at,
         };
         let command = Command::AuditWrite(Box::new(write));
@@ -276,6 +281,7 @@ mod tests {
             plane: PlaneId::ROOT,
             actor: SmolStr::default(),
             request_id: None,
+            tenancy: Tenancy::All,
             at,
         };
         let started = Command::GatewayStarted {

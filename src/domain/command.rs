@@ -9,7 +9,7 @@ use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::spec::{GpuFacts, JobSpec, Priority, ServiceSpec};
-use super::tenant::QuotaHit;
+use super::tenant::{QuotaHit, Tenancy};
 use super::time::Timestamp;
 
 /// Something asked of the coordinator.
@@ -30,8 +30,10 @@ pub enum Command {
     CancelQueued {
         run: RunId,
     },
+    /// `tenant` alone may use it; `None` shares it with all.
     RegisterService {
         spec: Box<ServiceSpec>,
+        tenant: Option<SmolStr>,
     },
     /// The whole new specification, merged by the caller from the current one.
     UpdateService {
@@ -339,8 +341,17 @@ pub enum Rejection {
     Purged(RunId),
     #[error("Service '{0}' already exists")]
     ServiceExists(ServiceName),
+    /// By another tenant's service, or one that was removed.
+    #[error("The service name '{0}' is taken; choose another")]
+    ServiceNameTaken(ServiceName),
+    #[error(
+        "Tenant '{0}' has as many services as one may have; remove some and use their names again, or ask an administrator"
+    )]
+    TooManyServices(SmolStr),
     #[error("Unknown service: {0}")]
     ServiceNotFound(ServiceName),
+    #[error("Service '{0}' is shared by all tenants; only the gateway's administrator may do that")]
+    ServiceShared(ServiceName),
     #[error("Service '{0}' has active jobs; cancel them or wait for them first")]
     ServiceHasActiveJobs(ServiceName),
     #[error("Service '{0}' is disabled; enable it first")]
@@ -394,8 +405,10 @@ impl Rejection {
             Rejection::CancelWhileRunning(_) => "cancel_while_running",
             Rejection::StaleAttempt { .. } => "stale_attempt",
             Rejection::Purged(_) => "purged",
-            Rejection::ServiceExists(_) => "service_exists",
+            Rejection::ServiceExists(_) | Rejection::ServiceNameTaken(_) => "service_exists",
+            Rejection::TooManyServices(_) => "too_many_services",
             Rejection::ServiceNotFound(_) => "service_not_found",
+            Rejection::ServiceShared(_) => "role_required",
             Rejection::ServiceHasActiveJobs(_) => "service_has_active_jobs",
             Rejection::ServiceDisabled(_) => "service_disabled",
             Rejection::NoEngine(_) => "no_engine",
@@ -419,6 +432,8 @@ pub struct Origin {
     pub plane: PlaneId,
     pub actor: SmolStr,
     pub request_id: Option<SmolStr>,
+    /// Whose services it may be about.
+    pub tenancy: Tenancy,
     /// When it arrived.
     pub at: Timestamp,
 }

@@ -417,6 +417,11 @@ pub enum Event {
         run: RunId,
         bytes: u64,
     },
+    /// A service that was registered just now is this tenant's alone; one of which this is not said is shared.
+    ServiceAssigned {
+        service: ServiceName,
+        tenant: SmolStr,
+    },
 }
 
 /// What a command asks for.

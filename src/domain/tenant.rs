@@ -149,6 +149,43 @@ pub struct Tenant {
     pub era: u64,
 }
 
+/// Whose services somebody deals with: an administrator of the gateway all of them, others their tenant's and the
+/// shared ones. `owner` is a service's tenant; a shared service has none, and is the gateway owner's, whose tenant is `default`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Tenancy {
+    All,
+    Of(SmolStr),
+}
+
+impl Tenancy {
+    /// The only tenant, unless it is all of them.
+    pub fn tenant(&self) -> Option<&SmolStr> {
+        match self {
+            Tenancy::All => None,
+            Tenancy::Of(tenant) => Some(tenant),
+        }
+    }
+
+    /// Whether the service exists for them.
+    pub fn sees(&self, owner: Option<&SmolStr>) -> bool {
+        owner.is_none() || self.owns(owner)
+    }
+
+    /// Whether they start, stop, enable and disable it, once their role allows that.
+    pub fn operates(&self, owner: Option<&SmolStr>) -> bool {
+        self.owns(Some(owner.unwrap_or(&DEFAULT_TENANT)))
+    }
+
+    /// Whether they change and remove it, and read what it wrote: whoever does learns what its jobs bring along, so
+    /// that of a shared one this is the administrator's alone.
+    pub fn owns(&self, owner: Option<&SmolStr>) -> bool {
+        match self {
+            Tenancy::All => true,
+            Tenancy::Of(tenant) => owner == Some(tenant),
+        }
+    }
+}
+
 /// Whose quota it is.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Holder {

@@ -287,7 +287,7 @@ mod tests {
                 cursor: 1,
                 plane,
                 at: Timestamp(0),
-                has_payload: true,
+                payload_len: 1,
             };
             let summary = projection::apply(None, &queued, place).unwrap();
             all.rows

@@ -13,6 +13,7 @@ use crate::domain::command::{Command, Origin};
 use crate::domain::identity::IdentityCommand;
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
+use crate::domain::tenant::Tenancy;
 use crate::ledger::{Ledger, OpenError, OpenOptions, Space};
 
 /// As records name who recovers.
@@ -48,6 +49,7 @@ pub async fn recover_admin(data_dir: &Path) -> Result<PathBuf, ServeError> {
         plane: PlaneId::ROOT,
         actor: SmolStr::new_static(ACTOR),
         request_id: None,
+        tenancy: Tenancy::All,
         at: crate::clock::now(),
     };
     let revoke = Command::Identity(Box::new(IdentityCommand::RecoverFirstAdmin));

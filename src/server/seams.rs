@@ -14,6 +14,7 @@ use crate::clock::now;
 use crate::coordinator::{Handle, SubmitError};
 use crate::domain::command::{Command, Origin};
 use crate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
+use crate::domain::tenant::Tenancy;
 use crate::driver::{Credentials, NotTaken, Sink};
 use crate::executor::{CallbackBody, CallbackStatus, JobToken, Source, SourceError};
 use crate::ledger::{Ledger, RunStatus};
@@ -30,6 +31,7 @@ impl Sink for ToCoordinator {
                 plane: PlaneId::ROOT,
                 actor: SmolStr::new_static("executor"),
                 request_id: None,
+                tenancy: Tenancy::All,
                 at: now(),
             };
             match self.0.submit(origin, outcome).await {

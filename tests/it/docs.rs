@@ -1,6 +1,7 @@
 //! The documentation is true: its commands run, in order and as written, against a real gateway; its links
 //! lead somewhere; it names every route, error and metric.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -185,6 +186,20 @@ fn the_api_page_names_every_route_and_every_error() {
         let name = format!("`{}`", code.as_str());
         assert!(page.contains(&name), "{name} is not in docs/api.md");
     }
+}
+
+#[test]
+fn the_api_page_names_every_kind_of_record_and_no_other() {
+    let page = include_str!("../../docs/api.md");
+    let (_, table) = page.split_once("| about | `effect.type` |\n").unwrap();
+    let (table, _) = table.split_once("\n\n").unwrap();
+    let told: BTreeSet<&str> = table.split('`').skip(1).step_by(2).collect();
+    let names: Vec<String> = crate::ledger_world::one_of_each()
+        .iter()
+        .map(|event| rungate::ledger::view::name_and_fields(event).0)
+        .collect();
+    let names: BTreeSet<&str> = names.iter().map(String::as_str).collect();
+    assert_eq!(told, names);
 }
 
 #[tokio::test]

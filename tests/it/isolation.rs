@@ -11,41 +11,54 @@ use crate::support::scripted::Scripted;
 use crate::support::wait::until;
 use crate::support::{Answer, Gateway, Options, answer, worker_service};
 
-/// What a caller whom the gateway knows gets, in this order: the owner of what is asked for, another user of
-/// its tenant, a user of another tenant, a viewer, an operator, a tenant's administrator, the administrator.
-type Row = (&'static str, &'static str, [u16; 7]);
+/// What a caller whom the gateway knows gets, by `KNOWN`. Who asks for something of the owner's, or of the tenant
+/// `globex`, where nobody of them is at home.
+type Row = (&'static str, &'static str, [u16; 10]);
 
-const KNOWN: [&str; 7] = [
+const KNOWN: [&str; 10] = [
     "owner",
     "other user",
-    "other tenant's user",
     "viewer",
     "operator",
     "tenant admin",
+    "other tenant's user",
+    "other tenant's viewer",
+    "other tenant's operator",
+    "other tenant's admin",
     "admin",
 ];
 
 /// Everyone.
-const ALL: [u16; 7] = [200; 7];
+const ALL: [u16; 10] = [200; 10];
 /// One's own only.
-const OWN: [u16; 7] = [200, 404, 404, 404, 404, 404, 404];
+const OWN: [u16; 10] = [200, 404, 404, 404, 404, 404, 404, 404, 404, 404];
 /// One's own, and all of the tenant for those who operate it.
-const SEEN: [u16; 7] = [200, 404, 404, 404, 200, 200, 200];
+const SEEN: [u16; 10] = [200, 404, 404, 200, 200, 404, 404, 404, 404, 200];
+/// Of a tenant that none of them is of: the administrator's.
+const FOREIGN: [u16; 10] = [404, 404, 404, 404, 404, 404, 404, 404, 404, 200];
 
-const fn writers(status: u16) -> [u16; 7] {
-    [status, status, status, 403, status, status, status]
+/// Whoever may write at all.
+const fn writers(others: u16, admin: u16) -> [u16; 10] {
+    let n = others;
+    [n, n, 403, n, n, n, 403, n, n, admin]
 }
 
-const fn operators(status: u16) -> [u16; 7] {
-    [403, 403, 403, 403, status, status, status]
+const fn operators(others: u16, admin: u16) -> [u16; 10] {
+    let n = others;
+    [403, 403, 403, n, n, 403, 403, n, n, admin]
 }
 
-const fn managers(status: u16) -> [u16; 7] {
-    [403, 403, 403, 403, 403, status, status]
+const fn managers(others: u16, admin: u16) -> [u16; 10] {
+    [403, 403, 403, 403, others, 403, 403, 403, others, admin]
 }
 
-const fn admin(status: u16) -> [u16; 7] {
-    [403, 403, 403, 403, 403, 403, status]
+const fn admin(status: u16) -> [u16; 10] {
+    [403, 403, 403, 403, 403, 403, 403, 403, 403, status]
+}
+
+/// One's own to change: not the operators'.
+const fn own_write(status: u16) -> [u16; 10] {
+    [status, 404, 403, 404, 404, 404, 403, 404, 404, 404]
 }
 
 /// Paths stand without `/api/gateway`; a route of the dialect is called in both places.
@@ -57,61 +70,55 @@ const ROWS: &[Row] = &[
     ("GET", "/.well-known/jwks.json", ALL),
     ("GET", "/ping", ALL),
     ("GET", "/me", ALL),
-    ("GET", "/metrics", operators(200)),
-    ("POST", "/runs/start", writers(400)),
+    // Numbers of all planes: for those who run the machine.
+    (
+        "GET",
+        "/metrics",
+        [403, 403, 403, 200, 200, 403, 403, 403, 403, 200],
+    ),
+    ("POST", "/runs/start", writers(200, 200)),
     ("GET", "/runs", ALL),
     ("GET", "/runs/{run_id}", SEEN),
     ("GET", "/runs/{run_id}/input_data", SEEN),
     ("GET", "/runs/{run_id}/why", SEEN),
-    (
-        "POST",
-        "/runs/{run_id}/purge",
-        [409, 404, 404, 403, 404, 404, 404],
-    ),
+    ("POST", "/runs/{run_id}/purge", own_write(409)),
     ("GET", "/runs/{run_id}/ledger", SEEN),
     ("GET", "/runs/{run_id}/ledger/stream", SEEN),
     ("POST", "/runs/ledger/batch", ALL),
-    ("GET", "/runs/{run_id}/checkpoint", [404; 7]),
-    (
-        "PUT",
-        "/runs/{run_id}/checkpoint",
-        [409, 404, 404, 403, 404, 404, 404],
-    ),
-    ("POST", "/commands", writers(200)),
+    ("GET", "/runs/{run_id}/checkpoint", [404; 10]),
+    ("PUT", "/runs/{run_id}/checkpoint", own_write(409)),
+    ("POST", "/commands", writers(200, 200)),
     ("GET", "/commands/{command_id}", SEEN),
     ("GET", "/plane/ledger/stream", ALL),
-    ("POST", "/queue/submit", writers(400)),
+    ("POST", "/queue/submit", writers(200, 200)),
     ("GET", "/queue/{job_id}", SEEN),
     // The administrator is asked first; then it is cancelled.
     (
         "DELETE",
         "/queue/{job_id}",
-        [409, 404, 404, 403, 409, 409, 200],
+        [409, 404, 403, 409, 409, 404, 403, 404, 404, 200],
     ),
     ("GET", "/queue/{job_id}/progress", SEEN),
-    (
-        "POST",
-        "/queue/{job_id}/progress",
-        [409, 404, 404, 403, 404, 404, 404],
-    ),
-    ("GET", "/preempt/check/{service}", [404; 7]),
-    ("POST", "/preempt/execute", writers(404)),
-    ("POST", "/preempt/release/{service}", writers(404)),
+    ("POST", "/queue/{job_id}/progress", own_write(409)),
+    ("GET", "/preempt/check/{service}", FOREIGN),
+    // Of a shared service; whoever may not steer the run knows nothing of it.
+    ("POST", "/preempt/execute", own_write(409)),
+    ("POST", "/preempt/release/{service}", writers(404, 200)),
     ("GET", "/queue/stats", ALL),
     ("GET", "/gpu", ALL),
     ("GET", "/vram", ALL),
     ("GET", "/available/{service_type}", ALL),
     ("GET", "/services", ALL),
-    ("GET", "/services/{name}", [404; 7]),
-    ("GET", "/services/{name}/logs", operators(404)),
-    ("POST", "/services/register", operators(400)),
-    ("PUT", "/services/{name}", operators(404)),
-    ("DELETE", "/services/{name}", operators(404)),
-    ("POST", "/services/{name}/enable", operators(404)),
-    ("POST", "/services/{name}/disable", operators(404)),
-    ("POST", "/services/{name}/start", operators(404)),
-    ("POST", "/services/{name}/stop", operators(404)),
-    ("POST", "/services/{name}/restart", operators(404)),
+    ("GET", "/services/{name}", FOREIGN),
+    ("GET", "/services/{name}/logs", operators(404, 200)),
+    ("POST", "/services/register", operators(200, 200)),
+    ("PUT", "/services/{name}", operators(404, 200)),
+    ("DELETE", "/services/{name}", operators(404, 200)),
+    ("POST", "/services/{name}/enable", operators(404, 200)),
+    ("POST", "/services/{name}/disable", operators(404, 200)),
+    ("POST", "/services/{name}/start", operators(404, 200)),
+    ("POST", "/services/{name}/stop", operators(404, 200)),
+    ("POST", "/services/{name}/restart", operators(404, 200)),
     ("GET", "/ledger", admin(200)),
     ("GET", "/ledger/stream", admin(200)),
     ("GET", "/ledger/verify", admin(200)),
@@ -119,37 +126,41 @@ const ROWS: &[Row] = &[
     ("GET", "/ledger/export", admin(200)),
     ("POST", "/admin/signing-keys/rotate", admin(200)),
     ("GET", "/ledger/checkpoint", admin(200)),
-    ("GET", "/audit", managers(200)),
+    ("GET", "/audit", managers(200, 200)),
     ("GET", "/audit/tail", admin(200)),
-    ("POST", "/session/login", [422; 7]),
+    ("POST", "/session/login", [422; 10]),
     ("POST", "/session/logout", ALL),
     ("GET", "/sessions", ALL),
     ("DELETE", "/sessions/{session_id}", OWN),
-    ("POST", "/me/password", [422; 7]),
-    ("POST", "/admin/users/{user_id}/password", managers(404)),
+    ("POST", "/me/password", [422; 10]),
+    (
+        "POST",
+        "/admin/users/{user_id}/password",
+        managers(404, 200),
+    ),
     ("GET", "/tokens", ALL),
-    ("POST", "/tokens", [422; 7]),
+    ("POST", "/tokens", ALL),
     ("DELETE", "/tokens/{token_id}", OWN),
-    ("GET", "/admin/users", managers(200)),
-    ("POST", "/admin/users", managers(422)),
-    ("POST", "/admin/users/import", admin(422)),
-    ("GET", "/admin/users/{user_id}", managers(404)),
-    ("PATCH", "/admin/users/{user_id}", managers(404)),
-    ("DELETE", "/admin/users/{user_id}", managers(404)),
-    ("GET", "/admin/tenants", managers(200)),
-    ("POST", "/admin/tenants", admin(422)),
-    ("GET", "/admin/tenants/{tenant_id}", managers(404)),
-    ("PATCH", "/admin/tenants/{tenant_id}", admin(404)),
+    ("GET", "/admin/users", managers(200, 200)),
+    ("POST", "/admin/users", managers(200, 200)),
+    ("POST", "/admin/users/import", admin(200)),
+    ("GET", "/admin/users/{user_id}", managers(404, 200)),
+    ("PATCH", "/admin/users/{user_id}", managers(404, 200)),
+    ("DELETE", "/admin/users/{user_id}", managers(404, 200)),
+    ("GET", "/admin/tenants", managers(200, 200)),
+    ("POST", "/admin/tenants", admin(200)),
+    ("GET", "/admin/tenants/{tenant_id}", managers(404, 200)),
+    ("PATCH", "/admin/tenants/{tenant_id}", admin(200)),
     ("GET", "/admin/runtime-reservations", admin(200)),
     (
         "POST",
         "/admin/runtime-reservations/{runtime_id}/transfer",
-        admin(404),
+        admin(200),
     ),
     (
         "POST",
         "/admin/runtime-reservations/{runtime_id}/purge",
-        admin(404),
+        admin(200),
     ),
 ];
 
@@ -167,7 +178,7 @@ fn by_job_token(method: &str, path: &str) -> u16 {
 struct World {
     gateway: Gateway,
     /// A service that holds a job of the administrator's, and that job's token.
-    _holding: Scripted,
+    holding: Scripted,
     job_token: String,
     /// By `KNOWN`, each with a token.
     known: BTreeMap<&'static str, String>,
@@ -235,6 +246,18 @@ impl World {
                 "other tenant's user",
                 json!({"user_id": "owner", "tenant_id": "acme"}),
             ),
+            (
+                "other tenant's viewer",
+                json!({"user_id": "vera", "tenant_id": "acme", "roles": ["viewer"]}),
+            ),
+            (
+                "other tenant's operator",
+                json!({"user_id": "olga", "tenant_id": "acme", "roles": ["operator"]}),
+            ),
+            (
+                "other tenant's admin",
+                json!({"user_id": "tara", "tenant_id": "acme", "roles": ["tenant_admin"]}),
+            ),
             ("viewer", json!({"user_id": "vera", "roles": ["viewer"]})),
             (
                 "operator",
@@ -247,6 +270,8 @@ impl World {
         ] {
             known.insert(name, user(g, body).await);
         }
+        // Of the tenant that things are of which none of them may see.
+        user(g, json!({"user_id": "gus", "tenant_id": "globex"})).await;
         let disabled = user(g, json!({"user_id": "dora"})).await;
         let off = json!({"enabled": false});
         let dora = "/api/gateway/admin/users/dora";
@@ -307,7 +332,7 @@ impl World {
         let job_token = holding.jobs()[0].header("x-rungate-token").to_owned();
         World {
             gateway,
-            _holding: holding,
+            holding,
             job_token,
             known,
             refused,
@@ -315,7 +340,7 @@ impl World {
         }
     }
 
-    /// Something of the owner's for each place of a path, fresh.
+    /// Something for each place of a path, fresh: of the owner's, or of the tenant `globex`.
     async fn owned(&self, place: &str) -> String {
         let owner = &self.known["owner"];
         let post = async |path: &str, body: Value| {
@@ -328,27 +353,47 @@ impl World {
             let started = post("/api/gateway/runs/start", body).await;
             started["run_id"].as_str().unwrap().to_owned()
         };
+        let id = uuid::Uuid::now_v7().to_string();
+        let users = "/api/gateway/admin/users";
         match place {
-            "run_id" | "job_id" => run().await,
+            "run_id" | "job_id" => return run().await,
             "command_id" => {
-                let id = uuid::Uuid::new_v4().to_string();
                 let body = json!({"command_id": id, "run_id": run().await, "type": "pause", "payload": {}});
                 post("/api/gateway/commands", body).await;
-                id
             }
             "token_id" => {
-                let body = json!({"name": uuid::Uuid::new_v4().to_string()});
+                let body = json!({"name": id});
                 let made = post("/api/gateway/tokens", body).await;
-                made["token_id"].as_str().unwrap().to_owned()
+                return made["token_id"].as_str().unwrap().to_owned();
             }
             "session_id" => {
                 let browser = Browser::by_token(&self.gateway, "owner", owner).await;
                 let id = browser.body["session"]["session_id"].as_str();
-                id.unwrap().to_owned()
+                return id.unwrap().to_owned();
             }
-            // Shared by all, or the administrators': one that does not exist has no effect.
-            _ => "nothing".to_owned(),
+            "name" | "service" => {
+                let mut service = self.holding.service(&id, "foreign");
+                service["tenant"] = json!("globex");
+                self.gateway.register(service).await;
+            }
+            "user_id" | "runtime_id" => {
+                let body = json!({"user_id": id, "tenant_id": "globex"});
+                self.gateway.post(users, body).await.expect(200);
+                if place == "runtime_id" {
+                    // Nobody has it any more.
+                    let path = format!("{users}/{id}?tenant_id=globex");
+                    self.gateway.delete(&path).await.expect(200);
+                }
+            }
+            "tenant_id" => {
+                let body = json!({"tenant_id": id});
+                let path = "/api/gateway/admin/tenants";
+                self.gateway.post(path, body).await.expect(200);
+            }
+            "service_type" => {}
+            other => panic!("what is a '{other}'?"),
         }
+        id
     }
 
     /// The status and body of one call; a stream's body is not waited for.
@@ -360,6 +405,10 @@ impl World {
         }
         let response = request.send().await.unwrap();
         let status = response.status().as_u16();
+        if method == Method::HEAD {
+            assert_eq!(response.bytes().await.unwrap(), "", "HEAD {path}");
+            return (status, Value::Null);
+        }
         let body = match status {
             200 => Value::Null,
             _ => response.json().await.unwrap(),
@@ -368,13 +417,41 @@ impl World {
     }
 }
 
-/// A body that names what is the owner's, where the route takes one.
-fn body_of(path: &str, run: &str) -> Value {
-    match path {
-        "/commands" => json!({"command_id": "", "run_id": run, "type": "pause"}),
-        "/runs/ledger/batch" => json!({"runs": [{"run_id": run}]}),
-        "/preempt/execute" => json!({"service_name": "nothing", "preemptor_job_id": run}),
+/// A sound body, about `id` where the route takes one that names something. What it makes is new each time.
+fn body_of(method: &str, path: &str, id: &str) -> Value {
+    let new = uuid::Uuid::new_v4().to_string();
+    let url = "http://127.0.0.1:9/";
+    match (method, path) {
+        ("POST", "/commands") => json!({"command_id": "", "run_id": id, "type": "pause"}),
+        ("POST", "/runs/ledger/batch") => json!({"runs": [{"run_id": id}]}),
+        ("POST", "/preempt/execute") => json!({"service_name": "holding", "preemptor_job_id": id}),
+        ("POST", "/runs/start") => json!({"job": {"service_type": "t", "payload": {}}}),
+        ("POST", "/queue/submit") => json!({"service_type": "t", "payload": {}}),
+        ("POST", "/services/register") => json!({"name": new, "type": "new", "url": url}),
+        ("PUT", "/services/{name}") => json!({"description": "changed"}),
+        ("POST", "/tokens") => json!({"name": new}),
+        ("POST", "/admin/users") => json!({"user_id": new}),
+        ("POST", "/admin/users/import") => json!({"users": []}),
+        ("PATCH", "/admin/users/{user_id}") => json!({"email": "a@example.com"}),
+        ("POST", "/admin/users/{user_id}/password") => json!({"password": null}),
+        ("POST", "/admin/tenants") => json!({"tenant_id": new}),
+        ("PATCH", "/admin/tenants/{tenant_id}") => json!({"weight": 200}),
+        ("POST", "/admin/runtime-reservations/{runtime_id}/transfer") => {
+            json!({"tenant_id": "globex", "confirm_runtime_id": id, "target_user_id": "gus"})
+        }
+        ("POST", "/admin/runtime-reservations/{runtime_id}/purge") => {
+            json!({"tenant_id": "globex", "confirm_runtime_id": id})
+        }
         _ => json!({}),
+    }
+}
+
+/// The path with what it names in its place, in its tenant.
+fn named(path: &str, id: &str) -> String {
+    match place(path) {
+        Some("user_id") => format!("{}?tenant_id=globex", path.replace("{user_id}", id)),
+        Some(place) => path.replace(&format!("{{{place}}}"), id),
+        None => path.to_owned(),
     }
 }
 
@@ -429,7 +506,7 @@ async fn check(
     method: &str,
     path: &str,
     short: &str,
-    expected: &[u16; 7],
+    expected: &[u16; 10],
     wrong: &mut Vec<String>,
 ) {
     // Nobody is asked who it is: all get the same.
@@ -441,56 +518,106 @@ async fn check(
     let place = place(path);
     let id = world.owned(place.unwrap_or("run_id")).await;
     let unknown = uuid::Uuid::now_v7().to_string();
-    let named = |id: &str| match place {
-        Some(place) => path.replace(&format!("{{{place}}}"), id),
-        None => path.to_owned(),
+    // A GET is asked for its head too.
+    let methods: &[&str] = match method {
+        "GET" => &["HEAD", "GET"],
+        _ => &[method],
     };
-    let body = body_of(short, &id);
-    // Last of all, who is let in to read and may not write for want of the CSRF token.
-    let cookies = ("missing CSRF", Shows::Cookies(world.browser.clone()));
-    for (who, shows) in world.refused.iter().chain([&cookies]) {
-        let (status, _) = world.status(shows, method, &named(&id), &body).await;
-        let expected = match (*who, method) {
-            ("missing CSRF", "GET") => expected[6],
-            ("missing CSRF", _) => 403,
-            _ => 401,
-        };
-        let expected = open.unwrap_or(expected);
+    let mut compare = |who: &str, status: u16, expected: u16, answer: &Value| {
         if status != expected {
-            wrong.push(format!(
-                "{method} {path} by {who}: {status}, not {expected}"
-            ));
-        }
-    }
-    let token = Shows::Token(world.job_token.clone());
-    let (status, answer) = world.status(&token, method, &named(&id), &body).await;
-    let expected_of_job = open.unwrap_or_else(|| by_job_token(method, short));
-    if status != expected_of_job {
-        wrong.push(format!(
-            "{method} {path} by another run's job token: {status}, not {expected_of_job}: {answer}"
-        ));
-    }
-    // The owner comes last: what it does may be the end of the thing.
-    for (who, expected) in KNOWN.iter().zip(expected).rev() {
-        let shows = Shows::Token(world.known[who].clone());
-        let (status, answer) = world.status(&shows, method, &named(&id), &body).await;
-        if status != *expected {
             wrong.push(format!(
                 "{method} {path} by {who}: {status}, not {expected}: {answer}"
             ));
         }
-        // Those who see the run are told that it has no checkpoint.
-        let sees = matches!(*who, "operator" | "tenant admin" | "admin")
-            && (method, short) == ("GET", "/runs/{run_id}/checkpoint");
-        if status == 404 && *who != "owner" && !sees && !matches!(place, Some("name" | "service")) {
-            let body = body_of(short, &unknown);
-            let (other, told) = world.status(&shows, method, &named(&unknown), &body).await;
+    };
+    // Last of all, who is let in to read and may not write for want of the CSRF token.
+    let cookies = ("missing CSRF", Shows::Cookies(world.browser.clone()));
+    for (who, shows) in world.refused.iter().chain([&cookies]) {
+        let expected = match (*who, method) {
+            ("missing CSRF", "GET") => expected[9],
+            ("missing CSRF", _) => 403,
+            _ => 401,
+        };
+        for method in methods {
+            let body = body_of(method, short, &id);
+            let told = world.status(shows, method, &named(path, &id), &body).await;
+            compare(who, told.0, open.unwrap_or(expected), &told.1);
+        }
+    }
+    let token = Shows::Token(world.job_token.clone());
+    let body = body_of(method, short, &id);
+    let told = world.status(&token, method, &named(path, &id), &body).await;
+    let by_job = open.unwrap_or_else(|| by_job_token(method, short));
+    compare("another run's job token", told.0, by_job, &told.1);
+    // Whose it is comes last: what it does may be the end of the thing.
+    let is_globex = matches!(
+        place,
+        Some("name" | "service" | "user_id" | "runtime_id" | "tenant_id")
+    );
+    let mut callers: Vec<(&str, u16)> = KNOWN.into_iter().zip(*expected).collect();
+    if !is_globex {
+        callers.reverse();
+    }
+    let mut told_apart = Vec::new();
+    for (who, expected) in callers {
+        let shows = Shows::Token(world.known[who].clone());
+        for method in methods {
+            let body = body_of(method, short, &id);
+            let (status, answer) = world.status(&shows, method, &named(path, &id), &body).await;
+            compare(who, status, expected, &answer);
+            // Those who see the run are told that it has no checkpoint.
+            let sees = matches!(who, "operator" | "tenant admin" | "admin")
+                && (*method, short) == ("GET", "/runs/{run_id}/checkpoint");
+            if status != 404 || who == "owner" && !is_globex || sees {
+                continue;
+            }
+            let body = body_of(method, short, &unknown);
+            let path = named(path, &unknown);
+            let (other, told) = world.status(&shows, method, &path, &body).await;
             if other != status || shape(&told, &unknown) != shape(&answer, &id) {
-                wrong.push(format!(
+                told_apart.push(format!(
                     "{method} {path} tells {who} what exists: {answer}, {told}"
                 ));
             }
         }
+    }
+    wrong.append(&mut told_apart);
+}
+
+/// How long the answers take tells no more than what they say: foreign and unknown ids in turns, medians compared.
+#[tokio::test]
+async fn a_foreign_id_takes_no_longer_than_an_unknown_one() {
+    let world = World::start().await;
+    let operator = Shows::Token(world.known["other tenant's operator"].clone());
+    for (path, place) in [
+        ("/api/gateway/runs/{}", "run_id"),
+        ("/api/gateway/runs/{}/ledger", "run_id"),
+        ("/queue/{}", "job_id"),
+        ("/api/gateway/commands/{}", "command_id"),
+        ("/services/{}", "name"),
+        ("/api/gateway/services/{}/logs", "name"),
+    ] {
+        let foreign = world.owned(place).await;
+        let (mut took, mut unknown_took) = (Vec::new(), Vec::new());
+        for _ in 0..200 {
+            let unknown = uuid::Uuid::now_v7().to_string();
+            for (id, times) in [(&foreign, &mut took), (&unknown, &mut unknown_took)] {
+                let path = path.replace("{}", id);
+                let started = std::time::Instant::now();
+                let (status, _) = world.status(&operator, "GET", &path, &Value::Null).await;
+                times.push(started.elapsed());
+                assert_eq!(status, 404, "{path}");
+            }
+        }
+        let median = |mut times: Vec<std::time::Duration>| {
+            times.sort_unstable();
+            times[times.len() / 2]
+        };
+        let (took, unknown_took) = (median(took), median(unknown_took));
+        assert!(
+            took < unknown_took * 2 && unknown_took < took * 2,
+            "{path}: {took:?} of a foreign one, {unknown_took:?} of an unknown one"
+        );
     }
 }
 

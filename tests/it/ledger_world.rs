@@ -812,5 +812,9 @@ fn tenants() -> Vec<Event> {
             run: run_id(1),
             bytes: 300_000,
         },
+        Event::ServiceAssigned {
+            service: "svc".into(),
+            tenant: "acme".into(),
+        },
     ]
 }

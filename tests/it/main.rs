@@ -56,6 +56,7 @@ mod rungate;
 mod runs;
 mod scheduling;
 mod schema;
+mod service_tenants;
 mod services;
 mod sessions;
 mod sso;

@@ -142,14 +142,15 @@ async fn roles_come_from_the_issuers_youngest_word() {
     let promoted = token(json!(["gpu-ops", "staff"]), now + 30);
     let told = me(&gateway, &promoted).await.expect(200);
     assert_eq!(told["principal"]["roles"], json!(["operator", "user"]));
-    call(&gateway, &promoted, Method::GET, "/metrics", None)
+    let whole = "/api/gateway/runs?scope=tenant";
+    call(&gateway, &promoted, Method::GET, whole, None)
         .await
         .expect(200);
     // An older one that is still good gives no more than it says, and turns nothing back.
-    call(&gateway, &staff, Method::GET, "/metrics", None)
+    call(&gateway, &staff, Method::GET, whole, None)
         .await
         .expect(403);
-    call(&gateway, &promoted, Method::GET, "/metrics", None)
+    call(&gateway, &promoted, Method::GET, whole, None)
         .await
         .expect(200);
     // A token that it makes would have the user's roles: it makes none, nor a password.

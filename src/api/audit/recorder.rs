@@ -16,6 +16,7 @@ use crate::domain::audit::{AuditMode, AuditedWrite};
 use crate::domain::command::{Command, Origin};
 use crate::domain::identity::UserKey;
 use crate::domain::ids::PlaneId;
+use crate::domain::tenant::Tenancy;
 
 /// How often it is looked which windows have ended.
 const TELL_EVERY: Duration = Duration::from_secs(1);
@@ -165,6 +166,7 @@ fn origin(user: Option<&UserKey>, request_id: Option<&SmolStr>) -> Origin {
         plane: PlaneId::ROOT,
         actor: user.map_or(SmolStr::new_static(NOBODY), UserKey::actor),
         request_id: request_id.cloned(),
+        tenancy: Tenancy::All,
         at: now(),
     }
 }

@@ -5,13 +5,14 @@ use crate::auth::session::{Basis, Login, Opened};
 use crate::coordinator::SubmitError;
 use crate::domain::command::{InboxAction, InboxCommand, Reply};
 use crate::domain::identity::TokenKey as UserToken;
+use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
 use crate::ledger::AuditFilter;
 
 impl Gateway {
     /// Its coordinator has ended: nothing can be recorded any more.
-    pub(super) fn without_coordinator(mut self) -> Gateway {
-        self.coordinator.handle.stop();
+    pub(super) async fn without_coordinator(mut self) -> Gateway {
+        self.coordinator.handle.stop().await;
         let gone = std::thread::spawn(|| Ok(()));
         let ended = std::mem::replace(&mut self.coordinator.thread, gone);
         ended.join().unwrap().unwrap();
@@ -203,7 +204,7 @@ async fn a_login_or_logout_that_cannot_be_recorded_is_not_done_when_that_is_requ
             gateway.session(Duration::ZERO).await,
             gateway.session(Duration::ZERO).await,
         ];
-        let gateway = gateway.without_coordinator();
+        let gateway = gateway.without_coordinator().await;
         let admin = UserKey::first_admin();
         let count = || gateway.logins.sessions.of_user(&admin).unwrap().len();
         let body = json!({"user_id": "admin", "token": TOKEN});
@@ -270,6 +271,7 @@ async fn nothing_is_started_in_a_plane_that_nobody_has() {
             plane,
             actor: "ann".into(),
             request_id: None,
+            tenancy: Tenancy::All,
             at: crate::clock::now(),
         };
         gateway.handle.submit(origin, command)

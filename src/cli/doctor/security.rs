@@ -90,6 +90,12 @@ fn weak_settings(config: &Config) -> Vec<Finding> {
             "callback_allow_private = false, unless every caller may reach them anyway",
         );
     }
+    if config.operators_may_run_commands {
+        warn(
+            "operators of every tenant may run programs as the gateway's user",
+            "operators_may_run_commands = false, unless each of them may have a shell here",
+        );
+    }
     let is_open = |origin: &String| matches!(origin.as_str(), "*" | "http://*" | "https://*");
     if config.allowed_origins.iter().any(is_open) {
         warn(

@@ -149,6 +149,7 @@ impl Context<'_> {
                     .ok_or(Rejection::NotQueued(by))?;
                 let fits = candidates(self.state, &preemptor.spec.target)
                     .iter()
+                    .filter(|candidate| self.state.serves(candidate, preemptor))
                     .any(|candidate| candidate.spec.name == *service);
                 if !fits {
                     let service = service.clone();
@@ -169,7 +170,10 @@ impl Context<'_> {
         service
             .targets()
             .iter()
-            .filter_map(|target| fair.serving(target).next())
+            .filter_map(|target| {
+                let mut serving = fair.serving(target);
+                serving.first_of(|lane| service.admits(&lane.tenant))
+            })
             .map(|(_, key)| key)
             .min()
             .map(|(_, run)| run)

@@ -15,6 +15,7 @@ use super::command::{Command, Origin, Rejection, Reply};
 use super::event::Event;
 use super::settings::Settings;
 use super::state::State;
+use super::tenant::Tenancy;
 use super::time::Timestamp;
 
 /// Events to append, each with its payload, and the answer once they are on disk.
@@ -49,6 +50,8 @@ impl Decision {
 /// What a decision may depend on.
 pub struct Context<'a> {
     pub state: &'a State,
+    /// Of whoever asks.
+    pub tenancy: &'a Tenancy,
     pub settings: &'a Settings,
     pub now: Timestamp,
 }
@@ -63,6 +66,7 @@ pub fn decide(
 ) -> Result<Decision, Rejection> {
     let cx = Context {
         state,
+        tenancy: &origin.tenancy,
         settings,
         now,
     };
@@ -116,7 +120,7 @@ pub fn decide(
             cx.preempt_execute(origin.plane, &service, preemptor)
         }
         Command::PreemptRelease { service } => cx.preempt_release(origin.plane, &service),
-        Command::RegisterService { spec } => cx.register_service(spec),
+        Command::RegisterService { spec, tenant } => cx.register_service(spec, tenant),
         Command::UpdateService { spec } => cx.update_service(spec),
         Command::EnableService { service } => cx.enable_service(service),
         Command::DisableService { service } => cx.disable_service(service),
@@ -131,4 +135,5 @@ pub fn decide(
     }
 }
 
+pub use service::MAX_SERVICES_OF_TENANT;
 pub use tick::due;

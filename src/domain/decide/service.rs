@@ -1,5 +1,7 @@
 //! Services: registering, starting and stopping them by hand, and preemption on demand.
 
+use smol_str::SmolStr;
+
 use super::{Context, Decision};
 use crate::domain::command::{Rejection, Reply};
 use crate::domain::event::{Event, JobStopCause, RequeueCause, StartCause, StopCause};
@@ -9,28 +11,79 @@ use crate::domain::scheduler::{best_victim, placement, start};
 use crate::domain::spec::{ServiceSpec, Worker};
 use crate::domain::state::job::Phase;
 use crate::domain::state::service::{Instance, InstancePhase, Service};
+use crate::domain::tenant::Tenancy;
+
+/// Names that a tenant may take by itself, those of removed services included: every name is remembered, and the scheduler
+/// looks at every service.
+pub const MAX_SERVICES_OF_TENANT: usize = 1_000;
 
 impl Context<'_> {
+    /// A service that exists for whoever asks.
     fn service(&self, name: &ServiceName) -> Result<&Service, Rejection> {
-        self.state
-            .services
-            .get(name)
+        let service = self.state.services.get(name);
+        service
+            .filter(|service| self.tenancy.sees(service.tenant.as_ref()))
             .ok_or_else(|| Rejection::ServiceNotFound(name.clone()))
     }
 
-    pub(super) fn register_service(&self, spec: Box<ServiceSpec>) -> Result<Decision, Rejection> {
-        if self.state.services.contains_key(&spec.name) {
+    /// One that they may start and stop.
+    fn operated(&self, name: &ServiceName) -> Result<&Service, Rejection> {
+        let service = self.service(name)?;
+        match self.tenancy.operates(service.tenant.as_ref()) {
+            true => Ok(service),
+            false => Err(Rejection::ServiceShared(name.clone())),
+        }
+    }
+
+    /// One that they may change.
+    fn owned(&self, name: &ServiceName) -> Result<&Service, Rejection> {
+        let service = self.service(name)?;
+        match self.tenancy.owns(service.tenant.as_ref()) {
+            true => Ok(service),
+            false => Err(Rejection::ServiceShared(name.clone())),
+        }
+    }
+
+    /// The name of a removed service stays with its owner, as its log does.
+    pub(super) fn register_service(
+        &self,
+        spec: Box<ServiceSpec>,
+        tenant: Option<SmolStr>,
+    ) -> Result<Decision, Rejection> {
+        let taken = self.state.services.get(&spec.name);
+        if taken.is_some_and(|service| self.tenancy.sees(service.tenant.as_ref())) {
             return Err(Rejection::ServiceExists(spec.name.clone()));
         }
-        Ok(Decision::of(
-            vec![Event::ServiceRegistered { spec }],
-            answer(None, false),
-        ))
+        let retired = self.state.retired.get(&spec.name);
+        let is_kept = retired.is_some_and(|retired| !self.tenancy.owns(retired.tenant.as_ref()));
+        if taken.is_some() || is_kept {
+            return Err(Rejection::ServiceNameTaken(spec.name.clone()));
+        }
+        if retired.is_none() {
+            self.may_take_a_name()?;
+        }
+        let service = spec.name.clone();
+        let mut events = vec![Event::ServiceRegistered { spec }];
+        events.extend(tenant.map(|tenant| Event::ServiceAssigned { service, tenant }));
+        Ok(Decision::of(events, answer(None, false)))
+    }
+
+    fn may_take_a_name(&self) -> Result<(), Rejection> {
+        let Tenancy::Of(tenant) = self.tenancy else {
+            return Ok(());
+        };
+        let services = self.state.services.values().map(|service| &service.tenant);
+        let retired = self.state.retired.values().map(|retired| &retired.tenant);
+        let own = |owner: &&Option<SmolStr>| owner.as_ref() == Some(tenant);
+        match services.chain(retired).filter(own).count() < MAX_SERVICES_OF_TENANT {
+            true => Ok(()),
+            false => Err(Rejection::TooManyServices(tenant.clone())),
+        }
     }
 
     /// A running instance keeps what it was started with; the next one gets the new specification.
     pub(super) fn update_service(&self, spec: Box<ServiceSpec>) -> Result<Decision, Rejection> {
-        let service = self.service(&spec.name)?;
+        let service = self.owned(&spec.name)?;
         if *service.spec == *spec {
             return Ok(Decision::of(Vec::new(), answer(None, true)));
         }
@@ -41,7 +94,7 @@ impl Context<'_> {
     }
 
     pub(super) fn enable_service(&self, name: ServiceName) -> Result<Decision, Rejection> {
-        let already = self.service(&name)?.enabled;
+        let already = self.operated(&name)?.enabled;
         let events = if already {
             vec![]
         } else {
@@ -52,7 +105,7 @@ impl Context<'_> {
 
     /// A running instance is drained and stopped.
     pub(super) fn disable_service(&self, name: ServiceName) -> Result<Decision, Rejection> {
-        let already = !self.service(&name)?.enabled;
+        let already = !self.operated(&name)?.enabled;
         let events = if already {
             vec![]
         } else {
@@ -63,7 +116,7 @@ impl Context<'_> {
 
     /// An idle instance is stopped first, and the service goes with it.
     pub(super) fn remove_service(&self, name: ServiceName) -> Result<Decision, Rejection> {
-        let service = self.service(&name)?;
+        let service = self.owned(&name)?;
         let Some(instance) = &service.instance else {
             return Ok(Decision::of(
                 vec![Event::ServiceRemoved { service: name }],
@@ -89,7 +142,7 @@ impl Context<'_> {
     }
 
     pub(super) fn start_service(&self, name: &ServiceName) -> Result<Decision, Rejection> {
-        let service = self.service(name)?;
+        let service = self.operated(name)?;
         if !service.enabled {
             return Err(Rejection::ServiceDisabled(name.clone()));
         }
@@ -140,7 +193,7 @@ impl Context<'_> {
         name: &ServiceName,
         drain: bool,
     ) -> Result<Decision, Rejection> {
-        let service = self.service(name)?;
+        let service = self.operated(name)?;
         let Some(instance) = &service.instance else {
             // It may be about to be started again: that is over now.
             let events = if service.wanted {
@@ -168,7 +221,7 @@ impl Context<'_> {
         name: &ServiceName,
         drain: bool,
     ) -> Result<Decision, Rejection> {
-        let service = self.service(name)?;
+        let service = self.operated(name)?;
         let Some(instance) = service.instance.as_ref().filter(|_| service.enabled) else {
             return self.start_service(name);
         };
@@ -250,7 +303,7 @@ impl Context<'_> {
         let Some((_, run)) = best_victim(&[service], self.state, running, self.now) else {
             return Err(Rejection::NoActiveJob(name.clone()));
         };
-        if !service.serves(&preemptor.spec.target) {
+        if !self.state.serves(service, preemptor) {
             return Err(Rejection::WrongService {
                 run: by,
                 service: name.clone(),
@@ -285,7 +338,7 @@ impl Context<'_> {
             .copied()
             .filter(|run| {
                 self.state.job(plane, *run).is_some_and(|job| {
-                    service.serves(&job.spec.target)
+                    self.state.serves(service, job)
                         || job.spec.service_type.as_ref() == Some(&service.spec.service_type)
                 })
             })

@@ -9,6 +9,7 @@ use crate::domain::settings::Settings;
 use crate::domain::state::State;
 use crate::domain::state::job::Phase;
 use crate::domain::state::timers::TimerKey;
+use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
 
 /// What the earliest deadline that is due at `now` comes to; `None` when none is due. An empty list when
@@ -19,6 +20,7 @@ pub fn due(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Vec
         TimerKey::Job(run) => {
             let events = Context {
                 state,
+                tenancy: &Tenancy::All,
                 settings,
                 now,
             }

@@ -438,6 +438,7 @@ mod tests {
     use crate::domain::settings::Settings;
     use crate::domain::spec::{JobSpec, Priority, Target};
     use crate::domain::state::State;
+    use crate::domain::tenant::Tenancy;
     use crate::domain::time::Timestamp;
 
     const PLANE: PlaneId = PlaneId(1);
@@ -465,6 +466,7 @@ mod tests {
             plane: PLANE,
             actor: SmolStr::default(),
             request_id: None,
+            tenancy: Tenancy::All,
             at: Timestamp(1),
         };
         let settings = Settings::default();

@@ -12,7 +12,7 @@
 //! events and at known times only.
 
 use std::cell::{OnceCell, RefCell};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rustc_hash::FxHashMap;
 use smol_str::SmolStr;
@@ -22,6 +22,7 @@ use crate::domain::settings::Settings;
 use crate::domain::spec::Target;
 use crate::domain::state::State;
 use crate::domain::state::account::{Account, Amount};
+use crate::domain::state::service::Service;
 use crate::domain::tenant::DEFAULT_WEIGHT;
 use crate::domain::time::Timestamp;
 
@@ -152,17 +153,29 @@ impl<'a> Fair<'a> {
         shapes.into_iter().map(|(target, _)| target).collect()
     }
 
-    /// Waiting jobs of a shape that quotas let run at once.
-    pub fn demand(&self, shape: &Shape) -> usize {
-        let lanes = shape.lanes().iter();
-        lanes
-            .map(|(key, lane)| {
-                let room = self.state.limits_of_lane(key).headroom();
-                lane.waiting
-                    .len()
-                    .min(usize::try_from(room).unwrap_or(usize::MAX))
-            })
-            .sum()
+    /// Jobs that wait for the places of `services`, those that `tenant` may use, and that quotas let run at once. Those of
+    /// other tenants do not count as far as services of their own are coming.
+    pub fn demand(&self, target: &Target, tenant: &SmolStr, services: &[&Service]) -> usize {
+        let Some(shape) = self.state.queue.shape(target) else {
+            return 0;
+        };
+        let mut waiting: BTreeMap<&SmolStr, usize> = BTreeMap::new();
+        let mut demand = 0;
+        let own = self.state.own_places_coming(target);
+        let competes = |key: &LaneKey| services.iter().any(|service| service.admits(&key.tenant));
+        for (key, lane) in shape.lanes().iter().filter(|(key, _)| competes(key)) {
+            let room = self.state.limits_of_lane(key).headroom();
+            let room = usize::try_from(room).unwrap_or(usize::MAX);
+            let waits = lane.waiting.len().min(room);
+            match own.contains_key(&key.tenant) && key.tenant != *tenant {
+                true => *waiting.entry(&key.tenant).or_default() += waits,
+                false => demand += waits,
+            }
+        }
+        for (of, waits) in waiting {
+            demand += waits.saturating_sub(own.get(of).copied().unwrap_or(0));
+        }
+        demand
     }
 
     /// The part of the machine that a tenant uses, in parts of its weight.
@@ -292,9 +305,19 @@ pub struct Serving<'f, 'a> {
 }
 
 impl<'a> Serving<'_, 'a> {
-    /// Whether it depends on the tenants' shares who is first.
-    pub fn is_contested(&self) -> bool {
-        self.contested
+    /// Whether it depends on the tenants' shares who is first on a service.
+    pub fn is_contested_for(&self, service: &Service) -> bool {
+        let admits = |front: &&Front| service.admits(&front.lane.tenant);
+        self.contested && self.fronts.iter().filter(admits).nth(1).is_some()
+    }
+
+    /// The next job of those lanes.
+    pub fn first_of(
+        &mut self,
+        wanted: impl Fn(&LaneKey) -> bool,
+    ) -> Option<(&'a LaneKey, OrderKey)> {
+        self.fronts.retain(|front| wanted(front.lane));
+        self.next()
     }
 
     /// Tells no further jobs of a lane.
@@ -335,5 +358,28 @@ impl<'a> Iterator for Serving<'_, 'a> {
             }
         }
         Some(told)
+    }
+}
+
+impl State {
+    /// Whether places of a service are on their way: it comes up, or room is made for it.
+    pub fn is_coming(&self, service: &Service) -> bool {
+        let instance = service.instance.as_ref();
+        self.holds.contains_key(&service.spec.name) || instance.is_some_and(|i| i.is_coming())
+    }
+
+    /// Places on their way for `target`, of services that are one tenant's alone.
+    fn own_places_coming(&self, target: &Target) -> BTreeMap<&SmolStr, usize> {
+        let mut places: BTreeMap<&SmolStr, usize> = BTreeMap::new();
+        for service in self.services.values() {
+            let Some(tenant) = &service.tenant else {
+                continue;
+            };
+            if service.enabled && service.serves(target) && self.is_coming(service) {
+                let sum = places.entry(tenant).or_default();
+                *sum = sum.saturating_add(service.places());
+            }
+        }
+        places
     }
 }

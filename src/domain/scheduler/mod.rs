@@ -10,6 +10,8 @@ pub mod status;
 pub mod upkeep;
 pub mod why;
 
+use smol_str::SmolStr;
+
 use self::fair::Fair;
 use self::queue::{OrderKey, Parking};
 use self::room::{Bid, Leave, Request, Spared};
@@ -60,7 +62,7 @@ enum Outcome {
 /// Tries the first job of a shape. Those to which a place was promised wait for it, so behind them the next
 /// one is tried.
 ///
-/// A lane that quotas keep from some of the services is passed over when it gets nowhere with the others.
+/// A lane that may not use all of the services is passed over when it gets nowhere with the others.
 fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
     let state = fair.state;
     let all = candidates(state, target);
@@ -77,7 +79,9 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
         let may_start = may_start(service, now) && placement::could_fit(state, service);
         service.instance.is_some() || may_start
     };
-    let matters = serving.is_contested() && all.iter().any(may_serve);
+    let matters = all
+        .iter()
+        .any(|service| serving.is_contested_for(service) && may_serve(service));
     let next_look = matters.then(|| fair.next_look());
     // Of this shape, with places promised, and served before.
     let mut before = Vec::new();
@@ -104,8 +108,9 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
             Outcome::Park(of_lane, wake_at) => {
                 parking.tried.get_or_insert(key);
                 parking.by_share |= of_lane.by_share;
-                // What is on its way is for those who may use it; the others are woken for what they may.
-                parking.enough_for = of_lane.enough_for.filter(|_| everything);
+                // What is on its way may be for some of the lanes only: the first of them to want more opens the shape.
+                let enough = parking.enough_for.into_iter().chain(of_lane.enough_for);
+                parking.enough_for = enough.min();
                 earliest = earliest.into_iter().chain(wake_at).min();
             }
         }
@@ -130,7 +135,7 @@ fn try_harder(
     fair: &Fair,
 ) -> Outcome {
     let (_, run) = key;
-    let enough_for = places_coming(state, &job.spec.target, all, fair);
+    let enough_for = places_coming(state, job, all, fair);
     if enough_for.is_some() {
         let parking = Parking {
             tried: Some(key),
@@ -186,7 +191,7 @@ fn try_harder(
     )
 }
 
-/// Services that may run jobs of this shape, in the order of their names.
+/// Services that may run jobs of this shape, of tenants that they admit; in the order of their names.
 pub fn candidates<'a>(state: &'a State, target: &Target) -> Vec<&'a Service> {
     let usable = |service: &&Service| service.enabled && service.serves(target);
     match target {
@@ -232,25 +237,22 @@ fn dispatch(run: RunId, job: &Job, service: &Service) -> Event {
 
 /// How many jobs of this shape have places on their way: on instances that come up, in room being made, or
 /// promised. `None` when more jobs wait than that, of those that quotas let run.
-fn places_coming(state: &State, target: &Target, all: &[&Service], fair: &Fair) -> Option<usize> {
-    let waiting = fair.demand(state.queue.shape(target)?);
+fn places_coming(state: &State, job: &Job, all: &[&Service], fair: &Fair) -> Option<usize> {
+    let target = &job.spec.target;
     let coming: usize = all
         .iter()
-        .filter(|service| {
-            state.holds.contains_key(&service.spec.name)
-                || service.instance.as_ref().is_some_and(|i| i.is_coming())
-        })
+        .filter(|service| state.is_coming(service))
         .fold(0, |sum, service| sum.saturating_add(service.places()));
     if coming == 0 {
         return None;
     }
+    let admitted = |tenant: &SmolStr| all.iter().any(|service| service.admits(tenant));
     let same_shape = |run: &&RunId| {
-        state
-            .jobs
-            .get(run)
-            .is_some_and(|job| job.spec.target == *target)
+        let job = state.jobs.get(run);
+        job.is_some_and(|job| job.spec.target == *target && admitted(state.tenant_of(job.plane)))
     };
     let promised = state.promises.keys().filter(same_shape).count();
+    let waiting = fair.demand(target, state.tenant_of(job.plane), all);
     let enough_for = coming.saturating_add(promised);
     (waiting <= enough_for).then_some(enough_for)
 }

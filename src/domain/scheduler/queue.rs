@@ -142,8 +142,8 @@ pub struct Shape {
     /// Those with waiting jobs.
     lanes: BTreeMap<LaneKey, Lane>,
     waiting: usize,
-    /// Jobs of this shape that will want a place later: paused, preempted, or backing off.
-    pub held: u64,
+    /// Jobs of this shape that will want a place later: paused, preempted, or backing off; by tenant, of those with any.
+    held: BTreeMap<SmolStr, u64>,
     /// Waiting jobs by priority level, index 0 is priority 1.
     pub by_priority: [u64; 5],
     parking: Parking,
@@ -193,6 +193,11 @@ impl Shape {
         };
         let next = self.lanes.range(first..).next();
         next.is_some_and(|(key, _)| key.tenant == *tenant)
+    }
+
+    /// Whether any job of a tenant waits here, or will want a place later.
+    pub fn wants(&self, tenant: &SmolStr) -> bool {
+        self.awaits(tenant) || self.held.contains_key(tenant)
     }
 
     /// Of all lanes' first jobs the one with the smallest key.
@@ -324,16 +329,21 @@ impl Queue {
     }
 
     /// Counts a job of this shape that waits outside the queue.
-    pub fn hold(&mut self, target: &Target) {
+    pub fn hold(&mut self, target: &Target, tenant: &SmolStr) {
         self.change(target, None, |shape| {
-            shape.held += 1;
+            *shape.held.entry(tenant.clone()).or_default() += 1;
             false
         });
     }
 
-    pub fn unhold(&mut self, target: &Target) {
+    pub fn unhold(&mut self, target: &Target, tenant: &SmolStr) {
         self.change(target, None, |shape| {
-            shape.held = shape.held.saturating_sub(1);
+            if let Some(held) = shape.held.get_mut(tenant) {
+                *held -= 1;
+                if *held == 0 {
+                    shape.held.remove(tenant);
+                }
+            }
             false
         });
     }
@@ -374,7 +384,7 @@ impl Queue {
         } else if opens && !self.open.contains(target) {
             self.open.insert(target.clone());
         }
-        if shape.is_empty() && shape.held == 0 {
+        if shape.is_empty() && shape.held.is_empty() {
             self.shapes.remove(target);
         }
     }

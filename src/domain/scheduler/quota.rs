@@ -159,28 +159,32 @@ impl State {
         limits.is_empty() || limits.hit(Amount::of_run(service)).is_none()
     }
 
-    /// Those of `services` that a lane's quotas let its jobs use now.
+    /// Those of `services` that admit a lane's jobs, and that its quotas let them use now.
     pub fn usable<'s, 'a>(
         &self,
         lane: &LaneKey,
         services: &'s [&'a Service],
     ) -> Cow<'s, [&'a Service]> {
         let limits = self.limits_of_lane(lane);
-        if limits.is_empty() {
+        let allowed = |service: &&&Service| {
+            let admitted = service.admits(&lane.tenant);
+            admitted && (limits.is_empty() || limits.hit(Amount::of_run(service)).is_none())
+        };
+        if services.iter().all(|service| allowed(&service)) {
             return Cow::Borrowed(services);
         }
-        let allowed = |service: &&&Service| limits.hit(Amount::of_run(service)).is_none();
         Cow::Owned(services.iter().filter(allowed).copied().collect())
     }
 
-    /// The most urgent priority among the jobs of a shape that quotas let run, if any.
-    pub fn most_urgent(&self, target: &Target) -> Option<Priority> {
+    /// The most urgent priority among the jobs of a shape that `service` admits and quotas let run, if any.
+    pub fn most_urgent(&self, service: &Service, target: &Target) -> Option<Priority> {
         let shape = self.queue.shape(target)?;
-        let level = match self.is_limited() {
+        let level = match self.is_limited() || service.tenant.is_some() {
             false => shape.most_urgent(),
             true => {
                 let lanes = shape.lanes().iter();
-                let free = lanes.filter(|(lane, _)| !self.is_at_quota(lane));
+                let free = lanes
+                    .filter(|(lane, _)| service.admits(&lane.tenant) && !self.is_at_quota(lane));
                 free.filter_map(|(_, lane)| lane.most_urgent()).min()
             }
         }?;

@@ -213,7 +213,7 @@ impl Request<'_, '_> {
 
     fn leave_ready(&self, other: &Service, instance: &Instance) -> Option<Leave> {
         // It could take this very job, if it had a place.
-        let same_shape = other.serves(&self.bid.job.spec.target);
+        let same_shape = self.state.serves(other, self.bid.job);
         // What was stopped for others, or has left for this one to come up, must not have been so in vain.
         let idle = instance.active.is_empty();
         let unused = idle && instance.idle_since <= instance.since;
@@ -267,7 +267,7 @@ fn best_waiting(state: &State, service: &Service) -> Option<crate::domain::spec:
     let targets = service.targets();
     targets
         .iter()
-        .filter_map(|target| state.most_urgent(target))
+        .filter_map(|target| state.most_urgent(service, target))
         .min()
 }
 

@@ -33,40 +33,53 @@ pub struct GpuStatus {
     pub reservations: Vec<(ServiceName, u64)>,
 }
 
-pub fn queue_stats(state: &State) -> QueueStats {
-    let mut stats = QueueStats {
-        queued: state.queue.len(),
-        ..QueueStats::default()
-    };
+/// Of one tenant's jobs, or of all.
+pub fn queue_stats(state: &State, tenant: Option<&SmolStr>) -> QueueStats {
+    let mut stats = QueueStats::default();
     for (target, shape) in state.queue.shapes() {
-        let waiting = shape.len();
-        if waiting > 0 {
-            let name = type_of(state, target);
-            *stats.by_type.entry(name).or_default() += u64::try_from(waiting).unwrap_or(u64::MAX);
-        }
-        for (level, count) in (1u8..).zip(shape.by_priority) {
-            if count > 0 {
-                *stats.by_priority.entry(level).or_default() += count;
+        let mut waiting = 0;
+        for (_, lane) in shape
+            .lanes()
+            .iter()
+            .filter(|(lane, _)| tenant.is_none_or(|tenant| lane.tenant == *tenant))
+        {
+            waiting += u64::try_from(lane.waiting.len()).unwrap_or(u64::MAX);
+            for (level, count) in (1u8..).zip(lane.by_priority) {
+                if count > 0 {
+                    *stats.by_priority.entry(level).or_default() += count;
+                }
             }
         }
+        if waiting > 0 {
+            *stats
+                .by_type
+                .entry(type_of(state, target, tenant))
+                .or_default() += waiting;
+        }
+        stats.queued += waiting;
     }
-    let active = |service: &crate::domain::state::service::Service| {
-        service
-            .instance
-            .as_ref()
-            .map_or(0, |instance| instance.active.len())
+    stats.running = match tenant {
+        Some(tenant) => {
+            let account = state.accounts.tenant(tenant);
+            account.map_or(0, |account| account.holding.held.places)
+        }
+        None => {
+            let instances = state.services.values().filter_map(|s| s.instance.as_ref());
+            let running: usize = instances.map(|instance| instance.active.len()).sum();
+            u64::try_from(running).unwrap_or(u64::MAX)
+        }
     };
-    let running: usize = state.services.values().map(active).sum();
-    stats.running = u64::try_from(running).unwrap_or(u64::MAX);
     stats
 }
 
-fn type_of(state: &State, target: &Target) -> SmolStr {
+/// A service that does not exist for the tenant has no type that it could be told.
+fn type_of(state: &State, target: &Target, tenant: Option<&SmolStr>) -> SmolStr {
     match target {
         Target::Type(service_type) => service_type.clone(),
         Target::Service(name) => state
             .services
             .get(name)
+            .filter(|service| tenant.is_none_or(|tenant| service.admits(tenant)))
             .map_or_else(|| name.clone(), |service| service.spec.service_type.clone()),
     }
 }

@@ -86,6 +86,7 @@ fn has_prospect(state: &State, now: Timestamp, run: RunId, job: &Job) -> bool {
         && (state.promises.contains_key(&run)
             || super::candidates(state, &job.spec.target)
                 .iter()
+                .filter(|service| state.serves(service, job))
                 .any(may_come))
 }
 
@@ -163,8 +164,14 @@ fn instance_upkeep(
             if idle_end(settings, service, instance).is_some_and(|at| at <= now) =>
         {
             // Jobs that wait, or are on hold, may need it yet; it is looked at again when they are gone.
-            let shape = |target: &Target| state.queue.shape(target).is_some();
-            let needed = service.targets().iter().any(shape);
+            let wanted = |target: &Target| {
+                let shape = state.queue.shape(target);
+                shape.is_some_and(|shape| match &service.tenant {
+                    Some(tenant) => shape.wants(tenant),
+                    None => true,
+                })
+            };
+            let needed = service.targets().iter().any(wanted);
             (!needed).then(|| vec![stop(service, instance, StopCause::Idle, now)])
         }
         InstancePhase::Draining { cause, .. } if instance.active.is_empty() => {
@@ -266,7 +273,7 @@ fn holds_upkeep(state: &State, now: Timestamp) -> Option<Vec<Event>> {
 fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bool {
     let waits = state.jobs.get(&hold.run).is_some_and(|job| {
         matches!(job.phase, Phase::Queued)
-            && service.serves(&job.spec.target)
+            && state.serves(service, job)
             && state.may_use(job.plane, service)
     });
     let need = service.need_mib();

@@ -2,6 +2,7 @@
 //! rules as `step`, and decides nothing.
 
 use super::fair::Fair;
+use super::queue::LaneKey;
 use super::room::{Bid, Spared};
 use super::{candidates, placement};
 use crate::domain::event::JobStopCause;
@@ -129,9 +130,10 @@ fn queued(
         found.push(at_quota(&hit));
     }
     found.extend(behind(state, settings, run, job, now));
-    let all = candidates(state, &job.spec.target);
+    let mut all = candidates(state, &job.spec.target);
+    all.retain(|service| state.serves(service, job));
     if all.is_empty() {
-        found.push(no_service(state, &job.spec.target));
+        found.push(no_service(state, job));
     }
     let key = state.queue.key(run, job.queued_at, job.spec.priority);
     let earlier = |by: RunId| {
@@ -192,7 +194,13 @@ fn behind(
         ));
     }
     let fair = Fair::new(state, settings, now);
-    let (first, _) = fair.serving(&job.spec.target).next()?;
+    let mut services = candidates(state, &job.spec.target);
+    services.retain(|service| state.serves(service, job));
+    let competes = |other: &LaneKey| {
+        let shares = |service: &&Service| service.admits(&other.tenant);
+        other.tenant == lane.tenant || services.iter().any(shares)
+    };
+    let (first, _) = fair.serving(&job.spec.target).first_of(competes)?;
     if first.tenant == lane.tenant || state.is_at_quota(&lane) {
         return None;
     }
@@ -203,12 +211,10 @@ fn behind(
     ))
 }
 
-fn no_service(state: &State, target: &Target) -> Blocking {
-    let disabled = state
-        .services
-        .values()
-        .find(|service| service.serves(target));
-    match (disabled, target) {
+fn no_service(state: &State, job: &Job) -> Blocking {
+    let mut services = state.services.values();
+    let disabled = services.find(|service| state.serves(service, job));
+    match (disabled, &job.spec.target) {
         (Some(service), _) => blocking(
             "service_disabled",
             format!("service '{0}' is disabled; enable it", service.spec.name),

@@ -7,6 +7,7 @@ use smol_str::SmolStr;
 
 use super::State;
 use super::account::Amount;
+use super::service::Service;
 use crate::domain::event::{Event, JobStopCause};
 use crate::domain::ids::{Attempt, Generation, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::scheduler::queue::{LaneKey, OrderKey};
@@ -139,27 +140,40 @@ impl State {
             job.since = at;
         }
         self.change_holding(job.plane, held, job.holds(), at);
-        let target = job.spec.target.clone();
-        let plane = job.plane;
+        let (plane, target) = (job.plane, job.spec.target.clone());
         self.index_job(run, job);
         self.forget_served(plane, &target);
-        self.look_at_served(&target);
+        self.look_at_served(plane, &target);
     }
 
-    /// Nobody wants this shape any more: services that were kept up for it may be idle now.
-    fn look_at_served(&mut self, target: &Target) {
-        if self.queue.shape(target).is_some() {
+    /// The tenant of a plane, or nobody at all, wants this shape any more: services that were kept up for it may be
+    /// idle now.
+    fn look_at_served(&mut self, plane: PlaneId, target: &Target) {
+        let tenant = self.tenant_of(plane);
+        let shape = self.queue.shape(target);
+        if shape.is_some_and(|shape| shape.wants(tenant)) {
             return;
         }
-        match target {
-            Target::Service(name) => {
-                self.touched.insert(name.clone());
-            }
-            Target::Type(_) => {
-                let served = self.services.values().filter(|s| s.serves(target));
-                self.touched.extend(served.map(|s| s.spec.name.clone()));
-            }
-        }
+        let concerned = |service: &&Service| {
+            let nobodys = service.tenant.is_none() && shape.is_none();
+            service.serves(target) && (nobodys || service.tenant.as_ref() == Some(tenant))
+        };
+        let served: Vec<ServiceName> = match target {
+            Target::Service(name) => self
+                .services
+                .get(name)
+                .into_iter()
+                .filter(concerned)
+                .map(|s| s.spec.name.clone())
+                .collect(),
+            Target::Type(_) => self
+                .services
+                .values()
+                .filter(concerned)
+                .map(|s| s.spec.name.clone())
+                .collect(),
+        };
+        self.touched.extend(served);
     }
 
     /// Takes a job out, with all that indexes it.
@@ -169,7 +183,8 @@ impl State {
             self.timers.disarm_job(at, run);
         }
         if job.is_held() {
-            self.queue.unhold(&job.spec.target);
+            let tenant = self.tenant_of(job.plane).clone();
+            self.queue.unhold(&job.spec.target, &tenant);
         }
         match &job.phase {
             Phase::Queued => {
@@ -200,7 +215,8 @@ impl State {
             self.timers.arm_job(at, run);
         }
         if job.is_held() {
-            self.queue.hold(&job.spec.target);
+            let tenant = self.tenant_of(job.plane).clone();
+            self.queue.hold(&job.spec.target, &tenant);
         }
         let mut waits_or_works = true;
         match &job.phase {
@@ -298,7 +314,7 @@ impl State {
             self.callbacks
                 .insert(run, Callback::new(job.plane, url, at, number));
         }
-        self.look_at_served(&job.spec.target);
+        self.look_at_served(job.plane, &job.spec.target);
         self.drop_promises(run);
         self.check_preemptor(run);
     }

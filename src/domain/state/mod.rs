@@ -18,12 +18,12 @@ use smol_str::SmolStr;
 use self::account::Accounts;
 use self::gpu::{Gpu, Hold};
 use self::job::{Callback, Job};
-use self::service::Service;
+use self::service::{Retired, Service};
 use self::timers::Timers;
 use self::user::People;
 use super::event::Event;
 use super::identity::UserKey;
-use super::ids::{Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::ids::{GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::scheduler::fair::Shares;
 use super::scheduler::queue::Queue;
 use super::tenant::Quotas;
@@ -48,9 +48,9 @@ pub struct State {
     pub gpus: BTreeMap<GpuUuid, Gpu>,
     /// Room promised to a service while others leave.
     pub holds: BTreeMap<ServiceName, Hold>,
-    /// The last generation of each removed service: one registered again under its name counts on from there,
-    /// so that no late outcome of the old one is taken for the new one's.
-    pub retired: BTreeMap<ServiceName, Generation>,
+    /// Removed services: the generations of one registered again under the name count on, so that no late outcome of
+    /// the old one is taken for the new one's.
+    pub retired: BTreeMap<ServiceName, Retired>,
     /// Outcomes still to be delivered.
     pub callbacks: BTreeMap<RunId, Callback>,
     /// Users, their tokens and runtimes.
@@ -116,7 +116,7 @@ struct SnapshotRef<'a> {
     services: &'a BTreeMap<ServiceName, Service>,
     gpus: &'a BTreeMap<GpuUuid, Gpu>,
     holds: &'a BTreeMap<ServiceName, Hold>,
-    retired: &'a BTreeMap<ServiceName, Generation>,
+    retired: &'a BTreeMap<ServiceName, Retired>,
     callbacks: &'a BTreeMap<RunId, Callback>,
     people: &'a People,
     accounts: &'a Accounts,
@@ -134,7 +134,7 @@ struct SnapshotOwned {
     services: BTreeMap<ServiceName, Service>,
     gpus: BTreeMap<GpuUuid, Gpu>,
     holds: BTreeMap<ServiceName, Hold>,
-    retired: BTreeMap<ServiceName, Generation>,
+    retired: BTreeMap<ServiceName, Retired>,
     callbacks: BTreeMap<RunId, Callback>,
     people: People,
     accounts: Accounts,
@@ -190,7 +190,6 @@ impl State {
         state.people = snapshot.people;
         state.accounts = snapshot.accounts;
         state.people.index_tokens();
-        state.index_limits();
         for (name, service) in &snapshot.services {
             if let Some(instance) = &service.instance {
                 for run in &instance.promised {
@@ -200,6 +199,7 @@ impl State {
             state.touched.insert(name.clone());
         }
         state.services = snapshot.services;
+        state.index_limits();
         state.jobs = snapshot.jobs;
         state.index_all_jobs();
         let preemptors: Vec<RunId> = state.preempted_by.keys().copied().collect();
@@ -287,6 +287,7 @@ impl State {
     fn apply_machine(&mut self, at: Timestamp, event: &Event) {
         match event {
             Event::ServiceRegistered { .. }
+            | Event::ServiceAssigned { .. }
             | Event::ServiceUpdated { .. }
             | Event::ServiceEnabled { .. }
             | Event::ServiceDisabled { .. }

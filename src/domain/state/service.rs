@@ -3,9 +3,10 @@
 use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
+use smol_str::SmolStr;
 
 use super::State;
-use super::job::Phase;
+use super::job::{Job, Phase};
 use crate::domain::effect::ProcessIdentity;
 use crate::domain::event::{Event, StartCause, StopCause};
 use crate::domain::ids::{Generation, RunId, ServiceName};
@@ -16,6 +17,8 @@ use crate::domain::time::Timestamp;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Service {
     pub spec: Box<ServiceSpec>,
+    /// Whose jobs alone it takes; `None` takes everybody's.
+    pub tenant: Option<SmolStr>,
     pub enabled: bool,
     /// The last generation given.
     pub generation: Generation,
@@ -30,6 +33,14 @@ pub struct Service {
     pub crash_looped: Option<String>,
     /// The most GPU memory that an instance was seen to use, when more than declared.
     pub learned_mib: Option<u64>,
+}
+
+/// What is kept of a removed service.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Retired {
+    /// The last one given.
+    pub generation: Generation,
+    pub tenant: Option<SmolStr>,
 }
 
 /// One life of a service.
@@ -84,7 +95,12 @@ impl Service {
         self.spec.vram_mib.max(self.learned_mib.unwrap_or(0))
     }
 
-    /// Whether jobs of `target` may run on it.
+    /// Whether it takes jobs of this tenant.
+    pub fn admits(&self, tenant: &SmolStr) -> bool {
+        self.tenant.as_ref().is_none_or(|owner| owner == tenant)
+    }
+
+    /// Whether it takes jobs of `target`, of tenants that it admits.
     pub fn serves(&self, target: &Target) -> bool {
         match target {
             Target::Type(service_type) => self.spec.service_type == *service_type,
@@ -141,6 +157,11 @@ impl Instance {
 }
 
 impl State {
+    /// Whether a job may run on a service.
+    pub fn serves(&self, service: &Service, job: &Job) -> bool {
+        service.serves(&job.spec.target) && service.admits(self.tenant_of(job.plane))
+    }
+
     /// Changes a service and marks it for the scheduler's attention. Whatever changes of it may help any
     /// shape: its jobs' leaving makes room as well as its own.
     fn edit_service(&mut self, name: &ServiceName, edit: impl FnOnce(&mut Service)) {
@@ -243,7 +264,7 @@ impl State {
             && self.services.get(&name).is_some_and(|service| {
                 let job = self.jobs.get(&by);
                 let job = job.filter(|job| matches!(job.phase, Phase::Queued));
-                service.ready().is_some() && job.is_some_and(|job| service.serves(&job.spec.target))
+                service.ready().is_some() && job.is_some_and(|job| self.serves(service, job))
             });
         if wants_it {
             self.promises.insert(by, name.clone());
@@ -277,7 +298,7 @@ impl State {
             .iter()
             .filter(|run| {
                 let job = self.jobs.get(run);
-                instance.is_leaving() || job.is_none_or(|job| !service.serves(&job.spec.target))
+                instance.is_leaving() || job.is_none_or(|job| !self.serves(service, job))
             })
             .copied()
             .collect();
@@ -324,10 +345,14 @@ impl State {
     pub(super) fn apply_service(&mut self, event: &Event) {
         match event {
             Event::ServiceRegistered { spec } => {
+                let retired = self.retired.remove(&spec.name);
                 let service = Service {
                     spec: spec.clone(),
+                    tenant: None,
                     enabled: true,
-                    generation: self.retired.remove(&spec.name).unwrap_or_default(),
+                    generation: retired
+                        .map(|retired| retired.generation)
+                        .unwrap_or_default(),
                     instance: None,
                     wanted: false,
                     deaths: 0,
@@ -358,8 +383,16 @@ impl State {
             }),
             Event::ServiceRemoved { service } => {
                 if let Some(removed) = self.services.remove(service) {
-                    self.retired.insert(service.clone(), removed.generation);
+                    let retired = Retired {
+                        generation: removed.generation,
+                        tenant: removed.tenant,
+                    };
+                    self.retired.insert(service.clone(), retired);
                 }
+                self.queue.unpark_all();
+            }
+            Event::ServiceAssigned { service, tenant } => {
+                self.edit_service(service, |service| service.tenant = Some(tenant.clone()));
                 self.queue.unpark_all();
             }
             Event::ServiceCrashLooped {

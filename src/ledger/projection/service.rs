@@ -15,6 +15,8 @@ use super::run::RunSummary;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ServiceView {
     pub spec: ServiceSpec,
+    /// Whose it is; `None` is shared by all.
+    pub tenant: Option<SmolStr>,
     pub enabled: bool,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
@@ -75,6 +77,7 @@ pub fn service_of(event: &Event) -> Option<&ServiceName> {
         Event::ServiceEnabled { service }
         | Event::ServiceDisabled { service }
         | Event::ServiceRemoved { service }
+        | Event::ServiceAssigned { service, .. }
         | Event::ServiceCrashLooped { service, .. }
         | Event::ServicePeakLearned { service, .. } => Some(service),
         event => event.instance().map(|(service, _)| service),
@@ -86,6 +89,7 @@ pub fn apply(view: Option<ServiceView>, event: &Event, at: Timestamp) -> Option<
     if let Event::ServiceRegistered { spec } = event {
         return Some(ServiceView {
             spec: (**spec).clone(),
+            tenant: None,
             enabled: true,
             created_at: at,
             updated_at: at,
@@ -120,6 +124,7 @@ pub fn apply(view: Option<ServiceView>, event: &Event, at: Timestamp) -> Option<
             view.deaths = *deaths;
             view.retry_at = None;
         }
+        Event::ServiceAssigned { tenant, .. } => view.tenant = Some(tenant.clone()),
         Event::ServicePeakLearned { mib, .. } => view.learned_mib = Some(*mib),
         event => instance(&mut view, event, at),
     }

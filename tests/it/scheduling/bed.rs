@@ -13,6 +13,7 @@ use rungate::domain::event::Event;
 use rungate::domain::ids::{PlaneId, RunId, Seq};
 use rungate::domain::settings::Settings;
 use rungate::domain::state::State;
+use rungate::domain::tenant::Tenancy;
 use rungate::domain::time::Timestamp;
 use smol_str::SmolStr;
 
@@ -90,6 +91,7 @@ impl Bed {
             plane,
             actor: SmolStr::new_static("test"),
             request_id: None,
+            tenancy: Tenancy::All,
             at: self.now,
         };
         let decision = decide(&self.state, &self.settings, &origin, command, self.now)?;

@@ -107,6 +107,7 @@ impl Watch {
                     .services
                     .get(service)
                     .ok_or("dispatched to an unknown service")?;
+                admitted(state, entry, *run)?;
                 let instance = entry
                     .ready()
                     .ok_or("dispatched to an instance that is not ready")?;
@@ -411,7 +412,7 @@ fn room_will_be_free(state: &State, service: &ServiceName) -> Result<(), Broken>
     Ok(())
 }
 
-/// The run whose turn it is on a service: those that quotas keep from it are passed over.
+/// The run whose turn it is on a service: those that it does not admit, or quotas keep from it, are passed over.
 fn first_of(
     state: &State,
     settings: &Settings,
@@ -421,9 +422,9 @@ fn first_of(
 ) -> Option<RunId> {
     let service = state.services.get(service)?;
     let fair = Fair::new(state, settings, now);
-    let mut turns = fair
-        .serving(target)
-        .filter(|(_, key)| state.may_use(state.jobs[&key.1].plane, service));
+    let mut turns = fair.serving(target).filter(|(lane, key)| {
+        service.admits(&lane.tenant) && state.may_use(state.jobs[&key.1].plane, service)
+    });
     turns.next().map(|(_, key)| key.1)
 }
 
@@ -459,6 +460,18 @@ fn accounts_agree(state: &State) -> Result<(), Broken> {
             "{tenant} has {has:?}, not {live}, {sum:?}"
         );
     }
+    Ok(())
+}
+
+/// Whoever was dispatched is one of those whom the service admits.
+fn admitted(state: &State, service: &Service, run: RunId) -> Result<(), Broken> {
+    let job = state.jobs.get(&run).ok_or("an unknown run is dispatched")?;
+    let tenant = state.tenant_of(job.plane);
+    let name = &service.spec.name;
+    hold!(
+        service.admits(tenant),
+        "{name} is not for {run} of {tenant}"
+    );
     Ok(())
 }
 
@@ -578,16 +591,15 @@ fn nothing_idle(
     target: &Target,
 ) -> Result<(), Broken> {
     let fair = Fair::new(state, settings, now);
-    let waiting = fair.demand(state.queue.shape(target).ok_or("no shape")?);
     let all: Vec<&Service> = state
         .services
         .values()
         .filter(|s| s.enabled && s.serves(target))
         .collect();
     for (lane, _) in fair.serving(target) {
-        // What the lane's quotas let it use.
+        // What admits the lane, and its quotas let it use.
         let usable = state.usable(lane, &all).into_owned();
-        no_idle_place(state, now, target, waiting, &usable)?;
+        no_idle_place(&fair, now, (target, &lane.tenant), &usable)?;
         if usable.len() == all.len() {
             break;
         }
@@ -596,12 +608,14 @@ fn nothing_idle(
 }
 
 fn no_idle_place(
-    state: &State,
+    fair: &Fair,
     now: Timestamp,
-    target: &Target,
-    waiting: usize,
+    (target, tenant): (&Target, &SmolStr),
     all: &[&Service],
 ) -> Result<(), Broken> {
+    let state = fair.state;
+    let admitted = |tenant: &SmolStr| all.iter().any(|service| service.admits(tenant));
+    let waiting = fair.demand(target, tenant, all);
     let mut coming = 0;
     for service in all {
         let places = service.spec.concurrency as usize;
@@ -626,7 +640,8 @@ fn no_idle_place(
     coming += state
         .promises
         .keys()
-        .filter(|run| state.jobs[*run].spec.target == *target)
+        .map(|run| &state.jobs[run])
+        .filter(|job| job.spec.target == *target && admitted(state.tenant_of(job.plane)))
         .count();
     if waiting <= coming {
         return Ok(());

@@ -1,6 +1,8 @@
 //! A gateway that random operations are played to, with the world around it and perhaps a twin that was read back
 //! from a snapshot on the way and must do the same ever after.
 
+use std::collections::BTreeMap;
+
 use rungate::domain::command::{Command, InboxAction, InboxCommand};
 use rungate::domain::ids::{PlaneId, RunId, ServiceName};
 use rungate::domain::settings::Settings;
@@ -33,6 +35,8 @@ pub struct Play {
     pub runs: Vec<RunId>,
     /// Whose runs are started, in turns; without any the first administrator's.
     pub starters: Vec<PlaneId>,
+    /// Services that are one tenant's alone, once they are registered.
+    pub owners: BTreeMap<ServiceName, SmolStr>,
 }
 
 impl Play {
@@ -43,6 +47,7 @@ impl Play {
             twin: None,
             runs: Vec::new(),
             starters: Vec::new(),
+            owners: BTreeMap::new(),
         };
         play.submit(Command::GatewayStarted {
             epoch: 1,
@@ -241,7 +246,8 @@ impl Play {
         if self.bed.state.services.contains_key(&spec.name) {
             self.submit(Command::UpdateService { spec });
         } else {
-            self.submit(Command::RegisterService { spec });
+            let tenant = self.owners.get(&spec.name).cloned();
+            self.submit(Command::RegisterService { spec, tenant });
         }
     }
 
@@ -396,7 +402,7 @@ impl Play {
                 let sizes = GPUS.iter().filter(|mib| **mib >= s.need_mib()).count();
                 let fits = s.spec.gpus == 0 && s.spec.vram_mib == 0
                     || sizes >= s.spec.gpus.max(1) as usize;
-                s.serves(&job.spec.target) && s.spec.worker != Worker::Container && fits
+                state.serves(s, job) && s.spec.worker != Worker::Container && fits
             });
             matches!(job.phase, Phase::Queued) && !possible
         })

@@ -334,6 +334,7 @@ impl Script {
         Some(match line.verb {
             "service" => Command::RegisterService {
                 spec: Box::new(spec(line, None)),
+                tenant: line.keyed.get("tenant").map(SmolStr::new),
             },
             "update" => {
                 let old = &self.bed.state.services[line.name()].spec;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 
 use proptest::prelude::*;
 use proptest::test_runner::Config;
-use rungate::domain::command::{Command, Origin};
-use rungate::domain::decide::decide;
+use rungate::domain::command::{Command, Origin, Rejection};
+use rungate::domain::decide::{MAX_SERVICES_OF_TENANT, decide};
 use rungate::domain::engine::follow_up;
 use rungate::domain::event::{Event, JobStopCause};
 use rungate::domain::identity::{IdentityCommand, ProfileChange};
@@ -14,13 +14,13 @@ use rungate::domain::ids::{Generation, PlaneId, RunId};
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{JobSpec, Priority, ServiceSpec, Target};
 use rungate::domain::state::State;
-use rungate::domain::tenant::{QuotasChange, TenantChange};
+use rungate::domain::tenant::{QuotasChange, Tenancy, TenantChange};
 use rungate::domain::time::Timestamp;
-use smol_str::SmolStr;
+use smol_str::{SmolStr, format_smolstr};
 use uuid::Uuid;
 
 use super::bed::{payload, replay};
-use super::ops::{Op, op, plain_spec, pressing_op, pressing_spec, spec};
+use super::ops::{Op, name, op, plain_spec, pressing_op, pressing_spec, spec};
 use super::play::Play;
 use super::properties::config;
 use super::script::{create_user, user_key};
@@ -96,7 +96,7 @@ fn say(play: &mut Play, said: Said) {
     play.submit(Command::Identity(Box::new(command)));
 }
 
-/// A gateway with users of several tenants, whose starts they take in turns.
+/// A gateway with users of several tenants, whose starts they take in turns. Of the services two are one tenant's alone.
 fn several(specs: Vec<ServiceSpec>) -> Play {
     let mut play = Play::new();
     for user in USERS {
@@ -105,6 +105,9 @@ fn several(specs: Vec<ServiceSpec>) -> Play {
         let plane = play.bed.state.people.users[&user_key(user)].plane;
         play.starters.push(plane);
     }
+    play.owners = [(3, "a"), (4, "b")]
+        .map(|(service, tenant)| (name(service), tenant.into()))
+        .into();
     for spec in specs {
         play.register(spec);
     }
@@ -248,6 +251,7 @@ impl Machine {
             PlaneId::ROOT,
             Command::RegisterService {
                 spec: Box::new(spec),
+                tenant: None,
             },
         );
         machine.submit(
@@ -384,6 +388,7 @@ fn origin_of(plane: PlaneId, at: Timestamp) -> Origin {
         plane,
         actor: SmolStr::new_static("test"),
         request_id: None,
+        tenancy: Tenancy::All,
         at,
     }
 }
@@ -493,7 +498,10 @@ fn kinds_of_jobs_that_nobody_takes_are_not_looked_at() {
         ..plain_spec(1)
     };
     let spec = Box::new(late);
-    machine.submit(PlaneId::ROOT, Command::RegisterService { spec });
+    machine.submit(
+        PlaneId::ROOT,
+        Command::RegisterService { spec, tenant: None },
+    );
     assert!(
         machine.state.services["s1"].instance.is_some(),
         "it is started for those that wait"
@@ -537,4 +545,149 @@ proptest! {
             seen = machine.dispatched.len();
         }
     }
+}
+
+/// Between a look at a service and a command about it, the name may have come to be another's: the command itself is held
+/// to whoever gives it.
+#[test]
+fn a_command_finds_only_the_services_of_whoever_gives_it() {
+    let mut state = State::new(1);
+    for service in 0..3 {
+        let spec = Box::new(plain_spec(service));
+        state.apply(
+            1,
+            Timestamp(0),
+            PlaneId::ROOT,
+            &Event::ServiceRegistered { spec },
+        );
+    }
+    for (service, tenant) in [(1, "a"), (2, "b")] {
+        let (service, tenant) = (name(service), tenant.into());
+        let assigned = Event::ServiceAssigned { service, tenant };
+        state.apply(2, Timestamp(0), PlaneId::ROOT, &assigned);
+    }
+    let by = |tenancy: &Tenancy, command: Command| {
+        let origin = Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::new_static("test"),
+            request_id: None,
+            tenancy: tenancy.clone(),
+            at: Timestamp(0),
+        };
+        let decided = decide(&state, &Settings::default(), &origin, command, Timestamp(0));
+        decided.map_or_else(|rejection| rejection.code(), |_| "done")
+    };
+    let (none, shared) = ("service_not_found", "role_required");
+    // Of the shared service, of a's and of b's: what becomes of operating, of changing and of looking.
+    for (tenancy, operates, changes, looks) in [
+        (Tenancy::All, ["done"; 3], ["done"; 3], ["done"; 3]),
+        (
+            Tenancy::Of("default".into()),
+            ["done", none, none],
+            [shared, none, none],
+            ["done", none, none],
+        ),
+        (
+            Tenancy::Of("a".into()),
+            [shared, "done", none],
+            [shared, "done", none],
+            ["done", "done", none],
+        ),
+    ] {
+        for number in 0..3u8 {
+            let (n, service) = (usize::from(number), name(number));
+            let drain = true;
+            for command in [
+                Command::StartService {
+                    service: service.clone(),
+                },
+                Command::StopService {
+                    service: service.clone(),
+                    drain,
+                },
+                Command::RestartService {
+                    service: service.clone(),
+                    drain,
+                },
+                Command::EnableService {
+                    service: service.clone(),
+                },
+                Command::DisableService {
+                    service: service.clone(),
+                },
+            ] {
+                assert_eq!(
+                    by(&tenancy, command.clone()),
+                    operates[n],
+                    "{tenancy:?}: {command:?}"
+                );
+            }
+            let mut spec = Box::new(plain_spec(number));
+            spec.concurrency = 7;
+            for command in [
+                Command::UpdateService { spec: spec.clone() },
+                Command::RemoveService {
+                    service: service.clone(),
+                },
+            ] {
+                assert_eq!(
+                    by(&tenancy, command.clone()),
+                    changes[n],
+                    "{tenancy:?}: {command:?}"
+                );
+            }
+            let look = Command::PreemptRelease { service };
+            assert_eq!(
+                by(&tenancy, look.clone()),
+                looks[n],
+                "{tenancy:?}: {look:?}"
+            );
+            let again = Command::RegisterService { spec, tenant: None };
+            assert_eq!(by(&tenancy, again), "service_exists");
+        }
+    }
+}
+
+#[test]
+fn a_tenants_operators_take_so_many_names_and_no_more() {
+    let mut machine = Machine::new(1, &[1]);
+    let mut by = |tenancy: Tenancy, command: Command| {
+        let origin = Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::new_static("test"),
+            request_id: None,
+            tenancy,
+            at: machine.now,
+        };
+        let decided = decide(
+            &machine.state,
+            &machine.settings,
+            &origin,
+            command,
+            machine.now,
+        )?;
+        for (event, _) in decided.events {
+            machine.apply(PlaneId::ROOT, event);
+        }
+        Ok::<(), Rejection>(())
+    };
+    let register = |n: usize, tenant: Option<&str>| {
+        let name = format_smolstr!("own{n}");
+        let spec = Box::new(ServiceSpec {
+            name,
+            ..plain_spec(0)
+        });
+        let tenant = tenant.map(SmolStr::new);
+        Command::RegisterService { spec, tenant }
+    };
+    let own = || Tenancy::Of("a".into());
+    for n in 0..MAX_SERVICES_OF_TENANT {
+        by(own(), register(n, Some("a"))).unwrap();
+    }
+    let one_more = register(MAX_SERVICES_OF_TENANT, Some("a"));
+    let service = SmolStr::new_static("own7");
+    by(own(), Command::RemoveService { service }).unwrap();
+    assert_eq!(by(own(), one_more).unwrap_err().code(), "too_many_services");
+    by(own(), register(7, Some("a"))).unwrap();
+    by(Tenancy::All, register(MAX_SERVICES_OF_TENANT, Some("a"))).unwrap();
 }

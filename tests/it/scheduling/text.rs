@@ -201,6 +201,7 @@ fn job(name: Name, event: &Event) -> Option<String> {
 fn service(event: &Event) -> Option<String> {
     Some(match event {
         Event::ServiceRegistered { spec } => format!("{}: registered", spec.name),
+        Event::ServiceAssigned { service, tenant } => format!("{service}: assigned to {tenant}"),
         Event::ServiceUpdated { spec } => format!("{}: updated", spec.name),
         Event::ServiceEnabled { service } => format!("{service}: enabled"),
         Event::ServiceDisabled { service } => format!("{service}: disabled"),
