@@ -121,14 +121,6 @@ pub(super) struct RunSlot {
     changed: bool,
 }
 
-impl RunSlot {
-    const NEW: RunSlot = RunSlot {
-        stored: None,
-        now: None,
-        changed: false,
-    };
-}
-
 /// Records and projections that become durable together.
 pub struct Batch<'a> {
     pub(super) writer: &'a mut Writer,
@@ -283,15 +275,10 @@ impl Batch<'_> {
         } = encoded;
         let (seq, plane) = (self.seq, raw.plane);
         if let Some(run) = event.run() {
-            let begins = matches!(event, Event::JobQueued { .. });
-            let known = match begins {
-                // Nobody needs to look for it on disk: its id was made for it.
-                true => self.runs.entry((plane, run)).or_insert(RunSlot::NEW),
-                false => self.load_run(plane, run)?,
-            };
-            if let Some(known_len) = known.now.as_ref().map(|summary| summary.ledger_len) {
+            let known = self.load_run(plane, run)?.now.as_ref();
+            if let Some(known_len) = known.map(|summary| summary.ledger_len) {
                 raw.cursor = known_len + 1;
-            } else if begins {
+            } else if matches!(event, Event::JobQueued { .. }) {
                 raw.cursor = 1;
             }
             raw.run = (raw.cursor > 0).then_some(run);

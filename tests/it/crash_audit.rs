@@ -197,9 +197,10 @@ fn attempts_have_one_outcome(records: &[Record]) {
 /// A full replay, looking at every prefix whether more was promised than there is.
 fn replayed(ledger: &Ledger) -> State {
     let mut state = State::new(AGEING_MS);
-    let replay = ledger.replay(0, |seq, at, plane, (event, _)| {
+    let replay = ledger.replay(0, |seq, at, plane, (event, payload_bytes)| {
         assert!(at >= state.now, "time ran backwards at {seq}");
         state.apply(seq, at, plane, &event);
+        state.keep(plane, &event, payload_bytes);
         for gpu in state.gpus.values() {
             let granted: u64 = state
                 .services

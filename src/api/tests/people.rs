@@ -1,5 +1,7 @@
 //! Logins, old sessions and who is gone, in a gateway whose coordinator may be busy or have ended.
 
+use smol_str::SmolStr;
+
 use super::*;
 use crate::auth::session::{Basis, Login, Opened};
 use crate::coordinator::SubmitError;
@@ -17,6 +19,22 @@ impl Gateway {
         let ended = std::mem::replace(&mut self.coordinator.thread, gone);
         ended.join().unwrap().unwrap();
         self
+    }
+
+    /// As if it had come up: from then on things are done without being asked for.
+    async fn has_begun(&self) {
+        let origin = Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::default(),
+            request_id: None,
+            tenancy: Tenancy::All,
+            at: crate::clock::now(),
+        };
+        let started = Command::GatewayStarted {
+            epoch: 1,
+            version: SmolStr::default(),
+        };
+        self.handle.submit(origin, started).await.unwrap();
     }
 
     /// A session of the first administrator, as old as that.
@@ -62,6 +80,7 @@ async fn asked(gateway: &Gateway, request: http::request::Builder, body: Value) 
 #[tokio::test]
 async fn an_old_session_shows_again_who_it_is_before_it_makes_something_that_lasts() {
     let gateway = gateway();
+    gateway.has_begun().await;
     let users = "/api/gateway/admin/users";
     for name in ["ann", "left"] {
         let made = gateway.post(users, json!({"user_id": name})).await;
@@ -257,6 +276,7 @@ async fn a_login_is_answered_when_its_record_is_on_disk() {
 #[tokio::test]
 async fn nothing_is_started_in_a_plane_that_nobody_has() {
     let gateway = gateway();
+    gateway.has_begun().await;
     let made = gateway
         .post("/api/gateway/admin/users", json!({"user_id": "ann"}))
         .await;
