@@ -395,9 +395,11 @@ async fn identify(
         trail.known(&principal);
     }
     arrival.count(app.limits.of_user(&principal, arrival.at))?;
-    let tenant = app.ledger.tenant(&principal.user.tenant)?;
-    if let Some(rate) = tenant.and_then(|tenant| tenant.allowance.requests_per_minute) {
-        app.limits.of_tenant(&principal, rate, arrival.at)?;
+    if app.limits.holds_for(&principal) {
+        let tenant = app.ledger.tenant(&principal.user.tenant)?;
+        if let Some(rate) = tenant.and_then(|tenant| tenant.allowance.requests_per_minute) {
+            app.limits.of_tenant(&principal, rate, arrival.at)?;
+        }
     }
     Ok(Caller {
         principal: Arc::new(principal),

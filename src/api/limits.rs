@@ -149,7 +149,7 @@ impl Limits {
         Some(rate.take(rate.buckets.take(&principal.user, now)))
     }
 
-    /// Counts a request of a tenant that may ask so often.
+    /// Counts a request of a tenant that may ask so often, by a user whom limits hold for.
     ///
     /// # Errors
     /// 429 when its users together have used the rate up.
@@ -159,9 +159,6 @@ impl Limits {
         per_minute: u64,
         now: Instant,
     ) -> Result<(), ApiError> {
-        if !self.holds_for(principal) {
-            return Ok(());
-        }
         let level = self
             .tenants
             .take_of(per_minute, &principal.user.tenant, now);
@@ -257,7 +254,8 @@ impl Limits {
         }
     }
 
-    fn holds_for(&self, principal: &Principal) -> bool {
+    /// Whether limits of users and tenants hold for a caller.
+    pub fn holds_for(&self, principal: &Principal) -> bool {
         self.are_admins_limited || principal.power() < Role::Admin
     }
 }
