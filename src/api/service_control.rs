@@ -81,7 +81,7 @@ async fn start(
     if already && is_healthy(&before) {
         return Ok(Json(answer(&name, "already_running", None, true)));
     }
-    let mut started = wait_for_health(&app, &name, generation, tail).await?;
+    let mut started = wait_for_health(&app, &name, (generation, true), tail).await?;
     if already {
         started.status = "already_running";
     }
@@ -180,7 +180,8 @@ async fn restart(
     )
     .await?;
     let next = Some(Generation(old.0 + 1));
-    let started = wait_for_health(&app, &name, next, tail).await?;
+    // It is not there before the old one has gone.
+    let started = wait_for_health(&app, &name, (next, false), tail).await?;
     Ok(Json(StartAnswer {
         previous_status: Some(if is_running(&before) {
             "running"
@@ -285,16 +286,23 @@ enum Outcome {
     Ended(String),
 }
 
-/// Waits until an instance of at least `generation` is healthy, or has ended.
+/// Waits until an instance of at least `generation` is healthy, or has ended. One that has begun has ended when there is
+/// none: it may come and go between two looks.
 async fn wait_for_health(
     app: &App,
     name: &str,
-    generation: Option<Generation>,
+    (generation, has_begun): (Option<Generation>, bool),
     after: Seq,
 ) -> Result<StartAnswer, ApiError> {
     let since = Instant::now();
     let limit = app.config.service_start_wait;
-    let outcome = wait(app, name, limit, |view| start_outcome(view, generation)).await?;
+    let outcome = wait(app, name, limit, |view| match view {
+        Some(view) if has_begun && view.instance.is_none() => {
+            Some(Outcome::Ended("it was stopped".to_owned()))
+        }
+        view => start_outcome(view, generation),
+    })
+    .await?;
     match outcome {
         Some(Outcome::Healthy(startup_ms)) => Ok(answer(name, "started", startup_ms, true)),
         Some(Outcome::Ended(why)) => {
