@@ -296,13 +296,10 @@ async fn wait_for_health(
 ) -> Result<StartAnswer, ApiError> {
     let since = Instant::now();
     let limit = app.config.service_start_wait;
-    let outcome = wait(app, name, limit, |view| match view {
-        Some(view) if has_begun && view.instance.is_none() => {
-            Some(Outcome::Ended("it was stopped".to_owned()))
-        }
-        view => start_outcome(view, generation),
-    })
-    .await?;
+    let outcome = wait(app, name, limit, |view| {
+        start_outcome(view, generation, has_begun)
+    });
+    let outcome = outcome.await?;
     match outcome {
         Some(Outcome::Healthy(startup_ms)) => Ok(answer(name, "started", startup_ms, true)),
         Some(Outcome::Ended(why)) => {
@@ -366,7 +363,11 @@ async fn last_words(
     app.scan(read).await
 }
 
-fn start_outcome(view: Option<&ServiceView>, generation: Option<Generation>) -> Option<Outcome> {
+fn start_outcome(
+    view: Option<&ServiceView>,
+    generation: Option<Generation>,
+    has_begun: bool,
+) -> Option<Outcome> {
     let Some(view) = view else {
         return Some(Outcome::Ended("it was removed".to_owned()));
     };
@@ -387,6 +388,7 @@ fn start_outcome(view: Option<&ServiceView>, generation: Option<Generation>) -> 
         Some((InstancePhase::Stopping, _)) => {
             Some(Outcome::Ended("it is being stopped".to_owned()))
         }
+        None if has_begun => Some(Outcome::Ended("it was stopped".to_owned())),
         _ => None,
     }
 }
