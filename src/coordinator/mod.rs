@@ -213,6 +213,16 @@ mod tests {
         start(parts).unwrap().handle
     }
 
+    fn origin(at: Timestamp) -> Origin {
+        Origin {
+            plane: PlaneId::ROOT,
+            actor: SmolStr::default(),
+            request_id: None,
+            tenancy: Tenancy::All,
+            at,
+        }
+    }
+
     /// Appends one record.
     async fn append(handle: &Handle) {
         let source = Arc::new(Source {
@@ -234,13 +244,7 @@ mod tests {
             count: 1,
             since: at,
         };
-        let origin = Origin {
-            plane: PlaneId::ROOT,
-            actor: SmolStr::default(),
-            request_id: None,
-            tenancy: Tenancy::All,
-            at,
-        };
+        let origin = origin(at);
         let command = Command::AuditWrite(Box::new(write));
         handle.submit(origin, command).await.unwrap();
     }
@@ -277,13 +281,7 @@ mod tests {
         kept.unwrap();
         batch.commit().unwrap();
         let handle = start_on(writer, SnapshotRules::after(Duration::from_secs(1)));
-        let origin = Origin {
-            plane: PlaneId::ROOT,
-            actor: SmolStr::default(),
-            request_id: None,
-            tenancy: Tenancy::All,
-            at,
-        };
+        let origin = origin(at);
         let started = Command::GatewayStarted {
             epoch: 1,
             version: SmolStr::default(),

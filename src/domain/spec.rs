@@ -76,6 +76,22 @@ pub struct JobSpec {
     pub callback_url: Option<SmolStr>,
 }
 
+#[cfg(test)]
+impl JobSpec {
+    /// A job of some type of which nothing else is said.
+    pub fn plain() -> JobSpec {
+        JobSpec {
+            target: Target::Type("t".into()),
+            service_type: None,
+            priority: Priority::default(),
+            ttl_ms: None,
+            max_attempts: 1,
+            timeout_ms: 1_000,
+            callback_url: None,
+        }
+    }
+}
+
 /// How a service comes to life.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

@@ -212,7 +212,7 @@ mod tests {
 
     use super::*;
     use crate::domain::event::Event;
-    use crate::domain::spec::{JobSpec, Priority, Target};
+    use crate::domain::spec::JobSpec;
     use crate::domain::time::Timestamp;
     use crate::ledger::error::StoreError;
     use crate::ledger::projection::run::{self as projection, Place};
@@ -267,15 +267,7 @@ mod tests {
                 PlaneId(n % planes),
                 RunId(Uuid::from_u128(u128::from(n) << 64)),
             );
-            let spec = JobSpec {
-                target: Target::Type("t".into()),
-                service_type: None,
-                priority: Priority::default(),
-                ttl_ms: None,
-                max_attempts: 1,
-                timeout_ms: 1_000,
-                callback_url: None,
-            };
+            let spec = JobSpec::plain();
             let queued = Event::JobQueued {
                 run,
                 spec,

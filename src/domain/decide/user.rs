@@ -436,24 +436,12 @@ mod tests {
     use crate::domain::decide::decide;
     use crate::domain::ids::RunId;
     use crate::domain::settings::Settings;
-    use crate::domain::spec::{JobSpec, Priority, Target};
+    use crate::domain::spec::JobSpec;
     use crate::domain::state::State;
     use crate::domain::tenant::Tenancy;
     use crate::domain::time::Timestamp;
 
     const PLANE: PlaneId = PlaneId(1);
-
-    fn spec() -> JobSpec {
-        JobSpec {
-            target: Target::Type("t".into()),
-            service_type: None,
-            priority: Priority::default(),
-            ttl_ms: None,
-            max_attempts: 1,
-            timeout_ms: 1_000,
-            callback_url: None,
-        }
-    }
 
     fn apply(state: &mut State, events: impl IntoIterator<Item = Event>) {
         for event in events {
@@ -501,7 +489,7 @@ mod tests {
         };
         let queued = Event::JobQueued {
             run,
-            spec: spec(),
+            spec: JobSpec::plain(),
             session: None,
             labels: Vec::new(),
         };
@@ -524,7 +512,7 @@ mod tests {
         }
         let late = Command::StartJob {
             run,
-            spec: spec(),
+            spec: JobSpec::plain(),
             session: None,
             labels: Vec::new(),
             payload: Bytes::new(),
