@@ -68,8 +68,8 @@ fn replays(context: &mut Context, scale: &Scale, dir: &Path) -> Result<(), Failu
 fn replay(ledger: &Ledger) -> Result<f64, Failure> {
     let started = Instant::now();
     let mut state = State::new(AGEING_MS);
-    ledger.replay(0, |seq, at, plane, (event, _)| {
-        state.apply(seq, at, plane, &event)
+    ledger.replay(0, |seq, at, plane, (event, payload_bytes)| {
+        state.fold(seq, at, plane, (&event, payload_bytes));
     })?;
     std::hint::black_box(&state);
     Ok(started.elapsed().as_secs_f64())

@@ -340,8 +340,8 @@ impl Work<'_> {
             payload,
         };
         let appended = self.batch.append(record)?;
-        self.state.apply(appended.seq, self.now, plane, &event);
-        self.state.keep(plane, &event, payload_bytes as u64);
+        let folded = (&event, payload_bytes as u64);
+        self.state.fold(appended.seq, self.now, plane, folded);
         self.effects.extend(implied(self.state, &event));
         Ok(appended.seq)
     }

@@ -24,8 +24,7 @@ pub fn recover(ledger: &Ledger, ageing_ms_per_level: u64) -> Result<State, Recov
         None => State::new(ageing_ms_per_level),
     };
     ledger.replay(state.seq, |seq, at, plane, (event, payload_bytes)| {
-        state.apply(seq, at, plane, &event);
-        state.keep(plane, &event, payload_bytes);
+        state.fold(seq, at, plane, (&event, payload_bytes));
     })?;
     Ok(state)
 }

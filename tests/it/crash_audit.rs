@@ -199,8 +199,7 @@ fn replayed(ledger: &Ledger) -> State {
     let mut state = State::new(AGEING_MS);
     let replay = ledger.replay(0, |seq, at, plane, (event, payload_bytes)| {
         assert!(at >= state.now, "time ran backwards at {seq}");
-        state.apply(seq, at, plane, &event);
-        state.keep(plane, &event, payload_bytes);
+        state.fold(seq, at, plane, (&event, payload_bytes));
         for gpu in state.gpus.values() {
             let granted: u64 = state
                 .services

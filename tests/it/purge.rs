@@ -289,8 +289,7 @@ async fn a_purge_that_was_killed_goes_on_by_itself() {
     assert_eq!(ledger.stats().unwrap().runs, 0);
     let mut replayed = State::new(0);
     let fold = |seq, at, plane, (event, payload_bytes): (Event, u64)| {
-        replayed.apply(seq, at, plane, &event);
-        replayed.keep(plane, &event, payload_bytes);
+        replayed.fold(seq, at, plane, (&event, payload_bytes));
     };
     ledger.replay(0, fold).unwrap();
     assert!(recover(&ledger, 0).unwrap() == replayed);

@@ -223,7 +223,19 @@ impl State {
         (job.plane == plane).then_some(&**job)
     }
 
-    /// Applies one event. An event that no longer fits changes nothing.
+    /// Takes in one record: its event, and how many bytes its payload had when it was appended.
+    pub fn fold(
+        &mut self,
+        seq: Seq,
+        at: Timestamp,
+        plane: PlaneId,
+        (event, payload_bytes): (&Event, u64),
+    ) {
+        self.apply(seq, at, plane, event);
+        self.keep(plane, event, payload_bytes);
+    }
+
+    /// Applies one event, of a record without a payload. An event that no longer fits changes nothing.
     pub fn apply(&mut self, seq: Seq, at: Timestamp, plane: PlaneId, event: &Event) {
         self.seq = seq;
         self.now = at;

@@ -81,7 +81,7 @@ impl State {
 
     /// Counts what a record keeps of its run's bytes. Beside `apply`, since a record knows its length and the event
     /// does not.
-    pub fn keep(&mut self, plane: PlaneId, event: &Event, payload_bytes: u64) {
+    pub(super) fn keep(&mut self, plane: PlaneId, event: &Event, payload_bytes: u64) {
         if payload_bytes > 0 && event.run().is_some() {
             let tenant = self.tenant_of(plane).clone();
             self.accounts.keep(&tenant, payload_bytes);
