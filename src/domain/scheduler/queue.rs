@@ -46,8 +46,12 @@ impl OrderedRuns {
         self.chunks.iter().flatten().copied()
     }
 
-    /// The chunk that holds `key` or would: the last one that does not start after it.
+    /// The chunk that holds `key` or would: the last one that does not start after it. Most keys are appended, so the
+    /// last of all is looked at first.
     fn chunk_of(&self, key: &OrderKey) -> usize {
+        if self.chunks.last().is_some_and(|last| last[0] <= *key) {
+            return self.chunks.len() - 1;
+        }
         self.chunks
             .partition_point(|chunk| chunk[0] <= *key)
             .saturating_sub(1)
@@ -108,7 +112,13 @@ impl OrderedRuns {
             return 0;
         }
         let at = self.chunk_of(key);
-        let before: usize = self.chunks[..at].iter().map(Vec::len).sum();
+        let (before, after) = self.chunks.split_at(at);
+        let sum = |chunks: &[Vec<OrderKey>]| chunks.iter().map(Vec::len).sum::<usize>();
+        // Whichever is nearer.
+        let before = match before.len() < after.len() {
+            true => sum(before),
+            false => self.len - sum(after),
+        };
         before + self.chunks[at].partition_point(|other| other < key)
     }
 }
