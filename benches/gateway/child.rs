@@ -75,7 +75,7 @@ fn append(writer: &mut Writer, history: &mut History, mut events: u64) -> Result
         let size = events.min(FILL_BATCH);
         let mut batch = writer.begin()?;
         for record in history.by_ref().take(usize::try_from(size)?) {
-            batch.append(record)?;
+            batch.append(&record)?;
         }
         batch.commit()?;
         events -= size;
@@ -92,7 +92,7 @@ fn queue(dir: &Path, jobs: u64) -> Result<(), Failure> {
         for _ in 0..FILL_BATCH.min(jobs - n) {
             let at = jobs::START + n / 2;
             let event = jobs::queued(jobs::run_id(at, n), usize::try_from(n)?);
-            batch.append(jobs::record(at, event, jobs::payload(n)))?;
+            batch.append(&jobs::record(at, event, jobs::payload(n)))?;
             n += 1;
         }
         batch.commit()?;
@@ -109,7 +109,7 @@ fn crash(dir: &Path, events: u64) -> Result<(), Failure> {
     for n in 0..events {
         let at = jobs::START + ledger.tail() + n;
         let event = jobs::queued(jobs::run_id(at, ledger.tail() + n), 0);
-        batch.append(jobs::record(at, event, jobs::payload(n)))?;
+        batch.append(&jobs::record(at, event, jobs::payload(n)))?;
     }
     batch.commit()?;
     std::process::abort()

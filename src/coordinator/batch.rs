@@ -336,13 +336,13 @@ impl Work<'_> {
             actor: actor.clone(),
             request_id: request_id.cloned(),
             asked: self.asked.take(),
-            event: event.clone(),
+            event,
             payload,
         };
-        let appended = self.batch.append(record)?;
-        let folded = (&event, payload_bytes as u64);
+        let appended = self.batch.append(&record)?;
+        let folded = (&record.event, payload_bytes as u64);
         self.state.fold(appended.seq, self.now, plane, folded);
-        self.effects.extend(implied(self.state, &event));
+        self.effects.extend(implied(self.state, &record.event));
         Ok(appended.seq)
     }
 }

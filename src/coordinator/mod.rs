@@ -276,7 +276,7 @@ mod tests {
             event: Event::GatewayStopped { epoch: 1 },
             payload: bytes::Bytes::new(),
         };
-        batch.append(record).unwrap();
+        batch.append(&record).unwrap();
         let kept = batch.put_idempotency(PlaneId::ROOT, "start", "key", [1; 32], b"");
         kept.unwrap();
         batch.commit().unwrap();

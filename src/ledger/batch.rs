@@ -6,11 +6,9 @@ use std::ops::{Bound, ControlFlow};
 use std::sync::Arc;
 use std::time::Instant;
 
-use bytes::Bytes;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
-use crate::domain::audit::Details;
 use crate::domain::event::Event;
 use crate::domain::ids::{CommandId, Cursor, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::record::{NewRecord, Record};
@@ -22,7 +20,7 @@ use super::expiry::KeyWalk;
 use super::hub::Published;
 use super::projection::inbox::{self, InboxEntry};
 use super::projection::people;
-use super::projection::run::{self as run_projection, Place, RunStatus, RunSummary};
+use super::projection::run::{self as run_projection, RunStatus, RunSummary};
 use super::projection::service::{self, PlaneView, ServiceView};
 use super::purge::Share;
 use super::record_codec::{self, Hash, Meta, Raw};
@@ -38,6 +36,8 @@ pub struct Writer {
     pub(super) inner: Arc<Inner>,
     pub(super) next_seq: Seq,
     pub(super) tail_hash: Hash,
+    /// No run on disk has a higher id: most that are queued are not looked for there.
+    pub(super) highest_run: RunId,
     pub(super) poisoned: bool,
     /// Purges may have something left to remove.
     pub(super) purging: bool,
@@ -72,13 +72,13 @@ impl Writer {
         Ok(Batch {
             seq: self.next_seq,
             prev_hash: self.tail_hash,
+            published: self.inner.hub.is_followed().then(Vec::new),
             writer: self,
             snapshot,
             writes: WriteSet::default(),
             runs: FxHashMap::default(),
             services: BTreeMap::new(),
             inbox: HashMap::new(),
-            published: Vec::new(),
             share: Share::default(),
             moves: Moves::default(),
         })
@@ -131,18 +131,11 @@ pub struct Batch<'a> {
     pub(super) runs: FxHashMap<(PlaneId, RunId), RunSlot>,
     services: BTreeMap<ServiceName, Option<ServiceView>>,
     pub(super) inbox: HashMap<(PlaneId, CommandId), InboxEntry>,
-    published: Vec<Published>,
+    /// For those who follow; `None` when nobody did as it was begun.
+    published: Option<Vec<Published>>,
     /// What it may still do for purges.
     pub(super) share: Share,
     pub(super) moves: Moves,
-}
-
-/// A record about to be appended, encoded, whatever it came from.
-pub(super) struct Encoded<'b> {
-    pub raw: Raw<'b>,
-    pub event: Event,
-    pub payload: Bytes,
-    pub meta: Meta,
 }
 
 impl Batch<'_> {
@@ -222,27 +215,16 @@ impl Batch<'_> {
     ///
     /// # Errors
     /// `PayloadTooLarge`; the batch is as before and may go on. Any other error: drop the batch and stop.
-    pub fn append(&mut self, record: NewRecord) -> Result<Appended, CommitError> {
+    pub fn append(&mut self, record: &NewRecord) -> Result<Appended, CommitError> {
         if record.payload.len() > MAX_PAYLOAD_BYTES {
             return Err(CommitError::PayloadTooLarge {
                 size_bytes: record.payload.len(),
                 limit_bytes: MAX_PAYLOAD_BYTES,
             });
         }
-        let told = match (&record.asked, &record.event) {
-            (_, Event::WriteAudited { write }) => Some(&write.source),
-            (asked, _) => asked.as_ref().map(|asked| &asked.source),
-        };
-        let details = told.map(|source| source.details.clone());
-        let meta = Meta {
-            actor: record.actor,
-            request_id: record.request_id,
-            asked: record.asked,
-            details: details.filter(|details| *details != Details::default()),
-        };
         let event_bytes = record_codec::encode(&record.event);
-        let (format, meta_bytes) = meta.to_bytes();
-        let raw = Raw {
+        let (format, meta_bytes) = Meta::of(record).to_bytes();
+        let mut raw = Raw {
             format,
             purged: false,
             plane: record.plane,
@@ -257,22 +239,60 @@ impl Batch<'_> {
             payload_len: u32::try_from(record.payload.len()).expect("checked above"),
             payload: &record.payload,
         };
-        self.push(Encoded {
-            raw,
-            event: record.event,
-            payload: record.payload.clone(),
-            meta,
-        })
+        let appended = self.push(&mut raw, &record.event)?;
+        self.note_published(record, &raw, appended)?;
+        Ok(appended)
     }
 
-    /// Gives an encoded record its place, its cursor and its hash.
-    pub(super) fn push(&mut self, encoded: Encoded<'_>) -> Result<Appended, CommitError> {
-        let Encoded {
-            mut raw,
-            event,
-            payload,
-            meta,
-        } = encoded;
+    /// Keeps a record for those who follow, if anybody does.
+    fn note_published(
+        &mut self,
+        record: &NewRecord,
+        raw: &Raw<'_>,
+        appended: Appended,
+    ) -> Result<(), CommitError> {
+        if self.published.is_none() {
+            return Ok(());
+        }
+        let plane = raw.plane;
+        let session = raw.run.and_then(|run| {
+            let slot = self.runs.get(&(plane, run))?;
+            slot.now.as_ref()?.session.clone()
+        });
+        let hides_other = match view::other_run(&record.event) {
+            Some(other) => self.load_run(plane, other)?.now.is_none(),
+            None => false,
+        };
+        let published = Published {
+            record: Record {
+                seq: appended.seq,
+                cursor: appended.cursor,
+                plane,
+                at: raw.at,
+                actor: record.actor.clone(),
+                request_id: record.request_id.clone(),
+                asked: record.asked.clone(),
+                event: record.event.clone(),
+                payload: record.payload.clone(),
+                purged: raw.purged,
+                prev_hash: raw.prev_hash,
+                hash: raw.hash,
+            },
+            context: view::Context {
+                session,
+                hides_other,
+            },
+        };
+        self.published.get_or_insert_with(Vec::new).push(published);
+        Ok(())
+    }
+
+    /// Gives an encoded record its place, its cursor and its hash, whatever it came from.
+    pub(super) fn push(
+        &mut self,
+        raw: &mut Raw<'_>,
+        event: &Event,
+    ) -> Result<Appended, CommitError> {
         let (seq, plane) = (self.seq, raw.plane);
         if let Some(run) = event.run() {
             let known = self.load_run(plane, run)?.now.as_ref();
@@ -287,39 +307,13 @@ impl Batch<'_> {
         raw.hash = raw.computed_hash(seq);
         self.writes
             .put(Table::Events, keys::seq(seq), raw.to_bytes());
-        if let Some(run) = raw.run {
+        if let Some(run) = raw.run
+            && raw.cursor > 1
+        {
             let key = keys::run_record(plane, run, raw.cursor);
             self.writes.put(Table::RunRecords, key, keys::seq(seq));
         }
-        self.project(&event, seq, &raw)?;
-        let session = raw.run.and_then(|run| {
-            let slot = self.runs.get(&(plane, run))?;
-            slot.now.as_ref()?.session.clone()
-        });
-        let hides_other = match view::other_run(&event) {
-            Some(other) => self.load_run(plane, other)?.now.is_none(),
-            None => false,
-        };
-        self.published.push(Published {
-            record: Record {
-                seq,
-                cursor: raw.cursor,
-                plane,
-                at: raw.at,
-                actor: meta.actor,
-                request_id: meta.request_id,
-                asked: meta.asked,
-                event,
-                payload,
-                purged: raw.purged,
-                prev_hash: raw.prev_hash,
-                hash: raw.hash,
-            },
-            context: view::Context {
-                session,
-                hides_other,
-            },
-        });
+        self.project(event, seq, raw)?;
         self.prev_hash = raw.hash;
         self.seq += 1;
         Ok(Appended {
@@ -390,13 +384,7 @@ impl Batch<'_> {
         seq: Seq,
         raw: &Raw<'_>,
     ) -> Result<(), CommitError> {
-        let place = Place {
-            seq,
-            cursor: raw.cursor,
-            plane,
-            at: raw.at,
-            payload_len: raw.payload_len,
-        };
+        let place = raw.place(seq);
         let slot = self.load_run(plane, run)?;
         let before = slot.now.take();
         let occupied_before = service::occupied(before.as_ref()).cloned();
@@ -441,7 +429,10 @@ impl Batch<'_> {
         match self.runs.entry((plane, run)) {
             Entry::Occupied(slot) => Ok(slot.into_mut()),
             Entry::Vacant(vacant) => {
-                let now = read::run(&*self.snapshot, plane, run)?;
+                let now = match run > self.writer.highest_run {
+                    true => None,
+                    false => read::run(&*self.snapshot, plane, run)?,
+                };
                 Ok(vacant.insert(RunSlot {
                     stored: now.as_ref().map(|summary| summary.status),
                     now,
@@ -470,10 +461,15 @@ impl Batch<'_> {
             seq,
             prev_hash,
             writes,
+            runs,
             published,
             moves,
             ..
         } = self;
+        let queued = runs.iter().filter(|(_, slot)| slot.now.is_some());
+        let highest_run = queued.fold(writer.highest_run, |highest, ((_, run), _)| {
+            highest.max(*run)
+        });
         // Gone before the commit, so that the pages it pins can be used again.
         drop(snapshot);
         if writes.is_empty() {
@@ -482,9 +478,11 @@ impl Batch<'_> {
         let started = Instant::now();
         writer.write(writes, moves)?;
         metrics::histogram!("rungate_ledger_commit_seconds").record(started.elapsed());
-        metrics::histogram!("rungate_ledger_batch_records").record(published.len() as f64);
+        let records = seq - writer.next_seq;
+        metrics::histogram!("rungate_ledger_batch_records").record(records as f64);
         writer.next_seq = seq;
         writer.tail_hash = prev_hash;
+        writer.highest_run = highest_run;
         writer.inner.hub.publish(seq - 1, published);
         Ok(seq - 1)
     }
@@ -495,9 +493,8 @@ impl Batch<'_> {
             let Some(summary) = slot.now.as_ref().filter(|_| slot.changed) else {
                 continue;
             };
-            let encoded = record_codec::encode(summary);
-            self.writes
-                .put(Table::Runs, keys::run(*plane, *run), encoded);
+            let row = summary.to_row();
+            self.writes.put(Table::Runs, keys::run(*plane, *run), row);
             if slot.stored != Some(summary.status) {
                 self.moves.count(slot.stored, Some(summary.status));
                 if let Some(stored) = slot.stored {

@@ -112,9 +112,21 @@ impl Hub {
         self.followers.load(Ordering::Relaxed)
     }
 
-    /// Shows committed records: the new tail to all who watch it, the records to those who follow them.
-    pub fn publish(&self, tail: Seq, mut records: Vec<Published>) {
+    /// Whether anybody follows anything.
+    pub fn is_followed(&self) -> bool {
+        !lock(&self.rings).is_empty()
+    }
+
+    /// Shows committed records: the new tail to all who watch it, the records to those who follow them. `None` when
+    /// nobody followed as they were made: who has come since reads them from disk.
+    pub fn publish(&self, tail: Seq, records: Option<Vec<Published>>) {
         self.tail.send_replace(tail);
+        let Some(mut records) = records else {
+            if self.is_followed() {
+                self.miss();
+            }
+            return;
+        };
         {
             let rings = lock(&self.rings);
             if rings.is_empty() {

@@ -19,7 +19,7 @@ use super::expiry::KeyWalk;
 use super::hub::Hub;
 use super::redb_store::RedbStore;
 use super::store::{Direction, Store, Table, WriteSet};
-use super::{Inner, Ledger, keys};
+use super::{Inner, Ledger, keys, read};
 
 /// The file within the data directory.
 pub const FILE_NAME: &str = "ledger.redb";
@@ -217,6 +217,7 @@ fn finish(path: &Path, store: RedbStore, initialise: bool) -> Result<(Ledger, Wr
         detail: "its instance id is missing".into(),
     })?;
     let (seq, hash) = batch::tail(&*snapshot).map_err(|error| read_error(path, &error))?;
+    let highest_run = read::highest_run(&*snapshot).map_err(|error| read_error(path, &error))?;
     drop(snapshot);
     let hub = Hub::start(seq).map_err(|error| io_error(path, error))?;
     let inner = Arc::new(Inner {
@@ -230,6 +231,7 @@ fn finish(path: &Path, store: RedbStore, initialise: bool) -> Result<(Ledger, Wr
         inner: inner.clone(),
         next_seq: seq + 1,
         tail_hash: hash,
+        highest_run,
         poisoned: false,
         // Until somebody has looked.
         purging: true,

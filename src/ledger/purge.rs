@@ -148,9 +148,8 @@ impl Batch<'_> {
                 self.writer.purging = true;
                 return Ok(());
             }
-            let key = keys::run_record(plane, run, left.next);
-            match self.get(Table::RunRecords, &key)? {
-                Some(seq) => self.purge_record(keys::parse_seq(&seq).unwrap_or_default())?,
+            match self.seq_of(plane, run, left.next)? {
+                Some(seq) => self.purge_record(seq)?,
                 None => self.share.spend(0),
             }
             left.next += 1;
@@ -159,6 +158,20 @@ impl Batch<'_> {
             self.writes.remove(Table::Purges, place);
         }
         Ok(())
+    }
+
+    /// Where a record of a run lies, this batch's own included.
+    fn seq_of(
+        &self,
+        plane: PlaneId,
+        run: RunId,
+        cursor: Cursor,
+    ) -> Result<Option<Seq>, CommitError> {
+        if cursor == 1 {
+            return Ok(self.run(plane, run)?.map(|run| run.payload));
+        }
+        let seq = self.get(Table::RunRecords, &keys::run_record(plane, run, cursor))?;
+        Ok(seq.and_then(|seq| keys::parse_seq(&seq)))
     }
 
     /// Removes a record's payload; its hash and length stay.
@@ -184,7 +197,7 @@ impl Batch<'_> {
     /// how far it is.
     fn purge_rows(&mut self, plane: PlaneId) -> Result<bool, CommitError> {
         for (_, bytes) in self.rows(Table::Runs, &keys::plane(plane))? {
-            let run = read::entry(Table::Runs, &bytes)?;
+            let run = read::summary(&*self.snapshot, &bytes)?;
             if !self.purge_run_rows(&run)? {
                 return Ok(false);
             }
@@ -229,7 +242,7 @@ impl Batch<'_> {
         if self.share.is_spent() {
             return Ok(false);
         }
-        self.share.spend(0);
+        self.purge_record(run.payload)?;
         self.writes.remove(Table::Runs, place);
         self.moves.count(Some(run.status), None);
         let status = keys::status(run.plane, run.status, run.run);
@@ -277,9 +290,11 @@ impl Ledger {
             })?;
             Ok::<_, ReadError>(rows)
         };
+        let runs = count(Table::Runs)?;
         Ok(Some(PurgeLeft {
-            runs: count(Table::Runs)?,
-            records: count(Table::RunRecords)?,
+            runs,
+            // The first of each run has no row of its own.
+            records: (runs + count(Table::RunRecords)?).min(MAX_COUNTED),
         }))
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::{Bound, ControlFlow};
 
 use serde::de::DeserializeOwned;
+use uuid::Uuid;
 
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::record::Record;
@@ -10,7 +11,7 @@ use crate::domain::time::Timestamp;
 
 use super::error::{ReadError, StoreError};
 use super::projection::inbox::InboxEntry;
-use super::projection::run::RunSummary;
+use super::projection::run::{self as run_projection, RunSummary};
 use super::projection::service::ServiceView;
 use super::purge::Purges;
 use super::record_codec::Raw;
@@ -94,7 +95,69 @@ pub fn run(
     plane: PlaneId,
     run: RunId,
 ) -> Result<Option<RunSummary>, ReadError> {
-    get(snapshot, Table::Runs, &keys::run(plane, run))
+    match snapshot.get(Table::Runs, &keys::run(plane, run))? {
+        Some(row) => summary(snapshot, &row).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// A run from its row (`RunSummary::to_row`).
+pub fn summary(snapshot: &dyn Snapshot, row: &[u8]) -> Result<RunSummary, ReadError> {
+    let Some(seq) = keys::parse_seq(row) else {
+        return entry(Table::Runs, row);
+    };
+    let lost = || ReadError::BadEntry {
+        table: Table::Runs.name(),
+        detail: format!("a run names record {seq}, which does not queue it"),
+    };
+    let bytes = snapshot.get(Table::Events, &keys::seq(seq))?;
+    let bytes = bytes.ok_or_else(lost)?;
+    let raw = Raw::parse(seq, &bytes)?;
+    let event = raw.decode_event(seq)?;
+    run_projection::apply(None, &event, raw.place(seq)).ok_or_else(lost)
+}
+
+/// Where a record of a run lies. That of its first is told by its summary, those of the others by `run_records`.
+pub fn seq_of(
+    snapshot: &dyn Snapshot,
+    plane: PlaneId,
+    run: RunId,
+    cursor: Cursor,
+) -> Result<Option<Seq>, ReadError> {
+    if cursor == 1 {
+        return first_record(snapshot, plane, run);
+    }
+    let seq = snapshot.get(Table::RunRecords, &keys::run_record(plane, run, cursor))?;
+    Ok(seq.and_then(|seq| keys::parse_seq(&seq)))
+}
+
+fn first_record(
+    snapshot: &dyn Snapshot,
+    plane: PlaneId,
+    id: RunId,
+) -> Result<Option<Seq>, ReadError> {
+    Ok(run(snapshot, plane, id)?.map(|run| run.payload))
+}
+
+/// The highest id of all runs; nil when there are none. One look at each plane that has any.
+pub fn highest_run(snapshot: &dyn Snapshot) -> Result<RunId, ReadError> {
+    let (mut highest, mut before) = (RunId(Uuid::nil()), None);
+    loop {
+        let end = before.as_ref().map_or(Bound::Unbounded, |plane: &[u8; 4]| {
+            Bound::Excluded(&plane[..])
+        });
+        let mut last = None;
+        let bounds = (Bound::Unbounded, end);
+        snapshot.scan(Table::Runs, bounds, Direction::Down, &mut |key, _| {
+            last = keys::parse_run(key);
+            ControlFlow::Break(())
+        })?;
+        let Some((plane, run)) = last else {
+            return Ok(highest);
+        };
+        highest = highest.max(run);
+        before = Some(keys::plane(plane));
+    }
 }
 
 pub fn command(
@@ -167,7 +230,7 @@ pub fn records(
 /// Most records of other planes that one read steps over, so that a read ends in bounded time.
 const MAX_EXAMINED: usize = 100_000;
 
-/// Records of a run after `after`.
+/// Records of a run after `after`, at least one if there are any.
 pub fn run_records(
     snapshot: &dyn Snapshot,
     plane: PlaneId,
@@ -175,17 +238,19 @@ pub fn run_records(
     after: Cursor,
     chunk: Chunk,
 ) -> Result<Vec<Record>, ReadError> {
-    let from = keys::run_record(plane, run, after.saturating_add(1));
-    let to = keys::run_record(plane, run, Cursor::MAX);
     let mut seqs = Vec::new();
+    if after == 0 {
+        seqs.extend(first_record(snapshot, plane, run)?);
+    }
+    let from = keys::run_record(plane, run, after.max(1).saturating_add(1));
+    let to = keys::run_record(plane, run, Cursor::MAX);
     let bounds = (Bound::Included(&from[..]), Bound::Included(&to[..]));
     snapshot.scan(Table::RunRecords, bounds, Direction::Up, &mut |_, value| {
-        seqs.push(keys::parse_seq(value).unwrap_or_default());
-        if seqs.len() < chunk.records {
-            ControlFlow::Continue(())
-        } else {
-            ControlFlow::Break(())
+        if seqs.len() >= chunk.records.max(1) {
+            return ControlFlow::Break(());
         }
+        seqs.push(keys::parse_seq(value).unwrap_or_default());
+        ControlFlow::Continue(())
     })?;
     let (mut found, mut bytes) = (Vec::with_capacity(seqs.len()), 0);
     for seq in seqs {

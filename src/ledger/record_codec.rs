@@ -25,10 +25,11 @@ use std::sync::Arc;
 use crate::domain::audit::{Asked, Details};
 use crate::domain::event::Event;
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
-use crate::domain::record::Record;
+use crate::domain::record::{NewRecord, Record};
 use crate::domain::time::Timestamp;
 
 use super::error::ReadError;
+use super::projection::run::Place;
 
 /// Room for most events and summaries, so that writing them does not grow a buffer step by step.
 const USUAL_BYTES: usize = 256;
@@ -63,19 +64,30 @@ pub struct Meta {
 }
 
 impl Meta {
+    /// Of a record that is about to be appended.
+    pub fn of(record: &NewRecord) -> Meta {
+        let source = match &record.event {
+            Event::WriteAudited { write } => Some(&write.source),
+            _ => record.asked.as_ref().map(|asked| &asked.source),
+        };
+        let details = source.map(|source| &source.details);
+        Meta {
+            actor: record.actor.clone(),
+            request_id: record.request_id.clone(),
+            asked: record.asked.clone(),
+            details: details
+                .filter(|details| **details != Details::default())
+                .cloned(),
+        }
+    }
+
     /// Its bytes, and the record format that they make.
     pub fn to_bytes(&self) -> (u16, Vec<u8>) {
-        let mut bytes = encode(self);
+        let bytes = encode(self);
         match (&self.asked, &self.details) {
             (None, None) => (FORMAT_BARE, bytes),
-            (Some(asked), None) => {
-                bytes.extend(encode(asked));
-                (FORMAT_ASKED, bytes)
-            }
-            more => {
-                bytes.extend(encode(&more));
-                (RECORD_FORMAT, bytes)
-            }
+            (Some(asked), None) => (FORMAT_ASKED, append(asked, bytes)),
+            more => (RECORD_FORMAT, append(&more, bytes)),
         }
     }
 }
@@ -171,21 +183,22 @@ impl<'a> Raw<'a> {
 
     /// The hash that these parts give at `seq`.
     pub fn computed_hash(&self, seq: Seq) -> Hash {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.prev_hash);
-        hasher.update(&seq.to_le_bytes());
-        hasher.update(&self.format.to_le_bytes());
-        hasher.update(&self.plane.0.to_le_bytes());
-        hasher.update(&self.at.0.to_le_bytes());
-        hasher.update(&self.cursor.to_le_bytes());
-        hasher.update(self.run.map_or(Uuid::nil(), |run| run.0).as_bytes());
-        hasher.update(&(self.event.len() as u64).to_le_bytes());
-        hasher.update(&(self.meta.len() as u64).to_le_bytes());
-        hasher.update(&u64::from(self.payload_len).to_le_bytes());
-        hasher.update(self.event);
-        hasher.update(self.meta);
-        hasher.update(&self.payload_hash);
-        *hasher.finalize().as_bytes()
+        let run = self.run.map_or(Uuid::nil(), |run| run.0);
+        let mut bytes = Vec::with_capacity(2 * HEADER_BYTES + self.event.len() + self.meta.len());
+        bytes.extend_from_slice(&self.prev_hash);
+        bytes.extend_from_slice(&seq.to_le_bytes());
+        bytes.extend_from_slice(&self.format.to_le_bytes());
+        bytes.extend_from_slice(&self.plane.0.to_le_bytes());
+        bytes.extend_from_slice(&self.at.0.to_le_bytes());
+        bytes.extend_from_slice(&self.cursor.to_le_bytes());
+        bytes.extend_from_slice(run.as_bytes());
+        bytes.extend_from_slice(&(self.event.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(&(self.meta.len() as u64).to_le_bytes());
+        bytes.extend_from_slice(&u64::from(self.payload_len).to_le_bytes());
+        bytes.extend_from_slice(self.event);
+        bytes.extend_from_slice(self.meta);
+        bytes.extend_from_slice(&self.payload_hash);
+        *blake3::hash(&bytes).as_bytes()
     }
 
     /// The parts as they lie on disk.
@@ -215,6 +228,17 @@ impl<'a> Raw<'a> {
     /// Whether it may carry the request that it came of.
     pub fn has_request(&self) -> bool {
         self.format != FORMAT_BARE
+    }
+
+    /// What it contributes to its run's summary besides its event.
+    pub fn place(&self, seq: Seq) -> Place {
+        Place {
+            seq,
+            cursor: self.cursor,
+            plane: self.plane,
+            at: self.at,
+            payload_len: self.payload_len,
+        }
     }
 
     /// Decodes the event.
@@ -287,8 +311,12 @@ pub fn decode<T: serde::de::DeserializeOwned>(seq: Seq, bytes: &[u8]) -> Result<
 
 /// Postcard bytes of a value of ours.
 pub fn encode<T: Serialize>(value: &T) -> Vec<u8> {
-    postcard::to_extend(value, Vec::with_capacity(USUAL_BYTES))
-        .expect("our types hold nothing that postcard cannot write")
+    append(value, Vec::with_capacity(USUAL_BYTES))
+}
+
+/// The same behind other bytes.
+fn append<T: Serialize>(value: &T, bytes: Vec<u8>) -> Vec<u8> {
+    postcard::to_extend(value, bytes).expect("our types hold nothing that postcard cannot write")
 }
 
 fn array<const N: usize>(bytes: &[u8], start: usize) -> [u8; N] {

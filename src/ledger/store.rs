@@ -4,6 +4,8 @@
 use std::collections::BTreeMap;
 use std::ops::{Bound, ControlFlow};
 
+use smallvec::SmallVec;
+
 use super::error::StoreError;
 
 /// The tables of the ledger. The name is part of the format.
@@ -11,9 +13,9 @@ use super::error::StoreError;
 pub enum Table {
     /// seq → record (`record_codec`).
     Events,
-    /// (plane, run, cursor) → seq.
+    /// (plane, run, cursor) → seq; from cursor 2 on, as the summary tells the first.
     RunRecords,
-    /// (plane, run) → summary. Run ids are version 7 UUIDs, so this is the listing by time too.
+    /// (plane, run) → summary, or the first record's seq (`RunSummary::to_row`). Run ids are version 7 UUIDs, so this is the listing by time too.
     Runs,
     /// (plane, status, run) → nothing.
     RunsByStatus,
@@ -116,21 +118,27 @@ pub type KeyBounds<'a> = (Bound<&'a [u8]>, Bound<&'a [u8]>);
 /// Shown each entry of a scan; breaks to end it.
 pub type Visit<'v> = dyn FnMut(&[u8], &[u8]) -> ControlFlow<()> + 'v;
 
-/// All that one commit changes; `None` removes. Sorted, so that a B-tree is written in order.
+/// A key of ours: few are longer, and those are on the heap.
+type Key = SmallVec<[u8; 36]>;
+
+/// What one commit changes in one table; `None` removes. Sorted, so that a B-tree is written in order.
+pub type Changes = BTreeMap<Key, Option<Vec<u8>>>;
+
+/// All that one commit changes.
 #[derive(Default)]
 pub struct WriteSet {
-    tables: BTreeMap<Table, BTreeMap<Vec<u8>, Option<Vec<u8>>>>,
+    tables: BTreeMap<Table, Changes>,
 }
 
 impl WriteSet {
-    pub fn put(&mut self, table: Table, key: impl Into<Vec<u8>>, value: impl Into<Vec<u8>>) {
+    pub fn put(&mut self, table: Table, key: impl AsRef<[u8]>, value: impl Into<Vec<u8>>) {
         let changes = self.tables.entry(table).or_default();
-        changes.insert(key.into(), Some(value.into()));
+        changes.insert(Key::from_slice(key.as_ref()), Some(value.into()));
     }
 
-    pub fn remove(&mut self, table: Table, key: impl Into<Vec<u8>>) {
+    pub fn remove(&mut self, table: Table, key: impl AsRef<[u8]>) {
         let changes = self.tables.entry(table).or_default();
-        changes.insert(key.into(), None);
+        changes.insert(Key::from_slice(key.as_ref()), None);
     }
 
     /// What this set makes of the key: `None` when it leaves it alone.
@@ -149,7 +157,7 @@ impl WriteSet {
     }
 
     /// The changes by table, keys ascending.
-    pub fn into_tables(self) -> impl Iterator<Item = (Table, BTreeMap<Vec<u8>, Option<Vec<u8>>>)> {
+    pub fn into_tables(self) -> impl Iterator<Item = (Table, Changes)> {
         self.tables.into_iter()
     }
 }

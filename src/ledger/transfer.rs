@@ -8,14 +8,13 @@ use std::path::Path;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
 use crate::domain::time::Timestamp;
 
-use super::batch::{Batch, Encoded, MAX_PAYLOAD_BYTES, Writer};
+use super::batch::{Batch, MAX_PAYLOAD_BYTES, Writer};
 use super::error::{CommitError, OpenError, ReadError, StoreError};
 use super::open::{FILE_NAME, OpenOptions};
 use super::purge::Purges;
@@ -214,7 +213,7 @@ fn import_one(batch: &mut Batch<'_>, number: u64, text: &[u8]) -> Result<(), Tra
         )));
     }
     let (event, meta) = (bytes(&line.event_bytes)?, bytes(&line.meta_bytes)?);
-    let payload = Bytes::from(bytes(line.payload.as_deref().unwrap_or_default())?);
+    let payload = bytes(line.payload.as_deref().unwrap_or_default())?;
     let payload_hash = hash(&line.payload_hash)?;
     let is_whole = payload.len() == line.payload_size_bytes as usize
         && *blake3::hash(&payload).as_bytes() == payload_hash;
@@ -222,7 +221,7 @@ fn import_one(batch: &mut Batch<'_>, number: u64, text: &[u8]) -> Result<(), Tra
         return Err(bad("its payload does not match its hash".into()));
     }
     let decoded = record_codec::decode(line.seq, &event)?;
-    let raw = Raw {
+    let mut raw = Raw {
         format: line.format,
         purged: line.purged,
         plane: PlaneId(line.plane),
@@ -237,13 +236,8 @@ fn import_one(batch: &mut Batch<'_>, number: u64, text: &[u8]) -> Result<(), Tra
         payload_len: line.payload_size_bytes,
         payload: &payload,
     };
-    let meta = raw.decode_meta(line.seq)?;
-    batch.push(Encoded {
-        raw,
-        event: decoded,
-        payload: payload.clone(),
-        meta,
-    })?;
+    raw.decode_meta(line.seq)?;
+    batch.push(&mut raw, &decoded)?;
     if batch.tail_hash() != hash(&line.hash)? {
         return Err(bad(
             "its hash does not follow from it and the lines before".into()

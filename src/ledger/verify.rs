@@ -135,8 +135,8 @@ struct Fold {
 /// What the projections of a plane must amount to.
 #[derive(Clone, Copy, Default)]
 struct Counts {
-    /// Records that belong to a run.
-    in_runs: u64,
+    /// Records of runs, without the first of each.
+    later_in_runs: u64,
     accepted: u64,
     decided: u64,
 }
@@ -190,10 +190,9 @@ impl Fold {
             }
             return Ok(());
         };
-        self.counts.entry(raw.plane).or_default().in_runs += 1;
-        let key = keys::run_record(raw.plane, run, raw.cursor);
-        match snapshot.get(Table::RunRecords, &key)? {
-            Some(seq) if seq == keys::seq(self.seq) => {}
+        self.counts.entry(raw.plane).or_default().later_in_runs += u64::from(raw.cursor > 1);
+        match read::seq_of(snapshot, raw.plane, run, raw.cursor)? {
+            Some(seq) if seq == self.seq => {}
             found => {
                 let error = wrong(
                     Table::RunRecords,
@@ -455,21 +454,21 @@ impl Fold {
 
     /// Folds each run's records again and compares the summary and its place in the indexes.
     fn check_runs(&self, snapshot: &dyn Snapshot) -> Result<u64, VerifyError> {
-        let (mut runs, mut records, mut sessions) = (0, 0, 0);
+        let (mut runs, mut later, mut sessions) = (0, 0, 0);
         walk(snapshot, Table::Runs, &mut |key, bytes| {
             if !self.unpurged(key) {
                 return Ok(());
             }
-            let stored: RunSummary = read::entry(Table::Runs, bytes)?;
+            let stored = read::summary(snapshot, bytes)?;
             check_run(snapshot, key, &stored)?;
             runs += 1;
-            records += stored.ledger_len;
+            later += stored.ledger_len.saturating_sub(1);
             sessions += u64::from(stored.session.is_some());
             Ok(())
         })?;
         let counts = [
-            (Table::RunRecords, self.expected(|c| c.in_runs)),
-            (Table::RunRecords, records),
+            (Table::RunRecords, self.expected(|c| c.later_in_runs)),
+            (Table::RunRecords, later),
             (Table::RunsByStatus, runs),
             (Table::RunsBySession, sessions),
         ];
@@ -568,9 +567,7 @@ fn fold_run(
     let (mut folded, mut kept) = (None, None);
     let purges = Purges::of(snapshot);
     for cursor in 1..=stored.ledger_len {
-        let key = keys::run_record(stored.plane, stored.run, cursor);
-        let seq = snapshot.get(Table::RunRecords, &key)?;
-        let Some(seq) = seq.and_then(|key| keys::parse_seq(&key)) else {
+        let Some(seq) = read::seq_of(snapshot, stored.plane, stored.run, cursor)? else {
             return Ok(None);
         };
         let Some(bytes) = snapshot.get(Table::Events, &keys::seq(seq))? else {
@@ -578,11 +575,8 @@ fn fold_run(
         };
         let raw = Raw::parse(seq, &bytes)?;
         let place = Place {
-            seq,
             cursor,
-            plane: raw.plane,
-            at: raw.at,
-            payload_len: raw.payload_len,
+            ..raw.place(seq)
         };
         let event = raw.decode_event(seq)?;
         if let (Event::RunPurged { .. }, Some(seq)) = (&event, kept) {

@@ -24,7 +24,7 @@ fn progress(writer: &mut Writer, count: u64) {
             run: run_id(1),
             attempt: 1,
         };
-        batch.append(record(START, event, "{\"p\":1}")).unwrap();
+        batch.append(&record(START, event, "{\"p\":1}")).unwrap();
     }
     batch.commit().unwrap();
 }
@@ -46,7 +46,7 @@ fn write_on(mut writer: Writer, target: u64) -> std::thread::JoinHandle<Writer> 
                 } else {
                     "{}".to_owned()
                 };
-                batch.append(record(START, event, &payload)).unwrap();
+                batch.append(&record(START, event, &payload)).unwrap();
             }
             tail = batch.commit().unwrap();
         }
@@ -159,7 +159,7 @@ async fn a_follower_of_a_plane_sees_that_plane_only() {
     for n in 0..600 {
         let mut queued = record(START, queued(run_id(n)), "{}");
         queued.plane = PlaneId(u32::try_from(n % 3).unwrap());
-        batch.append(queued).unwrap();
+        batch.append(&queued).unwrap();
     }
     batch.commit().unwrap();
     for n in 0..200 {
@@ -234,7 +234,7 @@ async fn a_stream_of_the_whole_ledger_equals_its_records() {
         for _ in 0..200 {
             let mut batch = writer.begin().unwrap();
             for record in trace.batch() {
-                batch.append(record).unwrap();
+                batch.append(&record).unwrap();
             }
             tail = batch.commit().unwrap();
         }

@@ -231,7 +231,7 @@ fn a_disk_that_fills_up_poisons_the_writer_and_keeps_what_was_acknowledged() {
         let mut batch = writer.begin().unwrap();
         let event = queued(run_id(acknowledged));
         batch
-            .append(crate::ledger_world::record(
+            .append(&crate::ledger_world::record(
                 crate::ledger_world::START,
                 event,
                 &payload,

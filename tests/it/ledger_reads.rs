@@ -99,7 +99,7 @@ fn a_batch_sees_its_own_writes_and_a_dropped_one_leaves_nothing() {
     {
         let mut batch = writer.begin().unwrap();
         let appended = batch
-            .append(record(START, accepted.clone(), "{\"a\":1}"))
+            .append(&record(START, accepted.clone(), "{\"a\":1}"))
             .unwrap();
         assert_eq!(appended.cursor, 0, "an unknown run has no ledger");
         let entry = batch.inbox(ROOT, "c").unwrap().unwrap();
@@ -114,7 +114,7 @@ fn a_batch_sees_its_own_writes_and_a_dropped_one_leaves_nothing() {
     assert_eq!(ledger.tail(), 0);
     assert!(ledger.command(ROOT, "c").unwrap().is_none());
     let mut batch = writer.begin().unwrap();
-    batch.append(record(START, accepted, "")).unwrap();
+    batch.append(&record(START, accepted, "")).unwrap();
     let rejected = Event::CommandRejected {
         command: "c".into(),
         run: None,
@@ -122,7 +122,7 @@ fn a_batch_sees_its_own_writes_and_a_dropped_one_leaves_nothing() {
         code: "run_not_found".into(),
         reason: "no".into(),
     };
-    batch.append(record(START + 1, rejected, "")).unwrap();
+    batch.append(&record(START + 1, rejected, "")).unwrap();
     assert_eq!(batch.commit().unwrap(), 2);
     let entry = ledger.command(ROOT, "c").unwrap().unwrap();
     assert!(matches!(entry.state, InboxState::Rejected { .. }));
@@ -145,13 +145,13 @@ fn lists_page_newest_first_by_time_status_and_session() {
             session,
             labels: vec![],
         };
-        batch.append(record(START + n, event, "{}")).unwrap();
+        batch.append(&record(START + n, event, "{}")).unwrap();
         if n % 3 == 0 {
             let event = Event::JobCancelled {
                 run: run_id(n),
                 reason: "r".into(),
             };
-            batch.append(record(START + n, event, "")).unwrap();
+            batch.append(&record(START + n, event, "")).unwrap();
         }
     }
     batch.commit().unwrap();
@@ -394,7 +394,7 @@ fn idempotency_keys_are_forgotten_after_a_day_and_a_few_at_a_time() {
     let keep = |writer: &mut Writer, at, names: std::ops::Range<u64>| {
         let mut batch = writer.begin().unwrap();
         let event = queued(run_id(names.start));
-        batch.append(record(at, event, "{}")).unwrap();
+        batch.append(&record(at, event, "{}")).unwrap();
         for name in names {
             let name = name.to_string();
             batch

@@ -123,7 +123,7 @@ pub fn record(at: Timestamp, event: Event, payload: &str) -> NewRecord {
 pub fn append(writer: &mut Writer, events: impl IntoIterator<Item = (Event, &'static str)>) {
     for (event, payload) in events {
         let mut batch = writer.begin().unwrap();
-        batch.append(record(START, event, payload)).unwrap();
+        batch.append(&record(START, event, payload)).unwrap();
         batch.commit().unwrap();
     }
 }
@@ -327,7 +327,7 @@ pub fn write_trace(
     for _ in 0..batches {
         let mut batch = writer.begin()?;
         for record in trace.batch() {
-            batch.append(record)?;
+            batch.append(&record)?;
         }
         batch.put_idempotency(
             PlaneId::ROOT,

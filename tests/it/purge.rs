@@ -30,7 +30,7 @@ fn open(directory: &TempDir) -> (Ledger, Writer) {
 fn write(writer: &mut Writer, records: impl IntoIterator<Item = NewRecord>) {
     let mut batch = writer.begin().unwrap();
     for record in records {
-        batch.append(record).unwrap();
+        batch.append(&record).unwrap();
     }
     batch.commit().unwrap();
 }
@@ -164,7 +164,7 @@ fn a_purged_plane_leaves_its_records_without_payloads_and_nothing_else() {
         (1..=runs).map(|n| of(plane(n), ended(n), SECRET)),
     );
     let mut batch = writer.begin().unwrap();
-    batch.append(of(ANN, asked, SECRET)).unwrap();
+    batch.append(&of(ANN, asked, SECRET)).unwrap();
     batch
         .put_idempotency(ANN, "start", "k", [1; 32], b"reply")
         .unwrap();

@@ -7,6 +7,7 @@ use crate::domain::event::Event;
 use crate::domain::ids::{Attempt, Cursor, Generation, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::spec::JobSpec;
 use crate::domain::time::Timestamp;
+use crate::ledger::{keys, record_codec};
 
 /// Where a run stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -108,7 +109,7 @@ pub struct RunSummary {
     /// Where the latest attempt runs or ran.
     pub service: Option<ServiceName>,
     pub generation: Option<Generation>,
-    /// The record that holds the job's payload.
+    /// The record that holds the job's payload, the first of its ledger.
     pub payload: Seq,
     /// The record that holds the result.
     pub result: Option<Seq>,
@@ -124,6 +125,17 @@ pub struct RunSummary {
     pub retry_at: Option<Timestamp>,
     /// Its payloads were removed.
     pub purged: bool,
+}
+
+impl RunSummary {
+    /// Its row in `runs`. While a run has only been queued, that is the place of its first record, which the rest
+    /// follows from (`read::summary`): most of what a start would write besides its record.
+    pub fn to_row(&self) -> Vec<u8> {
+        match self.ledger_len {
+            1 => keys::seq(self.payload).to_vec(),
+            _ => record_codec::encode(self),
+        }
+    }
 }
 
 /// What a record contributes besides its event.
