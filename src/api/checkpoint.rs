@@ -1,6 +1,7 @@
 //! A run's checkpoint: what a service leaves so that a later attempt goes on from there. Any bytes, any
 //! content type, up to 1 MiB.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -8,7 +9,6 @@ use http::{HeaderMap, HeaderName, HeaderValue, header};
 use serde::Serialize;
 use smol_str::SmolStr;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{PathOf, read_body};
@@ -29,8 +29,8 @@ const ATTEMPT: HeaderName = HeaderName::from_static("x-rungate-attempt");
 const MAX_CONTENT_TYPE_BYTES: usize = 200;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(read, save))
+pub fn router() -> Routes {
+    Routes::default().routes(routes!(read, save))
 }
 
 /// A checkpoint was kept.

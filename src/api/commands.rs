@@ -1,6 +1,7 @@
 //! The durable inbox over HTTP (`contracts/run-gateway.md` section 5.1): accepted once under its id, and what
 //! became of it.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use bytes::Bytes;
@@ -8,7 +9,6 @@ use serde::Serialize;
 use serde_json::Value;
 use smol_str::SmolStr;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
@@ -31,8 +31,8 @@ use crate::ledger::{InboxEntry, InboxState};
 const MAX_REASON_CHARS: usize = 2_000;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(submit))
         .routes(routes!(read))
 }

@@ -3,10 +3,10 @@
 
 use std::collections::HashMap;
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde_json::{Map, Value, json};
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::PathOf;
@@ -19,8 +19,8 @@ use crate::coordinator::GpuStatus;
 use crate::ledger::ServiceView;
 
 /// The routes of this file, at the root and under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(gpu))
         .routes(routes!(vram))
         .routes(routes!(available))

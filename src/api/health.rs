@@ -3,6 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -10,7 +11,6 @@ use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Shared};
 use http::StatusCode;
 use serde_json::{Value, json};
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::guard::Caller;
@@ -73,8 +73,8 @@ async fn check(ledger: Ledger, handle: Handle) -> Checks {
 }
 
 /// The open routes of this file, at the root.
-pub fn open_router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn open_router() -> Routes {
+    Routes::default()
         .routes(routes!(health))
         .routes(routes!(api_health))
         .routes(routes!(livez))
@@ -82,8 +82,8 @@ pub fn open_router() -> OpenApiRouter<App> {
 }
 
 /// The route of this file under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(ping))
+pub fn router() -> Routes {
+    Routes::default().routes(routes!(ping))
 }
 
 /// Say that the gateway lives (GPU dialect).

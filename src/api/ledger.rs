@@ -1,11 +1,11 @@
 //! The ledger as a whole: pages and streams by seq, of the caller's plane and, for the administrator, of the
 //! gateway.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
 use http::HeaderMap;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::authenticate::Watch;
@@ -19,8 +19,8 @@ use super::state::App;
 use crate::ledger::{Scope, Topic};
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(read))
         .routes(routes!(stream))
         .routes(routes!(plane_stream))

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
+use super::routes::Routes;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
@@ -14,7 +15,6 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::ApiError;
@@ -37,8 +37,8 @@ const PIECES: usize = 4;
 const STALL: Duration = Duration::from_secs(60);
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(verify))
         .routes(routes!(stats))
         .routes(routes!(checkpoint))

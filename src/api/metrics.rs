@@ -1,11 +1,11 @@
 //! `GET /metrics`: what was recorded, and gauges that are taken at the moment of asking, over all planes. For those
 //! who run the machine: queue depths and service names are nobody else's business.
 
+use super::routes::Routes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::header;
 use metrics::gauge;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::ApiError;
@@ -16,8 +16,8 @@ use super::state::App;
 const MIB: f64 = 1_048_576.0;
 
 /// The route of this file, at the root.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(read))
+pub fn router() -> Routes {
+    Routes::default().routes(routes!(read))
 }
 
 /// Read the metrics, for Prometheus.

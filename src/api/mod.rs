@@ -61,6 +61,7 @@ mod queue;
 mod reauth;
 mod redact;
 mod router;
+mod routes;
 mod run_ledger;
 mod run_view;
 mod runs;

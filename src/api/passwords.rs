@@ -1,9 +1,9 @@
 //! Setting passwords: one's own with the current one, others' as their administrator. All sessions of the user end.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde_json::{Value, json};
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
@@ -24,8 +24,8 @@ use crate::ledger::SessionOwner;
 const MAX_BYTES: usize = MAX_CHARS * 4;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(set_own))
         .routes(routes!(set))
 }

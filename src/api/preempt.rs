@@ -1,11 +1,11 @@
 //! Preemption by hand (`contracts/gpu-gateway.md` section 5).
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
@@ -27,8 +27,8 @@ const MAX_PAGES: usize = 20;
 const PAGE: usize = 500;
 
 /// The routes of this file, at the root and under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(check))
         .routes(routes!(execute))
         .routes(routes!(release))

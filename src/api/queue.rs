@@ -1,6 +1,7 @@
 //! The GPU dialect's queue (`contracts/gpu-gateway.md` section 4): the same job runs under its names, with
 //! payload, result and progress as JSON texts.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
@@ -11,7 +12,6 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
@@ -31,8 +31,8 @@ use crate::domain::time::Timestamp;
 use crate::ledger::{RunStatus, RunSummary};
 
 /// The routes of this file, at the root and under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(submit))
         .routes(routes!(stats))
         .routes(routes!(read, cancel))

@@ -8,6 +8,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::error::{ApiError, ErrorCode};
 use super::guard::guard;
+use super::routes::Routes;
 use super::state::App;
 use super::{
     audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, passwords,
@@ -16,8 +17,8 @@ use super::{
 };
 
 /// The GPU dialect: the same handlers in both places.
-fn dialect() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+fn dialect() -> Routes {
+    Routes::default()
         .merge(gpu::router())
         .merge(services::router())
         .merge(service_control::router())
@@ -26,8 +27,8 @@ fn dialect() -> OpenApiRouter<App> {
         .merge(preempt::router())
 }
 
-fn gateway() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+fn gateway() -> Routes {
+    Routes::default()
         .merge(health::router())
         .merge(runs::router())
         .merge(run_ledger::router())
@@ -48,13 +49,14 @@ fn gateway() -> OpenApiRouter<App> {
 }
 
 fn parts() -> (Router<App>, OpenApi) {
-    let (router, api) = OpenApiRouter::with_openapi(docs::outline())
+    let root = Routes::default()
         .merge(health::open_router())
         .merge(signing_keys::open_router())
         .merge(metrics::router())
-        .merge(dialect())
-        .nest("/api/gateway", gateway())
-        .split_for_parts();
+        .merge(dialect());
+    let outline = OpenApiRouter::with_openapi(docs::outline());
+    let router = gateway().below("/api/gateway", root.below("", outline));
+    let (router, api) = router.split_for_parts();
     (router, docs::complete(api))
 }
 

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
@@ -10,7 +11,6 @@ use http::HeaderMap;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::authenticate::Watch;
@@ -33,8 +33,8 @@ const MAX_BATCH_RUNS: usize = 200;
 pub const MAX_PAGE: u64 = 2_000;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(read))
         .routes(routes!(batch))
         .routes(routes!(stream))

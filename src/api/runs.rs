@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -11,7 +12,6 @@ use serde_json::value::RawValue;
 use serde_json::{Value, json};
 use smol_str::SmolStr;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::access::lacks_role;
@@ -33,8 +33,8 @@ use crate::domain::time::Timestamp;
 use crate::ledger::{Ledger, ReadError, RunFilter, RunPage, RunSummary};
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(start))
         .routes(routes!(list))
         .routes(routes!(read))

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -12,7 +13,6 @@ use serde_json::{Value, json};
 use smol_str::SmolStr;
 use tokio::time::Instant;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
@@ -35,8 +35,8 @@ use crate::ledger::{Ledger, ReadError, RunFilter};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(list))
         .routes(routes!(transfer))
         .routes(routes!(purge))

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use serde_json::json;
 use tokio::time::Instant;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::PathOf;
@@ -27,8 +27,8 @@ use crate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
 use crate::ledger::{InstancePhase, Ledger, Scope, ServiceView};
 
 /// The routes of this file, at the root and under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(start))
         .routes(routes!(stop))
         .routes(routes!(restart))

@@ -1,5 +1,6 @@
 //! What a service wrote to its output: the last lines, and each new one as it comes.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
@@ -10,7 +11,6 @@ use serde::Serialize;
 use serde_json::json;
 use tokio::time::Instant;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::authenticate::Watch;
@@ -32,8 +32,8 @@ const MAX_TAIL: u64 = 10_000;
 const HEARTBEAT: std::time::Duration = std::time::Duration::from_secs(5);
 
 /// The route of this file, at the root and under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(read))
+pub fn router() -> Routes {
+    Routes::default().routes(routes!(read))
 }
 
 /// The last lines of a service's output.

@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
@@ -31,8 +31,8 @@ use crate::domain::time::Timestamp;
 use crate::ledger::{InstancePhase, InstanceView, ServiceView};
 
 /// The routes of this file, at the root and under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(list))
         .routes(routes!(register))
         .routes(routes!(read, update, remove))

@@ -1,5 +1,6 @@
 //! Logging in and out with a browser (`contracts/run-gateway.md` section 3.2).
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -8,7 +9,6 @@ use metrics::counter;
 use serde_json::{Value, json};
 use smol_str::SmolStr;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::audit::{MaybeTrail, Trail};
@@ -35,8 +35,8 @@ use crate::domain::identity::{UserKey, sanitised};
 pub(super) const MAX_SECRET_BYTES: usize = MAX_CHARS * 4;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(login))
         .routes(routes!(logout))
 }

@@ -1,11 +1,11 @@
 //! Sessions of browsers, for those whose they are and for their administrators: listing and ending them.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use serde_json::{Value, json};
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::authenticate::principal_of;
@@ -21,10 +21,8 @@ use crate::domain::identity::UserKey;
 use crate::domain::time::Timestamp;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
-        .routes(routes!(list))
-        .routes(routes!(end))
+pub fn router() -> Routes {
+    Routes::default().routes(routes!(list)).routes(routes!(end))
 }
 
 /// A session, without its secrets.

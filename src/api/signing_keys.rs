@@ -1,5 +1,6 @@
 //! The keys that sign job tokens: their public halves, open to all, and their rotation.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -7,7 +8,6 @@ use http::{HeaderValue, header};
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorCode};
@@ -21,13 +21,13 @@ use crate::clock::now;
 const CACHE_CONTROL: &str = "public, max-age=300";
 
 /// The open route of this file, at the root.
-pub fn open_router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(jwks))
+pub fn open_router() -> Routes {
+    Routes::default().routes(routes!(jwks))
 }
 
 /// The route of this file under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new().routes(routes!(rotate))
+pub fn router() -> Routes {
+    Routes::default().routes(routes!(rotate))
 }
 
 fn tokens(app: &App) -> Result<&WorkTokens, ApiError> {

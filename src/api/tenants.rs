@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use smol_str::SmolStr;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
@@ -34,8 +34,8 @@ const MAX_NAME_CHARS: usize = 100;
 const MAX_QUOTA: u64 = 1_000_000_000;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(list, create))
         .routes(routes!(read, update))
 }

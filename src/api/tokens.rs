@@ -1,5 +1,6 @@
 //! The caller: who it is (`contracts/run-gateway.md` section 3.1), and its own tokens.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use secrecy::ExposeSecret;
@@ -7,7 +8,6 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use smol_str::SmolStr;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
@@ -31,8 +31,8 @@ const MAX_NAME_CHARS: usize = 64;
 const MAX_LIFE_S: u64 = 315_576_000;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(me))
         .routes(routes!(list, create))
         .routes(routes!(revoke))

@@ -1,5 +1,6 @@
 //! Users, for administrators (`contracts/run-gateway.md` section 3.3): a tenant's own see only their tenant.
 
+use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use secrecy::{ExposeSecret, SecretString};
@@ -7,7 +8,6 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use smol_str::SmolStr;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::access::lacks_role;
@@ -41,8 +41,8 @@ const MAX_EMAIL_CHARS: usize = 254;
 const MAX_IMPORT: usize = 1_000;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(list, create))
         .routes(routes!(import))
         .routes(routes!(read, update, remove))

@@ -1,12 +1,12 @@
 //! Reading the audit: a page at a time with filters, and its end as lines of JSON, as the contract has it.
 
+use crate::api::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use smol_str::SmolStr;
 use utoipa::ToSchema;
-use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::api::cursor;
@@ -27,8 +27,8 @@ const TAIL_PAGE: usize = 200;
 const TAIL_PAGES: usize = 20;
 
 /// The routes of this file, under `/api/gateway`.
-pub fn router() -> OpenApiRouter<App> {
-    OpenApiRouter::new()
+pub fn router() -> Routes {
+    Routes::default()
         .routes(routes!(list))
         .routes(routes!(tail))
 }
