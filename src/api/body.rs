@@ -1,11 +1,13 @@
 //! Bodies and paths as handlers take them: bounded in size and time, of the right content type, and
 //! refused with the same errors everywhere.
 
+use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, MatchedPath, Path, Request};
 use bytes::Bytes;
+use futures_util::future::poll_immediate;
 use http::request::Parts;
 use http::{HeaderMap, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
@@ -142,26 +144,31 @@ pub fn read_body(
         .get(header::CONTENT_LENGTH)
         .and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
     let excess = declared.filter(|length| *length > limit as u64);
-    let caller = request.extensions().get::<Caller>().cloned();
-    let path = caller.is_some().then(|| request.uri().clone());
-    let body = Limited::new(request.into_body(), limit);
+    let (parts, body) = request.into_parts();
+    let body = Limited::new(body, limit);
     async move {
         if let Some(length) = excess {
             return Err(too_large(&length.to_string(), limit));
         }
         let began = Instant::now();
         let bytes = collect(body, app, limit).await?;
-        if let (Some(caller), Some(uri)) = (caller, path)
+        if let Some(caller) = parts.extensions.get::<Caller>()
             && began.elapsed() > AWAITED
         {
-            readmit(app, &caller, uri.path())?;
+            readmit(app, caller, parts.uri.path())?;
         }
         Ok(bytes)
     }
 }
 
 async fn collect(body: Limited<Body>, app: &App, limit: usize) -> Result<Bytes, ApiError> {
-    match tokio::time::timeout(app.config.body_timeout, body.collect()).await {
+    let mut body = pin!(body.collect());
+    // Most bodies came with their heads, and need no timer.
+    let collected = match poll_immediate(&mut body).await {
+        Some(collected) => Ok(collected),
+        None => tokio::time::timeout(app.config.body_timeout, body).await,
+    };
+    match collected {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             Err(too_large(&format!("over {limit}"), limit))
