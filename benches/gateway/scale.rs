@@ -10,7 +10,9 @@ pub struct Scale {
     pub rounds: usize,
     /// Clients that submit at once, one measurement each.
     pub clients: Vec<usize>,
-    /// How long one round of submissions lasts.
+    /// Rounds of submissions, and how long one lasts. Short ones by turns see the same host, whose speed changes
+    /// from one second to the next.
+    pub start_rounds: usize,
     pub round: Duration,
     /// Commands of one round.
     pub commands: usize,
@@ -34,7 +36,8 @@ impl Scale {
             quick: false,
             rounds: 5,
             clients: vec![1, 16, 64, 256],
-            round: Duration::from_secs(4),
+            start_rounds: 20,
+            round: Duration::from_secs(1),
             commands: 500,
             followers: 1_000,
             follow: Duration::from_secs(10),
@@ -52,6 +55,7 @@ impl Scale {
             quick: true,
             rounds: 3,
             clients: vec![1, 16, 64, 256],
+            start_rounds: 3,
             round: Duration::from_millis(700),
             commands: 300,
             followers: 1_000,

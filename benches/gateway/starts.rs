@@ -68,7 +68,7 @@ fn rounds(
     let runtime = Context::clients()?;
     let (mut gateway, mut floor) = (Vec::new(), Vec::new());
     // The first round warms both up and is not kept.
-    for round in 0..=scale.rounds {
+    for round in 0..=scale.start_rounds {
         let time = if round == 0 {
             scale.round / 4
         } else {
