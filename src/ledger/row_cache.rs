@@ -241,7 +241,7 @@ mod tests {
     struct Memory {
         rows: Mutex<BTreeMap<(Table, Vec<u8>), Vec<u8>>>,
         snapshots: AtomicU64,
-        /// Committed when the next snapshot is taken, after it.
+        /// Committed after the next snapshot was taken, before its reader has ended.
         overtaking: Mutex<Option<WriteSet>>,
     }
 
@@ -313,10 +313,11 @@ mod tests {
         fn get(&self, table: Table, key: &str) -> Option<String> {
             let read = self.cache.read(&self.store, |rows| {
                 // Another commit gets in between a read's snapshot and its end.
-                if let (Source::Stored { .. }, Some(writes)) =
-                    (rows, self.store.overtaking.lock().unwrap().take())
-                {
-                    self.commit(writes);
+                if matches!(rows, Source::Stored { .. }) {
+                    let overtaking = self.store.overtaking.lock().unwrap().take();
+                    overtaking
+                        .into_iter()
+                        .for_each(|writes| self.commit(writes));
                 }
                 Ok(rows.bytes(table, key.as_bytes())?.map(Cow::into_owned))
             });
