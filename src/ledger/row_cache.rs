@@ -236,16 +236,18 @@ mod tests {
     use super::*;
     use crate::ledger::store::{Direction, KeyBounds, Visit};
 
+    type Stored = BTreeMap<(Table, Vec<u8>), Vec<u8>>;
+
     /// A store in memory.
     #[derive(Default)]
     struct Memory {
-        rows: Mutex<BTreeMap<(Table, Vec<u8>), Vec<u8>>>,
+        rows: Mutex<Stored>,
         snapshots: AtomicU64,
         /// Committed after the next snapshot was taken, before its reader has ended.
         overtaking: Mutex<Option<WriteSet>>,
     }
 
-    struct Copied(BTreeMap<(Table, Vec<u8>), Vec<u8>>);
+    struct Copied(Stored);
 
     impl Snapshot for Copied {
         fn get(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>, StoreError> {
