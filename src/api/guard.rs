@@ -396,8 +396,8 @@ async fn identify(
     }
     arrival.count(app.limits.of_user(&principal, arrival.at))?;
     if app.limits.holds_for(&principal) {
-        let tenant = app.ledger.tenant(&principal.user.tenant)?;
-        if let Some(rate) = tenant.and_then(|tenant| tenant.allowance.requests_per_minute) {
+        let tenant = &principal.user.tenant;
+        if let Some(rate) = app.ledger.requests_per_minute(tenant)? {
             app.limits.of_tenant(&principal, rate, arrival.at)?;
         }
     }

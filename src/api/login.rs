@@ -107,6 +107,7 @@ async fn by_password(
     password: String,
     asking: &Asking<'_>,
 ) -> Result<Result<Proven, ApiError>, ApiError> {
+    app.slow_hashes.check()?;
     let owner = app.ledger.session_owner(key, None)?;
     let kept = owner.as_ref().and_then(|owner| owner.password.clone());
     let verdict = check(app, &password, kept.clone()).await?;

@@ -106,8 +106,13 @@ impl Writer {
         self.check()?;
         // Set first, so that a panic in the store poisons as well.
         self.poisoned = true;
-        let store = &self.inner.store;
-        self.inner.counts.commit(moves, || store.commit(writes))?;
+        let inner = &self.inner;
+        let commit = || {
+            inner
+                .rows
+                .commit(writes, |writes| inner.store.commit(writes))
+        };
+        inner.counts.commit(moves, commit)?;
         self.poisoned = false;
         Ok(())
     }

@@ -9,6 +9,7 @@
 //! | `open` | opening, creating, and why not |
 //! | `batch`, `projection/`, `purge` | appending, what each event changes, and removing what is purged |
 //! | `read`, `people`, `listing`, `audit`, `replay`, `snapshot` | reading |
+//! | `row_cache` | what each request reads, kept in memory |
 //! | `hub`, `follow`, `view` | live followers and the JSON they see |
 //! | `counts`, `expiry` | how many runs stand in each status; forgetting Idempotency-Keys |
 //! | `verify`, `checkpoint` | proving a ledger, and that it is the one it was |
@@ -32,6 +33,7 @@ mod read;
 pub mod record_codec;
 mod redb_store;
 mod replay;
+mod row_cache;
 mod snapshot;
 pub mod space;
 mod stats;
@@ -75,6 +77,7 @@ pub use view::record_json;
 use counts::StatusCounts;
 use purge::Purges;
 use read::Chunk;
+use row_cache::RowCache;
 use store::{Snapshot, Store, Table};
 
 /// Which records a read shows.
@@ -104,6 +107,8 @@ struct Inner {
     store: Box<dyn Store>,
     hub: hub::Hub,
     counts: StatusCounts,
+    /// What each request with a token reads.
+    rows: RowCache,
     instance_id: Uuid,
     path: PathBuf,
 }

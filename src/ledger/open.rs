@@ -18,6 +18,7 @@ use super::error::{OpenError, ReadError, StoreError};
 use super::expiry::KeyWalk;
 use super::hub::Hub;
 use super::redb_store::RedbStore;
+use super::row_cache::RowCache;
 use super::store::{Direction, Store, Table, WriteSet};
 use super::{Inner, Ledger, keys, read};
 
@@ -224,6 +225,7 @@ fn finish(path: &Path, store: RedbStore, initialise: bool) -> Result<(Ledger, Wr
         store: Box::new(store),
         hub,
         counts: StatusCounts::default(),
+        rows: RowCache::default(),
         instance_id,
         path: path.to_path_buf(),
     });

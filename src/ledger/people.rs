@@ -11,29 +11,35 @@ use super::projection::inbox::InboxEntry;
 use super::projection::people::{self, SessionOwner, TokenOwner};
 use super::projection::run::RunSummary;
 use super::purge::Purges;
+use super::row_cache::{Source, Unread};
 use super::store::{Snapshot, Table};
 use super::{Ledger, hide_foreign, read};
 
 impl Ledger {
-    /// Whose token has this keyed hash. One snapshot and three look-ups: what is committed counts at once.
+    /// Whose token has this keyed hash. What is committed counts at once (`row_cache`).
     pub fn token_owner(&self, digest: &[u8]) -> Result<Option<TokenOwner>, ReadError> {
-        let snapshot = self.inner.store.snapshot()?;
-        let Some(key) = snapshot.get(Table::TokenDigests, digest)? else {
-            return Ok(None);
-        };
-        let Some(token) = read::get::<Token>(&*snapshot, Table::Tokens, &key)? else {
-            return Ok(None);
-        };
-        owned(&*snapshot, token)
+        let inner = &*self.inner;
+        inner.rows.read(&*inner.store, |rows| {
+            match rows.bytes(Table::TokenDigests, digest)? {
+                Some(key) => owned(rows, &key),
+                None => Ok(None),
+            }
+        })
     }
 
     /// A token and its user, by the token's public key.
     pub fn token(&self, key: &TokenKey) -> Result<Option<TokenOwner>, ReadError> {
-        let snapshot = self.inner.store.snapshot()?;
-        match read::get::<Token>(&*snapshot, Table::Tokens, &people::token_key(key))? {
-            Some(token) => owned(&*snapshot, token),
-            None => Ok(None),
-        }
+        let (inner, key) = (&*self.inner, people::token_key(key));
+        inner.rows.read(&*inner.store, |rows| owned(rows, &key))
+    }
+
+    /// Requests a minute of all users of a tenant together; `None` is unlimited.
+    pub fn requests_per_minute(&self, tenant: &str) -> Result<Option<u64>, ReadError> {
+        let inner = &*self.inner;
+        inner.rows.read(&*inner.store, |rows| {
+            let tenant = rows.get::<Tenant>(Table::Tenants, tenant.as_bytes())?;
+            Ok(tenant.and_then(|tenant| tenant.allowance.requests_per_minute))
+        })
     }
 
     /// What was said of a tenant.
@@ -100,10 +106,7 @@ impl Ledger {
         let snapshot = self.inner.store.snapshot()?;
         let row = people::user_key(key);
         let tenant: Option<Tenant> = read::get(&*snapshot, Table::Tenants, key.tenant.as_bytes())?;
-        if tenant
-            .as_ref()
-            .is_some_and(|tenant| !tenant.profile.enabled)
-        {
+        if !is_let_in(tenant.as_ref()) {
             return Ok(None);
         }
         let Some(user) = read::get::<User>(&*snapshot, Table::Users, &row)? else {
@@ -181,17 +184,24 @@ impl Ledger {
 }
 
 /// A token with its user; a disabled tenant's is as good as none.
-fn owned(snapshot: &dyn Snapshot, token: Token) -> Result<Option<TokenOwner>, ReadError> {
+fn owned(rows: &Source<'_>, token: &[u8]) -> Result<Option<TokenOwner>, Unread> {
+    let Some(token) = rows.get::<Token>(Table::Tokens, token)? else {
+        return Ok(None);
+    };
     let owner = &token.key.owner;
-    let user = read::get::<User>(snapshot, Table::Users, &people::user_key(owner))?;
-    let admitted = admits(snapshot, &owner.tenant)?;
-    let user = user.filter(|_| admitted);
+    let user = rows.get::<User>(Table::Users, &people::user_key(owner))?;
+    let tenant = rows.get::<Tenant>(Table::Tenants, owner.tenant.as_bytes())?;
+    let user = user.filter(|_| is_let_in(tenant.as_ref()));
     Ok(user.map(|user| TokenOwner { user, token }))
 }
 
 fn admits(snapshot: &dyn Snapshot, tenant: &str) -> Result<bool, ReadError> {
     let tenant = read::get::<Tenant>(snapshot, Table::Tenants, tenant.as_bytes())?;
-    Ok(tenant.is_none_or(|tenant| tenant.profile.enabled))
+    Ok(is_let_in(tenant.as_ref()))
+}
+
+fn is_let_in(tenant: Option<&Tenant>) -> bool {
+    tenant.is_none_or(|tenant| tenant.profile.enabled)
 }
 
 fn runtimes_of(snapshot: &dyn Snapshot, tenant: &str) -> Result<Vec<Runtime>, ReadError> {

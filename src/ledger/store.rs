@@ -147,6 +147,12 @@ impl WriteSet {
         Some(change.as_deref())
     }
 
+    /// What it changes of a table, keys ascending.
+    pub fn of(&self, table: Table) -> impl Iterator<Item = (&[u8], Option<&[u8]>)> {
+        let changes = self.tables.get(&table).into_iter().flatten();
+        changes.map(|(key, value)| (&key[..], value.as_deref()))
+    }
+
     /// Whether it changes anything of a table.
     pub fn touches(&self, table: Table) -> bool {
         self.tables.contains_key(&table)

@@ -43,6 +43,7 @@ mod ledger_follow;
 mod ledger_golden;
 mod ledger_http;
 mod ledger_open;
+mod ledger_people;
 mod ledger_reads;
 mod ledger_transfer;
 mod ledger_world;
