@@ -284,8 +284,8 @@ mod tests {
             for (table, changes) in writes.into_tables() {
                 for (key, value) in changes {
                     match value {
-                        Some(value) => drop(rows.insert((table, key), value)),
-                        None => drop(rows.remove(&(table, key))),
+                        Some(value) => drop(rows.insert((table, key.to_vec()), value)),
+                        None => drop(rows.remove(&(table, key.to_vec()))),
                     }
                 }
             }
