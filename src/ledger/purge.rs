@@ -243,6 +243,7 @@ impl Batch<'_> {
             return Ok(false);
         }
         self.purge_record(run.payload)?;
+        self.share.spend(0);
         self.writes.remove(Table::Runs, place);
         self.moves.count(Some(run.status), None);
         let status = keys::status(run.plane, run.status, run.run);
