@@ -7,6 +7,7 @@ use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
 use serde_json::json;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use utoipa::ToSchema;
 use utoipa_axum::routes;
@@ -81,7 +82,7 @@ async fn start(
     if already && is_healthy(&before) {
         return Ok(Json(answer(&name, "already_running", None, true)));
     }
-    let mut started = wait_for_health(&app, &name, (generation, true), tail).await?;
+    let mut started = wait_for_health(&app, &name, generation, tail).await?;
     if already {
         started.status = "already_running";
     }
@@ -166,22 +167,11 @@ async fn restart(
     let drain = read_drain(&query)?;
     drop(query);
     let before = find(&app, &caller, &name)?;
-    let old = before
-        .instance
-        .as_ref()
-        .map_or(Generation(0), |instance| instance.generation);
     let tail = app.ledger.tail();
     let service = ServiceName::from(name.as_str());
-    control(
-        &app,
-        &caller,
-        &name,
-        Command::RestartService { service, drain },
-    )
-    .await?;
-    let next = Some(Generation(old.0 + 1));
-    // It is not there before the old one has gone.
-    let started = wait_for_health(&app, &name, (next, false), tail).await?;
+    let restart = Command::RestartService { service, drain };
+    let (next, _) = control(&app, &caller, &name, restart).await?;
+    let started = wait_for_health(&app, &name, next, tail).await?;
     Ok(Json(StartAnswer {
         previous_status: Some(if is_running(&before) {
             "running"
@@ -286,21 +276,16 @@ enum Outcome {
     Ended(String),
 }
 
-/// Waits until an instance of at least `generation` is healthy, or has ended. One that has begun has ended when there is
-/// none: it may come and go between two looks.
+/// Waits until an instance of at least `generation` is healthy, or has ended, or will not come.
 async fn wait_for_health(
     app: &App,
     name: &str,
-    (generation, has_begun): (Option<Generation>, bool),
+    generation: Option<Generation>,
     after: Seq,
 ) -> Result<StartAnswer, ApiError> {
     let since = Instant::now();
     let limit = app.config.service_start_wait;
-    let outcome = wait(app, name, limit, |view| {
-        start_outcome(view, generation, has_begun)
-    });
-    let outcome = outcome.await?;
-    match outcome {
+    match started(app, name, limit, generation).await? {
         Some(Outcome::Healthy(startup_ms)) => Ok(answer(name, "started", startup_ms, true)),
         Some(Outcome::Ended(why)) => {
             let why = match generation {
@@ -363,11 +348,45 @@ async fn last_words(
     app.scan(read).await
 }
 
-fn start_outcome(
-    view: Option<&ServiceView>,
+/// The outcome of a start, if there is one in time.
+async fn started(
+    app: &App,
+    name: &str,
+    limit: Duration,
     generation: Option<Generation>,
-    has_begun: bool,
-) -> Option<Outcome> {
+) -> Result<Option<Outcome>, ApiError> {
+    let mut looks = Looks::new(app, name, limit);
+    while let Some(view) = looks.next().await? {
+        let outcome = start_outcome(view.as_ref(), generation);
+        if outcome.is_some() {
+            return Ok(outcome);
+        }
+        let is_there = view.is_none_or(|view| view.instance.is_some());
+        if !is_there && !is_to_come(app, name, generation).await? {
+            return Ok(Some(Outcome::Ended("it was stopped".to_owned())));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether a service without an instance gets one of `generation` yet. That one may have come and gone between two
+/// looks; a stop calls off what a restart has promised.
+async fn is_to_come(
+    app: &App,
+    name: &str,
+    generation: Option<Generation>,
+) -> Result<bool, ApiError> {
+    let name = ServiceName::from(name);
+    let asked = app.handle.ask(move |state, _, _| {
+        state.services.get(&name).is_some_and(|service| {
+            let is_ahead = generation.is_some_and(|wanted| service.generation < wanted);
+            service.instance.is_some() || (is_ahead && service.wanted && service.enabled)
+        })
+    });
+    Ok(asked.await?)
+}
+
+fn start_outcome(view: Option<&ServiceView>, generation: Option<Generation>) -> Option<Outcome> {
     let Some(view) = view else {
         return Some(Outcome::Ended("it was removed".to_owned()));
     };
@@ -388,7 +407,6 @@ fn start_outcome(
         Some((InstancePhase::Stopping, _)) => {
             Some(Outcome::Ended("it is being stopped".to_owned()))
         }
-        None if has_begun => Some(Outcome::Ended("it was stopped".to_owned())),
         _ => None,
     }
 }
@@ -400,20 +418,48 @@ async fn wait<T>(
     limit: Duration,
     mut seen: impl FnMut(Option<&ServiceView>) -> Option<T>,
 ) -> Result<Option<T>, ApiError> {
-    let deadline = Instant::now() + limit;
-    let mut commits = app.ledger.watch();
-    loop {
-        // Marked as seen before reading, so that a commit in between wakes us again.
-        commits.borrow_and_update();
-        let view = app.ledger.service(name)?;
+    let mut looks = Looks::new(app, name, limit);
+    while let Some(view) = looks.next().await? {
         if let Some(found) = seen(view.as_ref()) {
             return Ok(Some(found));
         }
-        tokio::select! {
-            () = app.stopping.cancelled() => return Ok(None),
-            changed = commits.changed() => if changed.is_err() { return Ok(None) },
-            () = tokio::time::sleep_until(deadline) => return Ok(None),
+    }
+    Ok(None)
+}
+
+/// A service as it is, and after each commit from then on.
+struct Looks<'a> {
+    app: &'a App,
+    name: &'a str,
+    deadline: Instant,
+    commits: watch::Receiver<Seq>,
+    has_looked: bool,
+}
+
+impl<'a> Looks<'a> {
+    fn new(app: &'a App, name: &'a str, limit: Duration) -> Looks<'a> {
+        Looks {
+            app,
+            name,
+            deadline: Instant::now() + limit,
+            commits: app.ledger.watch(),
+            has_looked: false,
         }
+    }
+
+    /// Its view, `None` in it when there is no such service; `None` when time is up.
+    async fn next(&mut self) -> Result<Option<Option<ServiceView>>, ApiError> {
+        if self.has_looked {
+            tokio::select! {
+                () = self.app.stopping.cancelled() => return Ok(None),
+                changed = self.commits.changed() => if changed.is_err() { return Ok(None) },
+                () = tokio::time::sleep_until(self.deadline) => return Ok(None),
+            }
+        }
+        self.has_looked = true;
+        // Marked as seen before reading, so that a commit in between wakes us again.
+        self.commits.borrow_and_update();
+        Ok(Some(self.app.ledger.service(self.name)?))
     }
 }
 

@@ -1,7 +1,8 @@
 //! The routes against a real ledger and coordinator, without an executor: what is submitted stays where the
-//! scheduler puts it. Logins, and who is gone, are in `people`.
+//! scheduler puts it. Logins, and who is gone, are in `people`; starts and stops in `service_control`.
 
 mod people;
+mod service_control;
 
 use std::time::Duration;
 

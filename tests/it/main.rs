@@ -49,6 +49,7 @@ mod ledger_transfer;
 mod ledger_world;
 mod limits;
 mod logins;
+mod panic_canary;
 mod preempt;
 mod purge;
 mod queue;

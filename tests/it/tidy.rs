@@ -203,3 +203,36 @@ fn every_call_that_leaves_the_gateway_goes_through_outbound() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
+
+/// Crates by name, with the versions that a lock file has.
+fn locked(file: &str) -> BTreeMap<String, Vec<String>> {
+    let text = std::fs::read_to_string(root().join(file)).unwrap();
+    let value = |line: &str| line.split('"').nth(1).map(str::to_owned);
+    let (mut crates, mut name) = (BTreeMap::<_, Vec<_>>::new(), None);
+    for line in text.lines() {
+        if line.starts_with("name = ") {
+            name = value(line);
+        } else if line.starts_with("version = ")
+            && let (Some(name), Some(version)) = (name.take(), value(line))
+        {
+            crates.entry(name).or_default().push(version);
+        }
+    }
+    crates
+}
+
+/// Else the fuzzers try other code than what is shipped, and build all of it themselves.
+#[test]
+fn the_fuzzers_use_the_crates_that_the_gateway_does() {
+    let ours = locked("Cargo.lock");
+    for (name, versions) in locked("fuzz/Cargo.lock") {
+        let Some(known) = ours.get(&name) else {
+            let is_fuzzing = ["arbitrary", "libfuzzer-sys", "rungate-fuzz"];
+            assert!(is_fuzzing.contains(&name.as_str()), "{name} is new");
+            continue;
+        };
+        for version in versions {
+            assert!(known.contains(&version), "{name} {version}, not {known:?}");
+        }
+    }
+}

@@ -215,7 +215,7 @@ impl Context<'_> {
         ))
     }
 
-    /// Stops it if it runs, and starts it again when it is gone.
+    /// Stops it if it runs, and starts it again when it is gone. The answer names the generation that comes.
     pub(super) fn restart_service(
         &self,
         name: &ServiceName,
@@ -225,6 +225,7 @@ impl Context<'_> {
         let Some(instance) = service.instance.as_ref().filter(|_| service.enabled) else {
             return self.start_service(name);
         };
+        let next = Some(Generation(service.generation.0 + 1));
         match &instance.phase {
             // It comes again already.
             InstancePhase::Stopping {
@@ -234,10 +235,7 @@ impl Context<'_> {
             | InstancePhase::Exited {
                 cause: Some(StopCause::Restart),
             } => {
-                return Ok(Decision::of(
-                    Vec::new(),
-                    answer(Some(instance.generation), true),
-                ));
+                return Ok(Decision::of(Vec::new(), answer(next, true)));
             }
             // On its way out for another reason: nothing would start it again.
             InstancePhase::Stopping { .. } | InstancePhase::Exited { .. } => {
@@ -246,10 +244,7 @@ impl Context<'_> {
             _ => {}
         }
         let events = self.bring_down(service, instance, drain, StopCause::Restart);
-        Ok(Decision::of(
-            events,
-            answer(Some(instance.generation), false),
-        ))
+        Ok(Decision::of(events, answer(next, false)))
     }
 
     /// No new work, then the end: at once when nothing runs, or when its jobs are over. Without `drain`
