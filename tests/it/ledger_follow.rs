@@ -101,6 +101,32 @@ async fn a_thousand_forced_disconnects_leave_no_gap_and_no_repeat() {
     assert_eq!(ledger.followers(), 0);
 }
 
+#[tokio::test]
+async fn who_comes_while_a_batch_is_made_misses_nothing_of_it() {
+    let (_directory, ledger, mut writer) = open();
+    append(&mut writer, [(queued(run_id(1)), "{}")]);
+    let topic = Topic::Run {
+        plane: ROOT,
+        run: run_id(1),
+    };
+    // Nobody follows as the batch is begun, so its records are kept for nobody.
+    let mut batch = writer.begin().unwrap();
+    let event = Event::JobProgressed {
+        run: run_id(1),
+        attempt: 1,
+    };
+    batch.append(&record(START, event, "{}")).unwrap();
+    let mut follower = ledger.follow(topic, 0);
+    assert_eq!(follower.next().await.unwrap().cursor, 1);
+    // It has read what is on disk, and waits by now.
+    let waits = tokio::time::timeout(std::time::Duration::from_millis(50), follower.next());
+    assert!(waits.await.is_err());
+    batch.commit().unwrap();
+    let patience = std::time::Duration::from_secs(30);
+    let next = tokio::time::timeout(patience, follower.next()).await;
+    assert_eq!(next.unwrap().unwrap().cursor, 2);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_slow_follower_goes_to_disk_and_misses_nothing() {
     let (_directory, ledger, mut writer) = open();

@@ -428,3 +428,36 @@ fn idempotency_keys_are_forgotten_after_a_day_and_a_few_at_a_time() {
     }
     assert_eq!((steps, kept(&mut writer)), (3, young));
 }
+
+#[test]
+fn a_run_that_names_another_runs_record_is_found() {
+    let (directory, ledger, mut writer) = open();
+    append(
+        &mut writer,
+        [(queued(run_id(1)), "{}"), (queued(run_id(2)), "{}")],
+    );
+    let seqs: Vec<u64> = (1..=2)
+        .map(|n| ledger.run(ROOT, run_id(n)).unwrap().unwrap().payload)
+        .collect();
+    drop((ledger, writer));
+    let swap = |from: u64, to: u64| {
+        let database = redb::Database::open(directory.path().join("ledger.redb")).unwrap();
+        let transaction = database.begin_write().unwrap();
+        let runs = redb::TableDefinition::<&[u8], &[u8]>::new("runs");
+        let mut table = transaction.open_table(runs).unwrap();
+        let key = [&ROOT.0.to_be_bytes()[..], run_id(2).0.as_bytes()].concat();
+        let kept = table.insert(&key[..], &to.to_be_bytes()[..]).unwrap();
+        assert_eq!(kept.unwrap().value(), from.to_be_bytes());
+        drop(table);
+        transaction.commit().unwrap();
+    };
+    swap(seqs[1], seqs[0]);
+    let (ledger, writer) = Ledger::open(directory.path(), &OpenOptions::default()).unwrap();
+    ledger.verify(&mut |_| {}).unwrap_err();
+    drop((ledger, writer));
+    // One that queues nothing, as there is none.
+    swap(seqs[0], 99);
+    let (ledger, _writer) = Ledger::open(directory.path(), &OpenOptions::default()).unwrap();
+    ledger.run(ROOT, run_id(2)).unwrap_err();
+    ledger.verify(&mut |_| {}).unwrap_err();
+}
