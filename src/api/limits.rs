@@ -22,6 +22,9 @@ use crate::domain::identity::Role;
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 const RATE_LIMIT_POLICY: HeaderName = HeaderName::from_static("ratelimit-policy");
 
+/// The policy that counts each user.
+const USER: &str = "user";
+
 /// How long a request waits for its turn before it is told 429 (`contracts/run-gateway.md` section 2).
 const TURN_WAIT: Duration = Duration::from_millis(10);
 
@@ -76,6 +79,8 @@ impl Default for LimitConfig {
 /// Counts who asks what.
 pub struct Limits {
     users: Option<Rate>,
+    /// Of users with a rate of their own.
+    own: Buckets,
     /// Of tenants with a rate, all users together.
     tenants: Buckets,
     addresses: Option<Rate>,
@@ -98,6 +103,7 @@ struct Bound {
 /// One rate limit.
 struct Rate {
     name: &'static str,
+    per_minute: u64,
     policy: HeaderValue,
     buckets: Buckets,
 }
@@ -128,7 +134,8 @@ impl Limits {
     pub fn new(config: &ApiConfig) -> Limits {
         let config = &config.limits;
         Limits {
-            users: Rate::new("user", config.user_per_minute),
+            users: Rate::new(USER, config.user_per_minute),
+            own: Buckets::new(1),
             tenants: Buckets::new(1),
             addresses: Rate::new("address", config.address_per_minute),
             are_admins_limited: config.are_admins_limited,
@@ -145,7 +152,19 @@ impl Limits {
 
     /// Counts a request of a user; `None` when it is not limited.
     pub fn of_user(&self, principal: &Principal, now: Instant) -> Option<Standing> {
-        let rate = self.users.as_ref().filter(|_| self.holds_for(principal))?;
+        if !self.holds_for(principal) {
+            return None;
+        }
+        // Whoever says it of a user may be its tenant's administrator: it cannot be more than the settings allow.
+        let most = self.users.as_ref().map_or(u64::MAX, |rate| rate.per_minute);
+        if let Some(own) = principal.requests_per_minute.filter(|own| *own < most) {
+            return Some(Standing {
+                name: USER,
+                policy: policy(USER, own),
+                level: self.own.take_of(own, &principal.user, now),
+            });
+        }
+        let rate = self.users.as_ref()?;
         Some(rate.take(rate.buckets.take(&principal.user, now)))
     }
 
@@ -262,10 +281,10 @@ impl Limits {
 
 impl Rate {
     fn new(name: &'static str, per_minute: u64) -> Option<Rate> {
-        let policy = format!("\"{name}\";q={per_minute};w={WINDOW_S}");
         (per_minute > 0).then(|| Rate {
             name,
-            policy: HeaderValue::try_from(policy).expect("names and numbers are visible ASCII"),
+            per_minute,
+            policy: policy(name, per_minute),
             buckets: Buckets::new(per_minute),
         })
     }
@@ -277,6 +296,11 @@ impl Rate {
             level,
         }
     }
+}
+
+fn policy(name: &str, per_minute: u64) -> HeaderValue {
+    let policy = format!("\"{name}\";q={per_minute};w={WINDOW_S}");
+    HeaderValue::try_from(policy).expect("names and numbers are visible ASCII")
 }
 
 impl Standing {

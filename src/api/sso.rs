@@ -14,7 +14,7 @@ use crate::domain::identity::{
     IdentityCommand, IdentityRejection, Profile, ProfileChange, Role, User,
 };
 use crate::domain::ids::PlaneId;
-use crate::domain::tenant::QuotasChange;
+use crate::domain::tenant::{QuotasChange, UserAllowanceChange};
 
 /// The keyed hash of the token that was shown, and with which request.
 type Showing<'a> = (&'a [u8; 32], &'a Asking<'a>);
@@ -105,6 +105,7 @@ async fn in_step(
             ..ProfileChange::default()
         },
         quotas: QuotasChange::default(),
+        allowance: UserAllowanceChange::default(),
         rotate: None,
     };
     match submit(app, person, command, shown).await {

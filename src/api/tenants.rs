@@ -22,7 +22,7 @@ use crate::domain::command::Rejection;
 use crate::domain::identity::{IdentityCommand, IdentityRejection, sanitised};
 use crate::domain::tenant::{
     Allowance, AllowanceChange, DEFAULT_TENANT, MAX_WEIGHT, Quotas, QuotasChange, Tenant,
-    TenantChange, TenantProfile,
+    TenantChange, TenantProfile, UserAllowance, UserAllowanceChange,
 };
 use crate::domain::time::Timestamp;
 use crate::ledger::{Ledger, ReadError};
@@ -61,6 +61,29 @@ impl From<Quotas> for QuotasView {
             gpus: quotas.gpus,
             vram_mib: quotas.vram_mib,
         }
+    }
+}
+
+/// How much a user may have at once, keep and ask; null is unlimited, or as the settings say.
+#[derive(Serialize, ToSchema)]
+pub struct UserQuotasView {
+    #[serde(flatten)]
+    pub of_runs: QuotasView,
+    /// Bytes of its runs' payloads, results, progress and checkpoints that are not purged.
+    pub ledger_bytes: Option<u64>,
+    /// Requests a minute, if that is less than the settings allow each user.
+    pub requests_per_minute: Option<u64>,
+}
+
+impl UserQuotasView {
+    /// `None` where nothing is limited.
+    pub fn new(quotas: Quotas, allowance: UserAllowance) -> Option<UserQuotasView> {
+        let is_limited = !quotas.is_unlimited() || allowance != UserAllowance::default();
+        is_limited.then(|| UserQuotasView {
+            of_runs: quotas.into(),
+            ledger_bytes: allowance.ledger_bytes,
+            requests_per_minute: allowance.requests_per_minute,
+        })
     }
 }
 
@@ -195,22 +218,37 @@ pub struct NewTenant {
 /// Largest number of bytes.
 const MAX_QUOTA_BYTES: u64 = 1 << 50;
 
-/// The quotas that users may have too, and those of tenants only.
-const RUN_QUOTAS: [&str; 4] = ["queued_runs", "running_runs", "gpus", "vram_mib"];
-const TENANT_QUOTAS: [&str; 3] = ["ledger_bytes", "requests_per_minute", "users"];
+/// The quotas of users and tenants, and that of tenants only.
+const QUOTAS: [&str; 6] = [
+    "queued_runs",
+    "running_runs",
+    "gpus",
+    "vram_mib",
+    "ledger_bytes",
+    "requests_per_minute",
+];
+const TENANT_QUOTA: &str = "users";
 
 /// The members of a user's `quotas`: a number, or null for unlimited; absent ones stay as they are.
-pub fn read_quotas(fields: &Fields) -> QuotasChange {
-    match fields.object("quotas") {
-        Some(quotas) => {
-            quotas.forbid_others(&RUN_QUOTAS);
-            run_quotas(&quotas)
-        }
-        None => all_run_quotas(fields.is_null("quotas")),
-    }
+pub fn read_quotas(fields: &Fields) -> (QuotasChange, UserAllowanceChange) {
+    let Some(quotas) = fields.object("quotas") else {
+        let whole = fields.is_null("quotas").then_some(None);
+        let allowance = UserAllowanceChange {
+            ledger_bytes: whole,
+            requests_per_minute: whole,
+        };
+        return (all_run_quotas(whole.is_some()), allowance);
+    };
+    quotas.forbid_others(&QUOTAS);
+    let allowance = UserAllowanceChange {
+        ledger_bytes: quota(&quotas, "ledger_bytes", 0..=MAX_QUOTA_BYTES),
+        // A user that may ask nothing is a disabled one.
+        requests_per_minute: quota(&quotas, "requests_per_minute", 1..=MAX_QUOTA),
+    };
+    (run_quotas(&quotas), allowance)
 }
 
-/// The same of a tenant's, which has more.
+/// The same of a tenant's, which has one more.
 fn read_tenant_quotas(fields: &Fields) -> (QuotasChange, AllowanceChange) {
     let Some(quotas) = fields.object("quotas") else {
         let whole = fields.is_null("quotas").then_some(None);
@@ -221,12 +259,12 @@ fn read_tenant_quotas(fields: &Fields) -> (QuotasChange, AllowanceChange) {
         };
         return (all_run_quotas(whole.is_some()), allowance);
     };
-    quotas.forbid_others(&[&RUN_QUOTAS[..], &TENANT_QUOTAS[..]].concat());
+    quotas.forbid_others(&[&QUOTAS[..], &[TENANT_QUOTA]].concat());
     let allowance = AllowanceChange {
         ledger_bytes: quota(&quotas, "ledger_bytes", 0..=MAX_QUOTA_BYTES),
         // A tenant that may ask nothing is a disabled one.
         requests_per_minute: quota(&quotas, "requests_per_minute", 1..=MAX_QUOTA),
-        users: quota(&quotas, "users", 0..=MAX_QUOTA),
+        users: quota(&quotas, TENANT_QUOTA, 0..=MAX_QUOTA),
     };
     (run_quotas(&quotas), allowance)
 }

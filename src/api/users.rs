@@ -19,7 +19,7 @@ use super::login::Proof;
 use super::query::Query;
 use super::reauth::{MEMBERS, confirm, read_current};
 use super::state::App;
-use super::tenants::{QuotasView, read_quotas};
+use super::tenants::{UserQuotasView, read_quotas};
 use super::tokens::token_id;
 use crate::auth::Minted;
 use crate::auth::secret::parse_imported;
@@ -28,7 +28,7 @@ use crate::domain::identity::{
     IdentityCommand, IdentityRejection, NewToken, Profile, ProfileChange, Role, Scope, TokenHash,
     User, UserKey, power, sanitised,
 };
-use crate::domain::tenant::{Quotas, QuotasChange};
+use crate::domain::tenant::{Quotas, QuotasChange, UserAllowanceChange};
 use crate::domain::time::Timestamp;
 
 /// Longest user, tenant and runtime id.
@@ -64,7 +64,7 @@ pub struct UserView {
     pub runtime_id: String,
     /// How much it may have at once; absent where nothing is limited.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub quotas: Option<QuotasView>,
+    pub quotas: Option<UserQuotasView>,
     #[schema(value_type = String)]
     pub created_at: Timestamp,
     #[schema(value_type = String)]
@@ -79,7 +79,7 @@ impl UserView {
 
     fn of(user: User, quotas: Quotas) -> UserView {
         UserView {
-            quotas: (!quotas.is_unlimited()).then(|| quotas.into()),
+            quotas: UserQuotasView::new(quotas, user.allowance),
             ..UserView::from(user)
         }
     }
@@ -410,6 +410,7 @@ async fn read(
 struct Change {
     profile: ProfileChange,
     quotas: QuotasChange,
+    allowance: UserAllowanceChange,
     /// The token in place of all others.
     minted: Option<Minted>,
     current: Option<Proof>,
@@ -430,7 +431,7 @@ fn read_change(app: &App, fields: &Fields) -> Result<Change, ApiError> {
         token,
     ]);
     let profile = read_profile(fields);
-    let quotas = read_quotas(fields);
+    let (quotas, allowance) = read_quotas(fields);
     let chosen = read_token(app, fields);
     let rotate = fields.boolean("rotate_token").unwrap_or(false);
     let current = read_current(fields);
@@ -438,6 +439,7 @@ fn read_change(app: &App, fields: &Fields) -> Result<Change, ApiError> {
     Ok(Change {
         profile,
         quotas,
+        allowance,
         minted: chosen.or_else(|| rotate.then(|| app.auth.mint())),
         current,
     })
@@ -463,6 +465,7 @@ async fn update(
     let Change {
         profile: change,
         quotas,
+        allowance,
         minted,
         current,
     } = read_change(&app, &body.fields()?)?;
@@ -482,6 +485,7 @@ async fn update(
         key: key.clone(),
         change,
         quotas,
+        allowance,
         rotate: hash.map(first_token),
     };
     submit(&app, &caller, command).await?;

@@ -66,6 +66,8 @@ pub struct Principal {
     /// The token's.
     pub token_scopes: Vec<Scope>,
     pub runtime: SmolStr,
+    /// How many requests its user may make, where that is said of it.
+    pub requests_per_minute: Option<u64>,
     /// The token that it showed, or logged in with; `None` for the first administrator's, for signed ones, and for a
     /// password.
     pub token: Option<TokenKey>,
@@ -146,6 +148,7 @@ impl Principal {
             user_scopes: user.profile.scopes.clone(),
             token_scopes: vec![Scope::All],
             runtime: user.profile.runtime.clone(),
+            requests_per_minute: user.allowance.requests_per_minute,
             token: None,
             signed: None,
             session: None,
@@ -182,6 +185,7 @@ impl Principal {
             user_scopes: user.profile.scopes.clone(),
             token_scopes: vec![Scope::All],
             runtime: user.profile.runtime.clone(),
+            requests_per_minute: user.allowance.requests_per_minute,
             token: None,
             session: None,
             signed: Some(Signed::Sso {
@@ -206,6 +210,7 @@ impl Principal {
             user_scopes: Vec::new(),
             token_scopes: vec![Scope::RunsRead, Scope::RunsWrite],
             runtime: SmolStr::default(),
+            requests_per_minute: None,
             token: None,
             session: None,
             signed: Some(Signed::Work(work)),
@@ -410,6 +415,7 @@ fn first_admin(digest: &[u8; 32]) -> Principal {
         user_scopes: Vec::new(),
         token_scopes: vec![Scope::All],
         runtime: SmolStr::new_static("default"),
+        requests_per_minute: None,
         token: None,
         signed: None,
         session: None,

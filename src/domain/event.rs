@@ -14,7 +14,7 @@ use super::identity::{
 };
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
-use super::tenant::{Allowance, Quotas, TenantProfile};
+use super::tenant::{Allowance, Quotas, TenantProfile, UserAllowance};
 use super::time::Timestamp;
 
 /// Something that happened. In JSON: `{"job_queued": {…}}`.
@@ -421,6 +421,11 @@ pub enum Event {
     ServiceAssigned {
         service: ServiceName,
         tenant: SmolStr,
+    },
+    /// The whole new allowance of a user.
+    UserAllowanceChanged {
+        key: UserKey,
+        allowance: UserAllowance,
     },
 }
 

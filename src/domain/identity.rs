@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::ids::PlaneId;
-use super::tenant::{QuotaHit, QuotasChange, TenantChange};
+use super::tenant::{QuotaHit, QuotasChange, TenantChange, UserAllowance, UserAllowanceChange};
 use super::time::Timestamp;
 
 /// What somebody may do, from most to least. A user has the powers of the highest of its roles.
@@ -273,6 +273,7 @@ pub struct User {
     pub profile: Profile,
     /// Its runtime's.
     pub plane: PlaneId,
+    pub allowance: UserAllowance,
     pub created_at: Timestamp,
     pub updated_at: Timestamp,
 }
@@ -368,6 +369,7 @@ pub enum IdentityCommand {
         key: UserKey,
         change: ProfileChange,
         quotas: QuotasChange,
+        allowance: UserAllowanceChange,
         rotate: Option<NewToken>,
     },
     DeleteUser {

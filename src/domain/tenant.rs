@@ -91,6 +91,32 @@ impl AllowanceChange {
     }
 }
 
+/// How much a user may keep and ask; `None` is unlimited, or as the settings say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UserAllowance {
+    /// As a tenant's: of the runs in its runtime.
+    pub ledger_bytes: Option<u64>,
+    /// At most what the settings allow each user.
+    pub requests_per_minute: Option<u64>,
+}
+
+/// A change of it: `None` leaves one as it is, `Some(None)` takes the limit away.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct UserAllowanceChange {
+    pub ledger_bytes: Option<Option<u64>>,
+    pub requests_per_minute: Option<Option<u64>>,
+}
+
+impl UserAllowanceChange {
+    /// The allowance with the changes made.
+    pub fn of(self, old: UserAllowance) -> UserAllowance {
+        UserAllowance {
+            ledger_bytes: self.ledger_bytes.unwrap_or(old.ledger_bytes),
+            requests_per_minute: self.requests_per_minute.unwrap_or(old.requests_per_minute),
+        }
+    }
+}
+
 /// What an administrator decides about a tenant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TenantProfile {

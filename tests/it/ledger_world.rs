@@ -17,7 +17,7 @@ use rungate::domain::record::NewRecord;
 use rungate::domain::spec::{
     GpuFacts, GpuSource, Grant, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
 };
-use rungate::domain::tenant::{Allowance, Quotas, TenantProfile};
+use rungate::domain::tenant::{Allowance, Quotas, TenantProfile, UserAllowance};
 use rungate::domain::time::Timestamp;
 use rungate::ledger::{CommitError, Hash, Writer};
 use smol_str::SmolStr;
@@ -796,7 +796,10 @@ fn tenants() -> Vec<Event> {
             tenant: "acme".into(),
             profile,
         },
-        Event::UserQuotasChanged { key, quotas },
+        Event::UserQuotasChanged {
+            key: key.clone(),
+            quotas,
+        },
         Event::ShareHalfLifeChanged {
             half_life_ms: 60_000,
         },
@@ -815,6 +818,13 @@ fn tenants() -> Vec<Event> {
         Event::ServiceAssigned {
             service: "svc".into(),
             tenant: "acme".into(),
+        },
+        Event::UserAllowanceChanged {
+            key,
+            allowance: UserAllowance {
+                ledger_bytes: Some(1 << 30),
+                requests_per_minute: Some(600),
+            },
         },
     ]
 }

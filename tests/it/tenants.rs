@@ -212,6 +212,81 @@ async fn a_tenants_bytes_in_the_ledger_are_counted_over_restarts_and_given_back_
 }
 
 #[tokio::test]
+async fn a_user_keeps_and_asks_no_more_than_it_may() {
+    let mut gateway = Gateway::start(Options::default()).await;
+    let of_acme = |name: &str| json!({"user_id": name, "tenant_id": "acme"});
+    let ann = user(&gateway, of_acme("ann")).await;
+    let bob = user(&gateway, of_acme("bob")).await;
+    let admin = gateway.token().to_owned();
+    let path = |name: &str| format!("/api/gateway/admin/users/{name}?tenant_id=acme");
+    let body = json!({"quotas": {"ledger_bytes": 1_000, "requests_per_minute": 7}});
+    let patched = call(&gateway, &admin, Method::PATCH, &path("ann"), Some(body)).await;
+    let quotas = patched.expect(200)["user"]["quotas"].clone();
+    assert_eq!(
+        (
+            &quotas["ledger_bytes"],
+            &quotas["requests_per_minute"],
+            &quotas["gpus"]
+        ),
+        (&json!(1_000), &json!(7), &json!(null))
+    );
+    let start = format!("{RUNS}/start");
+    let body = json!({"job": {"service_type": "t", "payload": {"text": "x".repeat(600)}}});
+    call(&gateway, &ann, Method::POST, &start, Some(body.clone()))
+        .await
+        .expect(200);
+    // It is the user's alone, and holds after a restart that finds no snapshot.
+    for _ in 0..2 {
+        let refused = call(&gateway, &ann, Method::POST, &start, Some(body.clone())).await;
+        let refused = refused.expect(429);
+        assert_eq!(refused["quota"], "ledger_bytes");
+        assert!(refused["detail"].as_str().unwrap().contains("user 'ann'"));
+        call(&gateway, &bob, Method::POST, &start, Some(body.clone()))
+            .await
+            .expect(200);
+        gateway.kill();
+        gateway.launch().await;
+    }
+    // The buckets are full again after the restart.
+    for _ in 0..7 {
+        call(&gateway, &ann, Method::GET, RUNS, None)
+            .await
+            .expect(200);
+    }
+    let refused = call(&gateway, &ann, Method::GET, RUNS, None)
+        .await
+        .expect(429);
+    assert_eq!(refused["code"], "rate_limited");
+    call(&gateway, &bob, Method::GET, RUNS, None)
+        .await
+        .expect(200);
+    // More than the settings allow is no more.
+    let lifted = json!({"quotas": {"ledger_bytes": null, "requests_per_minute": 1_000_000_000}});
+    call(&gateway, &admin, Method::PATCH, &path("ann"), Some(lifted))
+        .await
+        .expect(200);
+    call(&gateway, &ann, Method::POST, &start, Some(body))
+        .await
+        .expect(200);
+    let lifted = json!({"quotas": null});
+    let user = call(&gateway, &admin, Method::PATCH, &path("ann"), Some(lifted))
+        .await
+        .expect(200);
+    assert_eq!(user["user"]["quotas"], json!(null));
+    for wrong in [
+        json!({"requests_per_minute": 0}),
+        json!({"ledger_bytes": -1}),
+        json!({"users": 3}),
+    ] {
+        let body = json!({"quotas": wrong});
+        call(&gateway, &admin, Method::PATCH, &path("ann"), Some(body))
+            .await
+            .expect(422);
+    }
+    gateway.get("/api/gateway/ledger/verify").await.expect(200);
+}
+
+#[tokio::test]
 async fn a_tenant_has_as_many_users_and_requests_as_it_may() {
     let gateway = Gateway::start(Options::default()).await;
     let body = json!({"tenant_id": "acme", "quotas": {"users": 2, "requests_per_minute": 3}});

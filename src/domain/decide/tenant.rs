@@ -5,8 +5,10 @@ use smol_str::SmolStr;
 use super::Context;
 use super::user::Decided;
 use crate::domain::event::Event;
-use crate::domain::identity::{IdentityRejection, UserKey};
-use crate::domain::tenant::{DEFAULT_TENANT, Quotas, QuotasChange, TenantChange};
+use crate::domain::identity::{IdentityRejection, User, UserKey};
+use crate::domain::tenant::{
+    DEFAULT_TENANT, Quotas, QuotasChange, TenantChange, UserAllowanceChange,
+};
 
 /// Tenants at most of which something is said: each costs memory in State.
 const MAX_TENANTS: usize = 10_000;
@@ -65,6 +67,15 @@ impl Context<'_> {
         (quotas != old).then(|| Event::UserQuotasChanged {
             key: key.clone(),
             quotas,
+        })
+    }
+
+    /// The change of what a user may keep and ask, if it is one.
+    pub(super) fn change_allowance(user: &User, change: UserAllowanceChange) -> Option<Event> {
+        let allowance = change.of(user.allowance);
+        (allowance != user.allowance).then(|| Event::UserAllowanceChanged {
+            key: user.key.clone(),
+            allowance,
         })
     }
 

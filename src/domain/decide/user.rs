@@ -11,7 +11,7 @@ use crate::domain::identity::{
 };
 use crate::domain::ids::PlaneId;
 use crate::domain::state::job::{Job, Phase};
-use crate::domain::tenant::QuotasChange;
+use crate::domain::tenant::{QuotasChange, UserAllowanceChange};
 
 /// Users at most: each costs memory in State.
 const MAX_USERS: usize = 100_000;
@@ -40,8 +40,9 @@ impl Context<'_> {
                 key,
                 change,
                 quotas,
+                allowance,
                 rotate,
-            } => self.update_user(key, change, quotas, rotate),
+            } => self.update_user(key, change, (quotas, allowance), rotate),
             IdentityCommand::DeleteUser { key } => self.delete_user(key),
             IdentityCommand::IssueToken { owner, token } => self.issue_token(owner, token),
             IdentityCommand::RevokeToken { key } => self.revoke_token(key),
@@ -162,7 +163,7 @@ impl Context<'_> {
         &self,
         key: UserKey,
         change: ProfileChange,
-        quotas: QuotasChange,
+        (quotas, allowance): (QuotasChange, UserAllowanceChange),
         rotate: Option<NewToken>,
     ) -> Decided {
         let people = &self.state.people;
@@ -201,6 +202,7 @@ impl Context<'_> {
             });
         }
         events.extend(self.change_quotas(&key, quotas));
+        events.extend(Self::change_allowance(user, allowance));
         if let Some(token) = rotate {
             self.check_hash(&token.hash)?;
             events.extend(self.revoke_all(&key, RevokeCause::Rotated));

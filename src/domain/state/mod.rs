@@ -71,6 +71,8 @@ pub struct State {
     pub touched: BTreeSet<ServiceName>,
     /// Users with quotas, by their planes.
     pub user_limits: BTreeMap<PlaneId, (UserKey, Quotas)>,
+    /// How many bytes users may keep, of those with such a quota; by their planes.
+    pub byte_limits: BTreeMap<PlaneId, (UserKey, u64)>,
     /// Whether any quota may make a waiting run wait.
     limited: bool,
     /// Tenants' shares, for as long as they hold.
@@ -263,6 +265,7 @@ impl State {
             | Event::TenantUpdated { .. }
             | Event::TenantAllowanceChanged { .. }
             | Event::UserQuotasChanged { .. }
+            | Event::UserAllowanceChanged { .. }
             | Event::ShareHalfLifeChanged { .. } => self.apply_people(at, event),
             Event::GatewayStopped { .. }
             | Event::CommandAccepted { .. }

@@ -9,7 +9,7 @@ use super::account::{Account, Amount};
 use super::job::{Job, Phase};
 use super::user::People;
 use crate::domain::event::Event;
-use crate::domain::identity::UserKey;
+use crate::domain::identity::{User, UserKey};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::scheduler::fair::Shares;
 use crate::domain::spec::Target;
@@ -99,21 +99,28 @@ impl State {
         }
     }
 
-    /// The quota that forbids to keep so many bytes more.
+    /// The quota that forbids to keep so many bytes more: the user's, or the tenant's.
     pub fn ledger_hit(&self, plane: PlaneId, bytes: usize) -> Option<QuotaHit> {
+        let hit = |holder, limit, used: u64| {
+            (used.saturating_add(bytes as u64) > limit).then_some(QuotaHit {
+                holder,
+                quota: "ledger_bytes",
+                unit: "bytes in the ledger",
+                limit,
+                used,
+            })
+        };
+        if let Some((user, limit)) = self.byte_limits.get(&plane) {
+            let used = self.planes.get(&plane).map_or(0, |plane| plane.kept_bytes);
+            if let Some(hit) = hit(Holder::User(user.user.clone()), *limit, used) {
+                return Some(hit);
+            }
+        }
         let tenant = self.tenant_of(plane);
         let limit = self.people.tenants.get(tenant)?.allowance.ledger_bytes?;
-        let used = self
-            .accounts
-            .tenant(tenant)
-            .map_or(0, |account| account.kept_bytes);
-        (used.saturating_add(bytes as u64) > limit).then(|| QuotaHit {
-            holder: Holder::Tenant(tenant.clone()),
-            quota: "ledger_bytes",
-            unit: "bytes in the ledger",
-            limit,
-            used,
-        })
+        let account = self.accounts.tenant(tenant);
+        let used = account.map_or(0, |account| account.kept_bytes);
+        hit(Holder::Tenant(tenant.clone()), limit, used)
     }
 
     /// The quota that forbids a tenant one user more.
@@ -175,6 +182,14 @@ impl State {
             | Event::UserQuotasChanged { key, .. } => self.user_limits_changed(key),
             _ => {}
         }
+        if let Event::UserUpdated { key, .. }
+        | Event::UserDeleted { key }
+        | Event::UserAllowanceChanged { key, .. } = event
+        {
+            self.byte_limits.retain(|_, (of, _)| of != key);
+            let user = self.people.users.get(key);
+            self.byte_limits.extend(user.and_then(byte_limit));
+        }
     }
 
     /// Makes the indexes of quotas anew.
@@ -185,6 +200,7 @@ impl State {
             Some((plane, (key.clone(), *quotas)))
         });
         self.user_limits = limits.collect();
+        self.byte_limits = people.users.values().filter_map(byte_limit).collect();
         self.limits_changed();
     }
 
@@ -231,4 +247,9 @@ impl State {
         }
         self.limits_changed();
     }
+}
+
+/// How many bytes a user may keep, by its plane.
+fn byte_limit(user: &User) -> Option<(PlaneId, (UserKey, u64))> {
+    Some((user.plane, (user.key.clone(), user.allowance.ledger_bytes?)))
 }

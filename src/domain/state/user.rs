@@ -12,7 +12,7 @@ use crate::domain::identity::{
     TokenKey, User, UserKey,
 };
 use crate::domain::ids::PlaneId;
-use crate::domain::tenant::{Allowance, Quotas, Tenant};
+use crate::domain::tenant::{Allowance, Quotas, Tenant, UserAllowance};
 use crate::domain::time::Timestamp;
 
 /// All people.
@@ -71,6 +71,7 @@ pub fn subject(event: &Event) -> Option<Subject> {
         Event::TenantCreated { tenant, .. }
         | Event::TenantUpdated { tenant, .. }
         | Event::TenantAllowanceChanged { tenant, .. } => Subject::Tenant(tenant.clone()),
+        Event::UserAllowanceChanged { key, .. } => Subject::User(key.clone()),
         Event::UserQuotasChanged { key, .. } => Subject::Quotas(key.clone()),
         _ => return None,
     })
@@ -87,8 +88,14 @@ pub fn fold_user(user: Option<User>, event: &Event, at: Timestamp) -> Option<Use
             key: key.clone(),
             profile: profile.clone(),
             plane: *plane,
+            allowance: UserAllowance::default(),
             created_at: at,
             updated_at: at,
+        }),
+        Event::UserAllowanceChanged { allowance, .. } => user.map(|user| User {
+            allowance: *allowance,
+            updated_at: at,
+            ..user
         }),
         Event::UserUpdated { profile, plane, .. } => user.map(|user| User {
             profile: profile.clone(),

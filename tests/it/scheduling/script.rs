@@ -15,7 +15,7 @@ use rungate::domain::settings::Settings;
 use rungate::domain::spec::{
     GpuFacts, GpuSource, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
 };
-use rungate::domain::tenant::{QuotasChange, TenantChange};
+use rungate::domain::tenant::{QuotasChange, TenantChange, UserAllowanceChange};
 use rungate::domain::time::Timestamp;
 use smol_str::{SmolStr, format_smolstr};
 use uuid::Uuid;
@@ -233,6 +233,7 @@ impl Script {
                 key,
                 change: ProfileChange::default(),
                 quotas: quotas(line),
+                allowance: UserAllowanceChange::default(),
                 rotate: None,
             };
         }

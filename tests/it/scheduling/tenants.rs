@@ -14,7 +14,7 @@ use rungate::domain::ids::{Generation, PlaneId, RunId};
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{JobSpec, Priority, ServiceSpec, Target};
 use rungate::domain::state::State;
-use rungate::domain::tenant::{QuotasChange, Tenancy, TenantChange};
+use rungate::domain::tenant::{QuotasChange, Tenancy, TenantChange, UserAllowanceChange};
 use rungate::domain::time::Timestamp;
 use smol_str::{SmolStr, format_smolstr};
 use uuid::Uuid;
@@ -90,6 +90,7 @@ fn say(play: &mut Play, said: Said) {
             key: user_key(USERS[user]),
             change: ProfileChange::default(),
             quotas,
+            allowance: UserAllowanceChange::default(),
             rotate: None,
         },
     };
