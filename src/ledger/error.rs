@@ -19,6 +19,10 @@ pub enum OpenError {
         found: u32,
         known: u32,
     },
+    #[error(
+        "{path} has ledger format {found}, which this program does not read any more; export it with the rungate that wrote it and import that (rungate ledger export, import)"
+    )]
+    OlderFormat { path: PathBuf, found: u32 },
     #[error("{path} is not a rungate ledger; move it away or choose another --data-dir")]
     NotALedger { path: PathBuf },
     #[error(

@@ -26,8 +26,9 @@ use super::{Inner, Ledger, keys, read};
 pub const FILE_NAME: &str = "ledger.redb";
 /// A new ledger's name until it is whole.
 const NEW_FILE_NAME: &str = "ledger.redb.new";
-/// The format this program writes: tables, keys and projections together. It reads all up to it.
-pub const FORMAT: u32 = 1;
+/// The format this program writes, and the only one it reads: tables, keys and projections together. Records outlive
+/// it: an export of any format can be imported.
+pub const FORMAT: u32 = 2;
 /// Free space without which a gateway does not start: some seconds of work, and a snapshot.
 const MIN_FREE_MIB: u64 = 16;
 /// What every redb file begins with (redb, docs/design.md, "Database header").
@@ -267,10 +268,14 @@ fn check_format(path: &Path, store: &RedbStore, may_be_new: bool) -> Result<(), 
     };
     let found = format.try_into().map(u32::from_le_bytes).unwrap_or(0);
     match found {
-        1..=FORMAT => Ok(()),
+        FORMAT => Ok(()),
         0 => Err(OpenError::Damaged {
             path: path.to_path_buf(),
             detail: "its format version cannot be read".into(),
+        }),
+        1..FORMAT => Err(OpenError::OlderFormat {
+            path: path.to_path_buf(),
+            found,
         }),
         found => Err(OpenError::NewerFormat {
             path: path.to_path_buf(),

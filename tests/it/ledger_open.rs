@@ -149,22 +149,27 @@ fn a_truncated_file_is_refused_wherever_it_ends() {
 }
 
 #[test]
-fn a_newer_format_is_refused() {
+fn another_format_is_refused() {
     let directory = with_records();
     let path = directory.path().join(FILE_NAME);
-    {
+    let set = |format: u32| {
         let database = redb::Database::open(&path).unwrap();
         let transaction = database.begin_write().unwrap();
         let meta = redb::TableDefinition::<&[u8], &[u8]>::new("meta");
         let mut table = transaction.open_table(meta).unwrap();
         table
-            .insert(&b"format"[..], &9u32.to_le_bytes()[..])
+            .insert(&b"format"[..], &format.to_le_bytes()[..])
             .unwrap();
         drop(table);
         transaction.commit().unwrap();
-    }
+    };
+    set(9);
     refuses(directory.path(), |error| {
         matches!(error, OpenError::NewerFormat { found: 9, .. })
+    });
+    set(1);
+    refuses(directory.path(), |error| {
+        matches!(error, OpenError::OlderFormat { found: 1, .. })
     });
 }
 
