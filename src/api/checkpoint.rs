@@ -1,7 +1,6 @@
 //! A run's checkpoint: what a service leaves so that a later attempt goes on from there. Any bytes, any
 //! content type, up to 1 MiB.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -15,6 +14,7 @@ use super::body::{PathOf, read_body};
 use super::error::{ApiError, ErrorCode, FieldError};
 use super::examples;
 use super::guard::Caller;
+use super::routes::Routes;
 use super::state::App;
 use super::work;
 use crate::auth::Principal;

@@ -1,7 +1,6 @@
 //! The durable inbox over HTTP (`contracts/run-gateway.md` section 5.1): accepted once under its id, and what
 //! became of it.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use bytes::Bytes;
@@ -18,6 +17,7 @@ use super::examples;
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
 use super::job::MAX_ID_CHARS;
+use super::routes::Routes;
 use super::runs::unexpected;
 use super::state::App;
 use crate::domain::command::{Command, InboxAction, InboxCommand, Reply};

@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde_json::{Map, Value, json};
@@ -12,6 +11,7 @@ use utoipa_axum::routes;
 use super::body::PathOf;
 use super::error::ApiError;
 use super::guard::Caller;
+use super::routes::Routes;
 use super::service_owner::sees;
 use super::services::{gib, is_healthy, is_running, source_name};
 use super::state::App;

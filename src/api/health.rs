@@ -3,7 +3,6 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -15,6 +14,7 @@ use utoipa_axum::routes;
 
 use super::guard::Caller;
 use super::query::Query;
+use super::routes::Routes;
 use super::state::App;
 use crate::clock::now;
 use crate::coordinator::Handle;

@@ -1,7 +1,6 @@
 //! The ledger as a whole: pages and streams by seq, of the caller's plane and, for the administrator, of the
 //! gateway.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
@@ -13,6 +12,7 @@ use super::error::ApiError;
 use super::examples;
 use super::guard::Caller;
 use super::query::Query;
+use super::routes::Routes;
 use super::run_ledger::{MAX_PAGE, RecordPage, page};
 use super::sse::{self, Resume, Source};
 use super::state::App;

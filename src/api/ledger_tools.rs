@@ -3,7 +3,6 @@
 use std::io::{self, Write};
 use std::time::Duration;
 
-use super::routes::Routes;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
@@ -21,6 +20,7 @@ use super::error::ApiError;
 use super::examples;
 use super::guard::Caller;
 use super::query::Query;
+use super::routes::Routes;
 use super::state::App;
 use crate::clock::now;
 use crate::ledger::TransferError;

@@ -1,7 +1,6 @@
 //! `GET /metrics`: what was recorded, and gauges that are taken at the moment of asking, over all planes. For those
 //! who run the machine: queue depths and service names are nobody else's business.
 
-use super::routes::Routes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::header;
@@ -11,6 +10,7 @@ use utoipa_axum::routes;
 use super::error::ApiError;
 use super::gpu::used_mib;
 use super::guard::Caller;
+use super::routes::Routes;
 use super::state::App;
 
 const MIB: f64 = 1_048_576.0;

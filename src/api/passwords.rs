@@ -1,6 +1,5 @@
 //! Setting passwords: one's own with the current one, others' as their administrator. All sessions of the user end.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde_json::{Value, json};
@@ -13,6 +12,7 @@ use super::guard::Caller;
 use super::login::{Proof, hash};
 use super::query::Query;
 use super::reauth::{confirm, latest_end, read_current};
+use super::routes::Routes;
 use super::state::App;
 use super::users::{find, may_grant, named, submit};
 use crate::auth::password::{MAX_CHARS, MIN_CHARS};

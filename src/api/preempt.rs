@@ -1,6 +1,5 @@
 //! Preemption by hand (`contracts/gpu-gateway.md` section 5).
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
@@ -14,6 +13,7 @@ use super::fields::{Fields, TextRule};
 use super::guard::Caller;
 use super::job::MAX_ID_CHARS;
 use super::queue::{find_job, job_not_found};
+use super::routes::Routes;
 use super::runs::unexpected;
 use super::service_owner::find;
 use super::services::scheduler_status;

@@ -1,7 +1,6 @@
 //! The GPU dialect's queue (`contracts/gpu-gateway.md` section 4): the same job runs under its names, with
 //! payload, result and progress as JSON texts.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
@@ -22,6 +21,7 @@ use super::fields::Fields;
 use super::guard::Caller;
 use super::idempotency::{IdempotencyKey, replayed};
 use super::job::{DIALECT_TTL_MS, JobRequest};
+use super::routes::Routes;
 use super::run_view::seconds;
 use super::state::App;
 use crate::domain::command::Command;

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::Response;
@@ -21,6 +20,7 @@ use super::fields::{Fields, TextRule};
 use super::guard::Caller;
 use super::job::MAX_ID_CHARS;
 use super::query::Query;
+use super::routes::Routes;
 use super::sse::{self, Resume, Source};
 use super::state::App;
 use crate::domain::ids::{Cursor, PlaneId, RunId};

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -24,6 +23,7 @@ use super::guard::Caller;
 use super::idempotency::{IdempotencyKey, replayed};
 use super::job::{JobRequest, MAX_ID_CHARS, read_labels};
 use super::query::Query;
+use super::routes::Routes;
 use super::run_view::{RunView, statuses_named, workflow_id};
 use super::state::App;
 use crate::domain::command::{Command, Reply};

@@ -3,7 +3,6 @@
 
 use std::time::Duration;
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -20,6 +19,7 @@ use super::error::{ApiError, ErrorCode};
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
 use super::reauth::{confirm, read_current};
+use super::routes::Routes;
 use super::state::App;
 use super::users::{UserView, submit};
 use crate::coordinator::SubmitError;

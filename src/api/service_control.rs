@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
@@ -16,6 +15,7 @@ use super::body::PathOf;
 use super::error::{ApiError, ErrorCode};
 use super::guard::Caller;
 use super::query::Query;
+use super::routes::Routes;
 use super::run_view::seconds;
 use super::runs::unexpected;
 use super::service_owner::{find, sees};

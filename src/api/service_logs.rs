@@ -1,6 +1,5 @@
 //! What a service wrote to its output: the last lines, and each new one as it comes.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::body::Body;
 use axum::extract::State;
@@ -19,6 +18,7 @@ use super::error::ApiError;
 use super::guard::Caller;
 use super::limits::Place;
 use super::query::Query;
+use super::routes::Routes;
 use super::service_owner::find_owned;
 use super::sse;
 use super::state::App;

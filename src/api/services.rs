@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
@@ -17,6 +16,7 @@ use super::examples;
 use super::fields::Fields;
 use super::guard::Caller;
 use super::query::Query;
+use super::routes::Routes;
 use super::run_view::seconds;
 use super::service_control::control;
 use super::service_owner::{check_program, find, find_owned, owner, sees};

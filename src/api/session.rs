@@ -1,6 +1,5 @@
 //! Logging in and out with a browser (`contracts/run-gateway.md` section 3.2).
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -21,6 +20,7 @@ use super::error::{ApiError, ErrorCode};
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
 use super::login::{Proof, Proven, prove};
+use super::routes::Routes;
 use super::state::App;
 use super::tokens::described;
 use super::users::MAX_ID_CHARS;

@@ -1,6 +1,5 @@
 //! Sessions of browsers, for those whose they are and for their administrators: listing and ending them.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
@@ -13,6 +12,7 @@ use super::body::PathOf;
 use super::error::{ApiError, ErrorCode};
 use super::guard::Caller;
 use super::query::Query;
+use super::routes::Routes;
 use super::state::App;
 use super::users::whose;
 use crate::auth::session::{Basis, Digest, Session};

@@ -1,6 +1,5 @@
 //! The keys that sign job tokens: their public halves, open to all, and their rotation.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -12,6 +11,7 @@ use utoipa_axum::routes;
 
 use super::error::{ApiError, ErrorCode};
 use super::guard::Caller;
+use super::routes::Routes;
 use super::state::App;
 use crate::auth::jwt::work::WorkTokens;
 use crate::clock::now;

@@ -4,7 +4,6 @@
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
@@ -16,6 +15,7 @@ use super::body::{JsonBody, PathOf};
 use super::error::ApiError;
 use super::fields::{Fields, TextRule};
 use super::guard::Caller;
+use super::routes::Routes;
 use super::state::App;
 use super::users::{id, sees, submit};
 use crate::domain::command::Rejection;
@@ -231,25 +231,25 @@ const TENANT_QUOTA: &str = "users";
 
 /// The members of a user's `quotas`: a number, or null for unlimited; absent ones stay as they are.
 pub fn read_quotas(fields: &Fields) -> (QuotasChange, UserAllowanceChange) {
-    let Some(quotas) = fields.object("quotas") else {
-        let whole = fields.is_null("quotas").then_some(None);
-        let allowance = UserAllowanceChange {
-            ledger_bytes: whole,
-            requests_per_minute: whole,
-        };
-        return (all_run_quotas(whole.is_some()), allowance);
-    };
-    quotas.forbid_others(&QUOTAS);
+    let (quotas, allowance) = read_all_quotas(fields, &QUOTAS);
+    let AllowanceChange {
+        ledger_bytes,
+        requests_per_minute,
+        users: _,
+    } = allowance;
     let allowance = UserAllowanceChange {
-        ledger_bytes: quota(&quotas, "ledger_bytes", 0..=MAX_QUOTA_BYTES),
-        // A user that may ask nothing is a disabled one.
-        requests_per_minute: quota(&quotas, "requests_per_minute", 1..=MAX_QUOTA),
+        ledger_bytes,
+        requests_per_minute,
     };
-    (run_quotas(&quotas), allowance)
+    (quotas, allowance)
 }
 
 /// The same of a tenant's, which has one more.
 fn read_tenant_quotas(fields: &Fields) -> (QuotasChange, AllowanceChange) {
+    read_all_quotas(fields, &[&QUOTAS[..], &[TENANT_QUOTA]].concat())
+}
+
+fn read_all_quotas(fields: &Fields, names: &[&str]) -> (QuotasChange, AllowanceChange) {
     let Some(quotas) = fields.object("quotas") else {
         let whole = fields.is_null("quotas").then_some(None);
         let allowance = AllowanceChange {
@@ -259,12 +259,15 @@ fn read_tenant_quotas(fields: &Fields) -> (QuotasChange, AllowanceChange) {
         };
         return (all_run_quotas(whole.is_some()), allowance);
     };
-    quotas.forbid_others(&[&QUOTAS[..], &[TENANT_QUOTA]].concat());
+    quotas.forbid_others(names);
     let allowance = AllowanceChange {
         ledger_bytes: quota(&quotas, "ledger_bytes", 0..=MAX_QUOTA_BYTES),
-        // A tenant that may ask nothing is a disabled one.
+        // Who may ask nothing is disabled instead.
         requests_per_minute: quota(&quotas, "requests_per_minute", 1..=MAX_QUOTA),
-        users: quota(&quotas, TENANT_QUOTA, 0..=MAX_QUOTA),
+        users: match names.contains(&TENANT_QUOTA) {
+            true => quota(&quotas, TENANT_QUOTA, 0..=MAX_QUOTA),
+            false => None,
+        },
     };
     (run_quotas(&quotas), allowance)
 }

@@ -1,6 +1,5 @@
 //! The caller: who it is (`contracts/run-gateway.md` section 3.1), and its own tokens.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use secrecy::ExposeSecret;
@@ -17,6 +16,7 @@ use super::fields::TextRule;
 use super::guard::Caller;
 use super::query::Query;
 use super::reauth::{MEMBERS, confirm, latest_end, read_current};
+use super::routes::Routes;
 use super::state::App;
 use super::users::{read_scopes, whose};
 use crate::auth::Principal;

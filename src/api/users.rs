@@ -1,6 +1,5 @@
 //! Users, for administrators (`contracts/run-gateway.md` section 3.3): a tenant's own see only their tenant.
 
-use super::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use secrecy::{ExposeSecret, SecretString};
@@ -18,6 +17,7 @@ use super::guard::Caller;
 use super::login::Proof;
 use super::query::Query;
 use super::reauth::{MEMBERS, confirm, read_current};
+use super::routes::Routes;
 use super::state::App;
 use super::tenants::{UserQuotasView, read_quotas};
 use super::tokens::token_id;

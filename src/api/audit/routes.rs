@@ -1,6 +1,5 @@
 //! Reading the audit: a page at a time with filters, and its end as lines of JSON, as the contract has it.
 
-use crate::api::routes::Routes;
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
@@ -13,6 +12,7 @@ use crate::api::cursor;
 use crate::api::error::{ApiError, FieldError};
 use crate::api::guard::Caller;
 use crate::api::query::Query;
+use crate::api::routes::Routes;
 use crate::api::state::App;
 use crate::domain::audit::Outcome;
 use crate::domain::identity::Role;

@@ -11,6 +11,17 @@ use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
 use crate::ledger::AuditFilter;
 
+/// Whence commands come that no request asked for.
+pub(super) fn nobody() -> Origin {
+    Origin {
+        plane: PlaneId::ROOT,
+        actor: SmolStr::default(),
+        request_id: None,
+        tenancy: Tenancy::All,
+        at: crate::clock::now(),
+    }
+}
+
 impl Gateway {
     /// Its coordinator has ended: nothing can be recorded any more.
     pub(super) async fn without_coordinator(mut self) -> Gateway {
@@ -22,19 +33,12 @@ impl Gateway {
     }
 
     /// As if it had come up: from then on things are done without being asked for.
-    async fn has_begun(&self) {
-        let origin = Origin {
-            plane: PlaneId::ROOT,
-            actor: SmolStr::default(),
-            request_id: None,
-            tenancy: Tenancy::All,
-            at: crate::clock::now(),
-        };
+    pub(super) async fn has_begun(&self) {
         let started = Command::GatewayStarted {
             epoch: 1,
             version: SmolStr::default(),
         };
-        self.handle.submit(origin, started).await.unwrap();
+        self.handle.submit(nobody(), started).await.unwrap();
     }
 
     /// A session of the first administrator, as old as that.

@@ -1,7 +1,6 @@
 //! Starts and restarts that a stop calls off, while nobody looks: the executor's part is played here.
 
-use smol_str::SmolStr;
-
+use super::people::nobody;
 use super::*;
 use crate::domain::event::Exit;
 use crate::domain::ids::{Generation, ServiceName};
@@ -12,14 +11,7 @@ impl Gateway {
         let handle = self.handle.clone();
         let submit = async move {
             for command in commands {
-                let origin = Origin {
-                    plane: PlaneId::ROOT,
-                    actor: SmolStr::default(),
-                    request_id: None,
-                    tenancy: Tenancy::All,
-                    at: crate::clock::now(),
-                };
-                handle.submit(origin, command).await.unwrap();
+                handle.submit(nobody(), command).await.unwrap();
             }
         };
         let elsewhere = std::thread::spawn(|| {
@@ -72,10 +64,7 @@ fn stopped() -> Vec<Command> {
 /// A gateway with a service, and the answer to a start of it that is under way.
 async fn starting() -> (std::sync::Arc<Gateway>, tokio::task::JoinHandle<Answer>) {
     let gateway = std::sync::Arc::new(gateway());
-    gateway.at_one_go(vec![Command::GatewayStarted {
-        epoch: 1,
-        version: SmolStr::default(),
-    }]);
+    gateway.has_begun().await;
     let spec = json!({"name": "w", "type": "w", "port": 0, "command": ["/bin/true"]});
     let registered = gateway.post("/services/register", spec).await;
     assert_eq!(registered.status, 200, "{}", registered.json);
