@@ -41,7 +41,7 @@ use crate::domain::command::{Command, Origin};
 use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
 use crate::domain::tenant::Tenancy;
-use crate::driver::{Driver, DriverError, DriverOptions, Outcomes, ProbeTimings, Tasks};
+use crate::driver::{Driver, DriverError, DriverOptions, Outcomes, ProbeTimings, Tasks, Unmetered};
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
 use crate::gpu::{self, InventoryError};
 use crate::ledger::{CommitError, Ledger, OpenError, OpenOptions, Space, Writer};
@@ -466,6 +466,7 @@ fn executor(
             },
             services: service_rules(config),
             credentials: Arc::new(InstanceTokens::new(work.clone(), &config.data_dir)),
+            meter: Arc::new(Unmetered),
         },
         outcomes.clone(),
         tasks.clone(),

@@ -2,13 +2,14 @@
 //! requests, reports outcomes as commands, decides nothing about when.
 //!
 //! `instance` one life from start to release, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
-//! `orphans` what nobody knows any more, `logs` their output, `outcome` the seam to the coordinator, `tasks` spawning.
+//! `orphans` what nobody knows any more, `logs` their output, `meter` their GPU memory, `outcome` the seam to the coordinator, `tasks` spawning.
 
 mod credentials;
 mod health;
 mod http;
 mod instance;
 mod logs;
+mod meter;
 mod orphans;
 mod outcome;
 mod process;
@@ -27,6 +28,7 @@ pub use credentials::Credentials;
 pub use health::ProbeTimings;
 pub use http::{error_text, join};
 pub use logs::{LogError, LogLine, Logs};
+pub use meter::{Meter, Unmetered};
 pub use outcome::{NotTaken, Outcomes, Sink};
 pub use procfs::{MARK_VARIABLE, Mark, Marked, marked_by};
 pub use table::Endpoint;
@@ -50,6 +52,7 @@ pub struct DriverOptions {
     /// Which addresses services may have.
     pub services: Rules,
     pub credentials: Arc<dyn Credentials>,
+    pub meter: Arc<dyn Meter>,
 }
 
 /// Why no driver could be made.
@@ -78,6 +81,11 @@ struct Shared {
     logs: Logs,
     outcomes: Outcomes,
     credentials: Arc<dyn Credentials>,
+    #[expect(
+        dead_code,
+        reason = "read by the release of an instance, which is on its way"
+    )]
+    meter: Arc<dyn Meter>,
     tasks: Tasks,
     table: Table,
 }
@@ -115,6 +123,7 @@ impl Driver {
             logs,
             outcomes,
             credentials: options.credentials,
+            meter: options.meter,
             tasks,
             table: Table::default(),
         };

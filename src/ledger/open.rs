@@ -28,7 +28,7 @@ pub const FILE_NAME: &str = "ledger.redb";
 const NEW_FILE_NAME: &str = "ledger.redb.new";
 /// The format this program writes, and the only one it reads: tables, keys and projections together. Records outlive
 /// it: an export of any format can be imported.
-pub const FORMAT: u32 = 2;
+pub const FORMAT: u32 = 3;
 /// Free space without which a gateway does not start: some seconds of work, and a snapshot.
 const MIN_FREE_MIB: u64 = 16;
 /// What every redb file begins with (redb, docs/design.md, "Database header").

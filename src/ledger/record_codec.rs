@@ -44,6 +44,9 @@ const FORMAT_BARE: u16 = 1;
 pub const HEADER_BYTES: usize = 148;
 const FLAG_PURGED: u8 = 1;
 
+/// What versions may add at the end of an event, as bytes: in postcard a zero is none, zero, false and empty alike.
+const ADDED_FIELDS_MAX_BYTES: usize = 64;
+
 /// A blake3 hash.
 pub type Hash = [u8; 32];
 
@@ -241,9 +244,21 @@ impl<'a> Raw<'a> {
         }
     }
 
-    /// Decodes the event.
+    /// Decodes the event. Fields that later versions have added at its end, and these bytes lack, are none, zero or empty.
     pub fn decode_event(&self, seq: Seq) -> Result<Event, ReadError> {
-        decode(seq, self.event)
+        match postcard::from_bytes::<Event>(self.event) {
+            Err(postcard::Error::DeserializeUnexpectedEnd) => {
+                let mut longer = self.event.to_vec();
+                longer.resize(self.event.len() + ADDED_FIELDS_MAX_BYTES, 0);
+                let (event, rest) = postcard::take_from_bytes(&longer)
+                    .map_err(|error| bad_record(seq, error.to_string()))?;
+                match rest.len() < ADDED_FIELDS_MAX_BYTES {
+                    true => Ok(event),
+                    false => Err(bad_record(seq, "bytes after its end".into())),
+                }
+            }
+            _ => decode(seq, self.event),
+        }
     }
 
     /// Decodes who caused it.
@@ -301,12 +316,15 @@ impl<'a> Raw<'a> {
 
 /// An event or a meta from its bytes, all of which must belong to it.
 pub fn decode<T: serde::de::DeserializeOwned>(seq: Seq, bytes: &[u8]) -> Result<T, ReadError> {
-    let bad = |detail: String| ReadError::BadRecord { seq, detail };
     match postcard::take_from_bytes(bytes) {
         Ok((value, [])) => Ok(value),
-        Ok(_) => Err(bad("bytes after its end".into())),
-        Err(error) => Err(bad(error.to_string())),
+        Ok(_) => Err(bad_record(seq, "bytes after its end".into())),
+        Err(error) => Err(bad_record(seq, error.to_string())),
     }
+}
+
+fn bad_record(seq: Seq, detail: String) -> ReadError {
+    ReadError::BadRecord { seq, detail }
 }
 
 /// Postcard bytes of a value of ours.
