@@ -41,7 +41,10 @@ use crate::domain::command::{Command, Origin};
 use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
 use crate::domain::tenant::Tenancy;
-use crate::driver::{Driver, DriverError, DriverOptions, Outcomes, ProbeTimings, Tasks, Unmetered};
+use crate::driver::{
+    ContainerRules, DockerOptions, Driver, DriverError, DriverOptions, Outcomes, ProbeTimings,
+    Tasks, Unmetered,
+};
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
 use crate::gpu::{self, InventoryError};
 use crate::ledger::{CommitError, Ledger, OpenError, OpenOptions, Space, Writer};
@@ -201,6 +204,7 @@ pub async fn serve(
         logins: logins.clone(),
         metrics,
         logs: core.driver.logs().clone(),
+        docker: core.driver.docker().clone(),
         stopping: shutdown.child_token(),
     });
     core.tasks.spawn("logins", logins::keep_up(app.clone()));
@@ -466,6 +470,7 @@ fn executor(
             },
             services: service_rules(config),
             credentials: Arc::new(InstanceTokens::new(work.clone(), &config.data_dir)),
+            docker: docker_options(config),
             meter: Arc::new(Unmetered),
         },
         outcomes.clone(),
@@ -473,6 +478,7 @@ fn executor(
     )?;
     let options = ExecutorOptions {
         gateway_url: transport::gateway_url(config, addr),
+        container_gateway_url: config.docker_gateway_url.clone(),
         ledger: ledger.instance_id(),
         callbacks: callback_rules(config),
         services: service_rules(config),
@@ -483,6 +489,29 @@ fn executor(
     let source = Arc::new(LedgerSource(ledger.clone()));
     let executor = Executor::new(driver.clone(), outcomes, source, tasks.clone(), options)?;
     Ok((executor, driver))
+}
+
+fn docker_options(config: &Config) -> DockerOptions {
+    DockerOptions {
+        host: config.docker_host.clone(),
+        address: config.docker_address,
+        credentials: config.docker_credentials.clone(),
+        rules: container_rules(config),
+    }
+}
+
+fn container_rules(config: &Config) -> ContainerRules {
+    ContainerRules {
+        images: config.docker_images.clone(),
+        volumes: config.docker_volumes.clone(),
+        networks: config.docker_networks.clone(),
+        host_ipc: config.docker_host_ipc,
+        writable_root: config.docker_writable_root,
+        capabilities: config.docker_capabilities.clone(),
+        pids_max: config.docker_pids_max,
+        memory_max_mib: config.docker_memory_max_mib,
+        pull: config.docker_pull,
+    }
 }
 
 fn callback_rules(config: &Config) -> Rules {

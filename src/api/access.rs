@@ -93,6 +93,7 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("POST", "/services/{name}/stop", OPERATE),
     ("POST", "/services/{name}/restart", OPERATE),
     // The whole gateway.
+    ("GET", "/containers", READ_LEDGER),
     ("GET", "/ledger", READ_LEDGER),
     ("GET", "/ledger/stream", READ_LEDGER),
     ("GET", "/ledger/verify", READ_LEDGER),

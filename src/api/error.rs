@@ -54,10 +54,13 @@ error_codes! {
     CommandReused = "command_reused", CONFLICT, "The command id was used with another body";
     CommandTypeUnknown = "command_type_unknown", BAD_REQUEST, "No such type of command";
     ConfirmationRequired = "confirmation_required", BAD_REQUEST, "The confirmation does not fit";
+    ContainerForbidden = "container_forbidden", FORBIDDEN, "The gateway's settings do not allow such a container";
+    ContainerNotFound = "container_not_found", NOT_FOUND, "No such container";
     CrossSite = "cross_site", FORBIDDEN, "The request comes from another site";
     CsrfRequired = "csrf_required", FORBIDDEN, "The session's CSRF token is missing or wrong";
     DiskReserve = "disk_reserve", INSUFFICIENT_STORAGE, "The gateway's disk is nearly full";
     DuplicateMember = "duplicate_member", BAD_REQUEST, "An object has a member twice";
+    GpuRuntimeMissing = "gpu_runtime_missing", CONFLICT, "The container engine cannot give GPUs";
     HostNotAllowed = "host_not_allowed", FORBIDDEN, "The Host header is not one of ours";
     HttpsRequired = "https_required", FORBIDDEN, "Sessions need https";
     IdempotencyKeyInvalid = "idempotency_key_invalid", BAD_REQUEST, "The Idempotency-Key is malformed";
@@ -365,7 +368,7 @@ impl From<Rejection> for ApiError {
             Rejection::NoActiveJob(service) => {
                 json!({"error": "no_active_job", "service": service.as_str()})
             }
-            Rejection::NoEngine(_) => "Docker not available".into(),
+            Rejection::NoEngine { .. } => "Docker not available".into(),
             other => other.to_string().into(),
         };
         let error = ApiError::new(rejection_code(&rejection), detail);
@@ -383,10 +386,7 @@ impl From<Rejection> for ApiError {
                 .with("limit", hit.limit)
                 .with("used", hit.used)
                 .retry_after(QUOTA_RETRY_S),
-            Rejection::NoEngine(_) => error.with(
-                "hint",
-                format!("{rejection}; register it with a `command` or a `url`"),
-            ),
+            Rejection::NoEngine { .. } => error.with("hint", rejection.to_string()),
             _ => error,
         }
     }
@@ -412,7 +412,7 @@ fn rejection_code(rejection: &Rejection) -> ErrorCode {
         Rejection::ServiceShared(_) => ErrorCode::RoleRequired,
         Rejection::ServiceHasActiveJobs(_) => ErrorCode::ServiceHasActiveJobs,
         Rejection::ServiceDisabled(_) => ErrorCode::ServiceDisabled,
-        Rejection::NoEngine(_) => ErrorCode::NoEngine,
+        Rejection::NoEngine { .. } => ErrorCode::NoEngine,
         Rejection::ServiceStopping(_) => ErrorCode::ServiceStopping,
         Rejection::InsufficientVram { .. } => ErrorCode::InsufficientVram,
         Rejection::NoActiveJob(_) => ErrorCode::NoActiveJob,
@@ -479,7 +479,10 @@ mod tests {
                 current: 2,
             },
             Rejection::CommandReused("c".into()),
-            Rejection::NoEngine("s".into()),
+            Rejection::NoEngine {
+                service: "s".into(),
+                why: "w".into(),
+            },
             Rejection::ServiceShared("s".into()),
             Rejection::TooManyServices("t".into()),
             IdentityRejection::UserNotFound.into(),

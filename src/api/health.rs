@@ -132,6 +132,9 @@ async fn readyz(State(app): State<App>, query: Query) -> Response {
             text.push('\n');
         }
     }
+    if verbose && let Some(engine) = engine(&app) {
+        text.push_str(&engine);
+    }
     text.push_str(if ready { "ok\n" } else { "not ready\n" });
     let status = if ready {
         StatusCode::OK
@@ -139,6 +142,15 @@ async fn readyz(State(app): State<App>, query: Query) -> Response {
         StatusCode::SERVICE_UNAVAILABLE
     };
     (status, text).into_response()
+}
+
+/// The line of the container engine, if there shall be one. Work that needs none goes on without it.
+fn engine(app: &App) -> Option<String> {
+    let state = app.docker.is_wanted().then(|| app.docker.state())?;
+    Some(match state.up {
+        true => "[+] engine\n".to_owned(),
+        false => format!("[ ] engine: {}\n", state.why_down()),
+    })
 }
 
 /// Say that the gateway lives and the token is good.

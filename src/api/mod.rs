@@ -16,7 +16,7 @@
 //! | `linger` | reading on what was refused |
 //! | `body`, `json`, `fields`, `query`, `idempotency`, `cursor` | reading requests |
 //! | `runs`, `job`, `run_view`, `run_ledger`, `checkpoint`, `commands`, `ledger`, `ledger_tools` | runs, commands, ledger |
-//! | `queue`, `services`, `service_spec`, `service_control`, `service_logs`, `preempt`, `gpu` | the GPU dialect |
+//! | `queue`, `services`, `service_spec`, `image_spec`, `containers`, `service_control`, `service_logs`, `preempt`, `gpu` | the GPU dialect |
 //! | `sse` | streams |
 //! | `health`, `metrics` | probes and numbers |
 //! | `state`, `config`, `listen`, `tls` | what handlers share; settings; the server loop and its certificate |
@@ -30,6 +30,7 @@ mod checkpoint;
 pub mod client;
 mod commands;
 pub mod config;
+mod containers;
 mod cookies;
 mod csrf;
 mod cursor;
@@ -45,6 +46,7 @@ mod headers;
 mod health;
 mod held;
 mod idempotency;
+mod image_spec;
 mod job;
 mod json;
 mod ledger;

@@ -11,9 +11,9 @@ use super::guard::guard;
 use super::routes::Routes;
 use super::state::App;
 use super::{
-    audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, passwords,
-    preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services, session,
-    sessions, signing_keys, tenants, tokens, users,
+    audit, checkpoint, commands, containers, docs, gpu, health, ledger, ledger_tools, metrics,
+    passwords, preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services,
+    session, sessions, signing_keys, tenants, tokens, users,
 };
 
 /// The GPU dialect: the same handlers in both places.
@@ -22,6 +22,7 @@ fn dialect() -> Routes {
         .merge(gpu::router())
         .merge(services::router())
         .merge(service_control::router())
+        .merge(containers::router())
         .merge(service_logs::router())
         .merge(queue::router())
         .merge(preempt::router())

@@ -12,6 +12,7 @@ use utoipa::ToSchema;
 use utoipa_axum::routes;
 
 use super::body::PathOf;
+use super::containers;
 use super::error::{ApiError, ErrorCode};
 use super::guard::Caller;
 use super::query::Query;
@@ -69,6 +70,9 @@ async fn start(
     PathOf(name): PathOf<String>,
 ) -> Result<Json<StartAnswer>, ApiError> {
     let before = find(&app, &caller, &name)?;
+    if before.instance.is_none() {
+        containers::must_exist(&app, &before.spec).await?;
+    }
     // An instance that is gone holds its memory until that is seen free: a start waits for it.
     wait(&app, &name, app.config.service_stop_wait, |view| {
         let left = view.and_then(|view| view.instance.as_ref());

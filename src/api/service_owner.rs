@@ -9,6 +9,7 @@ use super::state::App;
 use super::users::id;
 use crate::domain::command::Rejection;
 use crate::domain::ids::ServiceName;
+use crate::domain::spec::{ServiceSpec, Worker};
 use crate::domain::tenant::Tenancy;
 use crate::ledger::ServiceView;
 
@@ -57,11 +58,35 @@ pub fn owner(caller: &Caller, fields: &Fields) -> Result<Option<SmolStr>, ApiErr
 }
 
 /// Whether a caller may say what program is run: it runs as the gateway's user, who can read all that the gateway has.
-pub fn check_program(app: &App, caller: &Caller, fields: &Fields) -> Result<(), ApiError> {
+///
+/// A container of an image is nobody's program here: what it may be, the gateway's settings say. One that is there
+/// already is somebody's.
+pub fn check_program(
+    app: &App,
+    caller: &Caller,
+    fields: &Fields,
+    current: Option<&ServiceSpec>,
+) -> Result<(), ApiError> {
     if caller.tenancy() == Tenancy::All || app.config.operators_may_run_commands {
         return Ok(());
     }
     let is_there = |name: &&&str| fields.has(name) || fields.is_null(name);
+    let is_image = current.is_some_and(|spec| matches!(spec.worker, Worker::Image(_)));
+    if fields.has("image") || (is_image && !fields.has("command")) {
+        return Ok(());
+    }
+    let is_container = match current {
+        Some(spec) => matches!(spec.worker, Worker::Container),
+        None => !fields.has("command") && !fields.has("url"),
+    };
+    if is_container && fields.has("container") {
+        return Err(refused(
+            "container",
+            "'container' names a container that is there already, which may be anybody's: an administrator may \
+             register it for your tenant, or set operators_may_run_commands; an 'image' makes one of your own"
+                .to_owned(),
+        ));
+    }
     match PROGRAM.iter().find(is_there) {
         None => Ok(()),
         Some(name) => Err(refused(

@@ -3,6 +3,7 @@
 
 use super::error::ApiError;
 use super::fields::{Fields, TextRule};
+use super::image_spec;
 use super::job::{MAX_NAME_CHARS, read_url};
 use crate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 
@@ -11,8 +12,8 @@ const MAX_SERVICE_NAME_CHARS: usize = 63;
 const NAME_PATTERN: &str = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$";
 const MAX_DESCRIPTION_CHARS: usize = 2_000;
 const MAX_PATH_CHARS: usize = 1_024;
-const MAX_ARGUMENTS: usize = 256;
-const MAX_ARGUMENT_CHARS: usize = 4_096;
+pub const MAX_ARGUMENTS: usize = 256;
+pub const MAX_ARGUMENT_CHARS: usize = 4_096;
 const MAX_VARIABLES: usize = 128;
 const MAX_VARIABLE_NAME_CHARS: usize = 128;
 const MAX_VARIABLE_CHARS: usize = 32_768;
@@ -35,7 +36,7 @@ pub fn is_service_name(text: &str) -> bool {
 /// A new service.
 pub fn read_new(fields: &Fields) -> Result<ServiceSpec, ApiError> {
     let runs_elsewhere = fields.has("url");
-    let runs_here = fields.has("command");
+    let runs_here = fields.has("command") || fields.has("image");
     let mut needed = vec!["name", "type"];
     if !runs_elsewhere && !runs_here {
         needed.extend(["container", "port"]);
@@ -178,11 +179,18 @@ fn apply_ours(fields: &Fields, spec: &mut ServiceSpec) {
     }
 }
 
-/// How it comes to life: `command` with `env` and `working_dir`, or `url`, or neither for a container.
+/// How it comes to life: `command` with `env` and `working_dir`, `image` with what goes with it, `url`, or none of them for a
+/// container that is there.
 fn apply_worker(fields: &Fields, spec: &mut ServiceSpec) {
     if fields.has("url") && fields.has("command") {
         let message = "Value error, url and command exclude each other: it runs elsewhere or here";
         fields.fault("url", "value_error", message);
+        return;
+    }
+    if fields.has("image") && (fields.has("command") || fields.has("url")) {
+        let message = "Value error, image excludes command and url: it is a container of Rungate's own; the image's \
+                       entry point gets args";
+        fields.fault("image", "value_error", message);
         return;
     }
     if let Some(url) = read_url(fields, "url") {
@@ -195,6 +203,12 @@ fn apply_worker(fields: &Fields, spec: &mut ServiceSpec) {
         spec.worker = Worker::External { url };
         return;
     }
+    let becomes_process = fields.has("command");
+    if fields.has("image") || (matches!(spec.worker, Worker::Image(_)) && !becomes_process) {
+        apply_image(fields, spec);
+        return;
+    }
+    only_with(fields, &image_spec::MEMBERS, "image");
     let command = read_command(fields);
     let env = read_env(fields);
     let working_dir = read_working_dir(fields);
@@ -229,12 +243,28 @@ fn apply_worker(fields: &Fields, spec: &mut ServiceSpec) {
             }
         }
         (_, None) => {
-            for name in ["env", "working_dir"] {
-                if fields.has(name) {
-                    let message = format!("Value error, {name} goes with command only");
-                    fields.fault(name, "value_error", message);
-                }
-            }
+            only_with(fields, &["env", "working_dir"], "command");
+        }
+    }
+}
+
+fn apply_image(fields: &Fields, spec: &mut ServiceSpec) {
+    only_with(fields, &["working_dir"], "command");
+    let mut image = match std::mem::replace(&mut spec.worker, Worker::Container) {
+        Worker::Image(image) => image,
+        _ => Box::default(),
+    };
+    let port = fields.int("port", 0..=65_535).map(|port| port as u16);
+    image_spec::apply(fields, port, &mut image);
+    spec.worker = Worker::Image(image);
+}
+
+/// Faults those of the members that are there, as they go with another that is not.
+fn only_with(fields: &Fields, members: &[&str], with: &str) {
+    for name in members {
+        if fields.has(name) {
+            let message = format!("Value error, {name} goes with {with} only");
+            fields.fault(name, "value_error", message);
         }
     }
 }
@@ -253,7 +283,8 @@ fn read_command(fields: &Fields) -> Option<Vec<String>> {
     Some(argv)
 }
 
-fn read_env(fields: &Fields) -> Option<Vec<(String, String)>> {
+/// Environment variables.
+pub fn read_env(fields: &Fields) -> Option<Vec<(String, String)>> {
     let env = fields.text_map(
         "env",
         MAX_VARIABLES,

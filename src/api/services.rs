@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 use utoipa_axum::routes;
 
 use super::body::{JsonBody, PathOf};
+use super::containers;
 use super::error::ApiError;
 use super::examples;
 use super::fields::Fields;
@@ -24,6 +25,7 @@ use super::service_spec::{read_changes, read_new};
 use super::state::App;
 use super::users::id;
 use crate::domain::command::Command;
+use crate::domain::container::{ContainerStatus, ImageSpec, Ipc, Ulimit, Volume};
 use crate::domain::identity::Role;
 use crate::domain::ids::ServiceName;
 use crate::domain::spec::{GpuSource, Grant, ProgressMode, ServiceSpec, Worker};
@@ -72,14 +74,17 @@ pub struct Service {
     pub created_at: Timestamp,
     #[schema(value_type = String)]
     pub updated_at: Timestamp,
-    /// `process`, `external` or `container`.
+    /// `process`, `external`, `container` (one that is there) or `image`.
     pub driver: &'static str,
-    /// Of a shared service other tenants are not told this, nor `env`, `working_dir`, `url` and the instance's `pid`.
+    /// Of a shared service other tenants are not told this, nor `env`, `working_dir`, `url`, `image` and the instance's
+    /// `pid` and `container_id`.
     pub command: Option<Vec<String>>,
     /// Names only: values may be secrets.
     pub env: Option<Vec<String>>,
     pub working_dir: Option<String>,
     pub url: Option<String>,
+    /// What its containers are made of.
+    pub image: Option<Image>,
     pub gpus: u32,
     pub concurrency: u32,
     pub dispatch_path: String,
@@ -109,6 +114,12 @@ pub struct Instance {
     pub phase: InstancePhase,
     pub pid: Option<u32>,
     pub port: Option<u16>,
+    /// The engine's id of its container.
+    pub container_id: Option<String>,
+    pub container_name: Option<String>,
+    /// `created`, `running`, `paused`, `exited` or `removed`.
+    #[schema(value_type = Option<String>)]
+    pub container_status: Option<ContainerStatus>,
     #[schema(value_type = String)]
     pub started_at: Timestamp,
     #[schema(value_type = Option<String>)]
@@ -135,11 +146,15 @@ impl From<&Grant> for GpuGrant {
 
 impl From<&InstanceView> for Instance {
     fn from(view: &InstanceView) -> Self {
+        let container = view.container.as_ref();
         Instance {
             generation: view.generation.0,
             phase: view.phase,
             pid: view.process.as_ref().map(|process| process.pid),
             port: view.process.as_ref().map(|process| process.port),
+            container_id: container.map(|seen| seen.id.to_string()),
+            container_name: container.map(|seen| seen.name.to_string()),
+            container_status: container.map(|seen| seen.status),
             started_at: view.started_at,
             ready_at: view.ready_at,
             startup_time_s: view.startup_ms.map(seconds),
@@ -189,6 +204,10 @@ impl Service {
             told if is_ours => told,
             (driver, ..) => (driver, None, None, None, None),
         };
+        let image = match &spec.worker {
+            Worker::Image(image) if is_ours => Some(Image::from(&**image)),
+            _ => None,
+        };
         let active_job_ids: Vec<String> = view
             .active_runs
             .iter()
@@ -198,6 +217,7 @@ impl Service {
         let mut instance = view.instance.as_ref().map(Instance::from);
         if let Some(instance) = instance.as_mut().filter(|_| !is_ours) {
             instance.pid = None;
+            instance.container_id = None;
         }
         Service {
             name: spec.name.to_string(),
@@ -223,6 +243,7 @@ impl Service {
             env,
             working_dir,
             url,
+            image,
             gpus: spec.gpus,
             concurrency: spec.concurrency,
             dispatch_path: spec.dispatch_path().to_owned(),
@@ -267,6 +288,53 @@ fn worker(spec: &ServiceSpec) -> WorkerMembers {
         }
         Worker::External { url } => ("external", None, None, None, Some(url.clone())),
         Worker::Container => ("container", None, None, None, None),
+        Worker::Image(image) => {
+            let names = image.env.iter().map(|(name, _)| name.clone()).collect();
+            ("image", None, Some(names), None, None)
+        }
+    }
+}
+
+/// What a service's containers are made of.
+#[derive(Serialize, ToSchema)]
+pub struct Image {
+    pub image: String,
+    pub args: Vec<String>,
+    /// As they were given: `SOURCE:TARGET`, with `:ro` behind it when nothing may be written.
+    pub volumes: Vec<String>,
+    pub shm_mb: Option<u64>,
+    /// `private` or `host`.
+    #[schema(value_type = String)]
+    pub ipc: Ipc,
+    pub ulimits: BTreeMap<String, [i64; 2]>,
+    pub cpus: Option<f64>,
+    pub memory_mb: Option<u64>,
+    pub user: Option<String>,
+    pub networks: Vec<String>,
+    /// TCP port that it listens on inside.
+    pub container_port: u16,
+}
+
+impl From<&ImageSpec> for Image {
+    fn from(spec: &ImageSpec) -> Self {
+        let volume = |volume: &Volume| {
+            let mode = if volume.read_only { ":ro" } else { "" };
+            format!("{}:{}{mode}", volume.source, volume.target)
+        };
+        let bound = |limit: &Ulimit| (limit.name.clone(), [limit.soft, limit.hard]);
+        Image {
+            image: spec.image.clone(),
+            args: spec.args.clone(),
+            volumes: spec.volumes.iter().map(volume).collect(),
+            shm_mb: spec.shm_mib,
+            ipc: spec.ipc,
+            ulimits: spec.ulimits.iter().map(bound).collect(),
+            cpus: spec.cpus_milli.map(|milli| milli as f64 / 1_000.0),
+            memory_mb: spec.memory_mib,
+            user: spec.user.clone(),
+            networks: spec.networks.clone(),
+            container_port: spec.port,
+        }
     }
 }
 
@@ -316,7 +384,8 @@ async fn read(
 }
 
 /// What a service is registered with. `command` makes it a local process, which is the administrator's to say unless
-/// `operators_may_run_commands` is set; `url` something that runs elsewhere, neither a container.
+/// `operators_may_run_commands` is set; `url` something that runs elsewhere, `image` a container of its own, none of these a
+/// container that is there already, named by `container`.
 #[derive(Serialize, ToSchema)]
 pub struct ServiceRequest {
     /// `[A-Za-z0-9][A-Za-z0-9_.-]{0,62}`
@@ -340,6 +409,25 @@ pub struct ServiceRequest {
     pub env: Option<BTreeMap<String, String>>,
     pub working_dir: Option<String>,
     pub url: Option<String>,
+    /// Each instance is a container of its own, made of this image.
+    pub image: Option<String>,
+    pub args: Option<Vec<String>>,
+    /// `SOURCE:TARGET`, with `:ro` behind it when nothing may be written.
+    pub volumes: Option<Vec<String>>,
+    /// Bytes, or a text such as `512m`.
+    #[schema(value_type = Option<String>)]
+    pub shm_size: Option<String>,
+    /// `private` or `host`.
+    pub ipc: Option<String>,
+    #[schema(value_type = Option<Object>)]
+    pub ulimits: Option<BTreeMap<String, i64>>,
+    pub cpus: Option<f64>,
+    /// Bytes, or a text such as `16g`.
+    pub memory: Option<String>,
+    pub user: Option<String>,
+    pub networks: Option<Vec<String>>,
+    /// TCP port that it listens on inside; told as `PORT`.
+    pub container_port: Option<u16>,
     pub gpus: Option<u32>,
     pub concurrency: Option<u32>,
     pub dispatch_path: Option<String>,
@@ -364,10 +452,11 @@ async fn register(
 ) -> Result<Json<Service>, ApiError> {
     let (spec, tenant) = {
         let fields = body.fields()?;
-        check_program(&app, &caller, &fields)?;
+        check_program(&app, &caller, &fields, None)?;
         let tenant = owner(&caller, &fields)?;
         (Box::new(read_new(&fields)?), tenant)
     };
+    containers::check(&app, &spec).await?;
     let name = spec.name.clone();
     app.submit(&caller, Command::RegisterService { spec, tenant })
         .await?;
@@ -387,10 +476,11 @@ async fn update(
     let current = find_owned(&app, &caller, &name)?;
     let spec = {
         let fields = body.fields()?;
-        check_program(&app, &caller, &fields)?;
+        check_program(&app, &caller, &fields, Some(&current.spec))?;
         keeps_tenant(&fields, &current);
         Box::new(read_changes(&fields, &current.spec)?)
     };
+    containers::check(&app, &spec).await?;
     app.submit(&caller, Command::UpdateService { spec }).await?;
     Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
 }

@@ -17,7 +17,7 @@ use crate::auth::logins::Logins;
 use crate::coordinator::{Answered, Handle, Once, SubmitError};
 use crate::domain::command::{Command, Origin, Reply};
 use crate::domain::ids::{PlaneId, RunId};
-use crate::driver::Logs;
+use crate::driver::{Docker, Logs};
 use crate::ledger::{Ledger, ReadError, RunSummary, Space};
 use crate::telemetry::Metrics;
 
@@ -34,6 +34,7 @@ pub struct Parts {
     pub metrics: Metrics,
     /// The services' output.
     pub logs: Logs,
+    pub docker: Docker,
     /// Cancelled when the gateway begins to stop: streams end, `/readyz` says so.
     pub stopping: CancellationToken,
 }
@@ -54,6 +55,7 @@ pub struct Inner {
     pub logins: Logins,
     pub metrics: Metrics,
     pub logs: Logs,
+    pub docker: Docker,
     pub stopping: CancellationToken,
     pub hosts: HostRules,
     pub limits: Limits,
@@ -94,6 +96,7 @@ impl App {
             logins: parts.logins,
             metrics: parts.metrics,
             logs: parts.logs,
+            docker: parts.docker,
             stopping: parts.stopping,
         }))
     }

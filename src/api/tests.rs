@@ -34,7 +34,7 @@ use crate::domain::identity::{IdentityCommand, Scope, UserKey};
 use crate::domain::ids::PlaneId;
 use crate::domain::settings::Settings;
 use crate::domain::tenant::Tenancy;
-use crate::driver::Logs;
+use crate::driver::{Docker, Logs};
 use crate::ledger::{Ledger, OpenOptions, Space};
 use crate::telemetry::Metrics;
 
@@ -89,6 +89,7 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         logins: logins.clone(),
         metrics: Metrics::install(),
         logs: Logs::new(data.path().to_owned()),
+        docker: Docker::none(),
         stopping: stopping.clone(),
     });
     Gateway {

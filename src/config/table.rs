@@ -2,7 +2,7 @@
 //! key, the environment name, `config show`, `config check` and the near-miss hints follow from it.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use super::load::{ConfigError, Origin, Raw};
@@ -128,6 +128,32 @@ settings! {
         "Networks that services registered by URL may be in whatever they are, e.g. `100.64.0.0/10` for Tailscale.";
     probe_interval_ms: u64, "RUNGATE_PROBE_INTERVAL_MS", &[], (100, 3_600_000), "5000".to_owned(),
         "Milliseconds between health probes of a running service.";
+    docker_host: String, "RUNGATE_DOCKER_HOST", &[], ANY, String::new(),
+        "Container engine, e.g. `unix:///var/run/docker.sock`, `tcp://host:2376` or `ssh://user@host`; empty takes `DOCKER_HOST` or the usual socket, `none` uses none.";
+    docker_address: IpAddr, "RUNGATE_DOCKER_ADDRESS", &[], ANY, "127.0.0.1".to_owned(),
+        "Address of the engine's machine on which containers' ports are published, and at which they are called.";
+    docker_images: Vec<String>, "RUNGATE_DOCKER_IMAGES", &[], ANY, String::new(),
+        "Patterns (`*`) of the images that services may be made of; empty allows none.";
+    docker_pull: bool, "RUNGATE_DOCKER_PULL", &[], ANY, "false".to_owned(),
+        "Whether an allowed image that is not there is pulled when its service starts.";
+    docker_credentials: Option<PathBuf>, "RUNGATE_DOCKER_CREDENTIALS", &[], ANY, String::new(),
+        "File with credentials of registries, as `docker login` writes it (`config.json`).";
+    docker_volumes: Vec<String>, "RUNGATE_DOCKER_VOLUMES", &[], ANY, String::new(),
+        "Folders below which, and names of volumes that, containers may mount; empty allows none.";
+    docker_networks: Vec<String>, "RUNGATE_DOCKER_NETWORKS", &[], ANY, String::new(),
+        "Networks of the engine that containers may join besides its default bridge.";
+    docker_host_ipc: bool, "RUNGATE_DOCKER_HOST_IPC", &[], ANY, "false".to_owned(),
+        "Whether containers may see the host's shared memory (`ipc: host`).";
+    docker_writable_root: bool, "RUNGATE_DOCKER_WRITABLE_ROOT", &[], ANY, "false".to_owned(),
+        "Whether containers may write to their root file system, besides `/tmp` and volumes.";
+    docker_capabilities: Vec<String>, "RUNGATE_DOCKER_CAPABILITIES", &[], ANY, String::new(),
+        "Linux capabilities that containers keep, e.g. `NET_BIND_SERVICE`; all others are taken away.";
+    docker_pids_max: u64, "RUNGATE_DOCKER_PIDS_MAX", &[], (1, 4_194_304), "4096".to_owned(),
+        "Processes and threads that a container may have.";
+    docker_memory_max_mib: u64, "RUNGATE_DOCKER_MEMORY_MAX_MIB", &[], (8, 1 << 30), "16384".to_owned(),
+        "MiB of memory that a container may ask for at most, and has when it asks for none.";
+    docker_gateway_url: String, "RUNGATE_DOCKER_GATEWAY_URL", &[], ANY, String::new(),
+        "How containers reach this gateway, e.g. `http://host.docker.internal:8080`, for progress and checkpoints; empty when they share its network.";
     log: String, "RUNGATE_LOG", &[], ANY, "info".to_owned(),
         "Log filter, e.g. `info` or `rungate::executor=debug,warn`.";
     log_format: LogFormat, "RUNGATE_LOG_FORMAT", &[], ANY, "text".to_owned(),

@@ -1,7 +1,7 @@
 //! How a setting's text becomes a value. Every source (flag, environment, file) is text first, so that
 //! there is one parser and one wording of what is wrong.
 
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 use secrecy::{ExposeSecret, SecretString};
@@ -23,6 +23,14 @@ impl FromText for SocketAddr {
         text.trim()
             .parse()
             .map_err(|_| "an IP address and port such as 127.0.0.1:8080 or [::1]:8080".to_owned())
+    }
+}
+
+impl FromText for IpAddr {
+    const KIND: &'static str = "address";
+    fn parse(text: &str, _: (u64, u64)) -> Result<Self, String> {
+        let wanted = "an IP address such as 127.0.0.1 or ::1";
+        text.trim().parse().map_err(|_| wanted.to_owned())
     }
 }
 

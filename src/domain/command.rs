@@ -5,6 +5,7 @@ use bytes::Bytes;
 use smol_str::SmolStr;
 
 use super::audit::AuditedWrite;
+use super::container::{ContainerFacts, Engine};
 use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
@@ -147,6 +148,16 @@ pub enum Command {
     InstanceReleased {
         service: ServiceName,
         generation: Generation,
+    },
+    /// What the engine tells of an instance's container.
+    ContainerSeen {
+        service: ServiceName,
+        generation: Generation,
+        container: ContainerFacts,
+    },
+    /// Whether the container engine answers.
+    EngineSeen {
+        engine: Engine,
     },
     CallbackTried {
         run: RunId,
@@ -356,8 +367,8 @@ pub enum Rejection {
     ServiceHasActiveJobs(ServiceName),
     #[error("Service '{0}' is disabled; enable it first")]
     ServiceDisabled(ServiceName),
-    #[error("Service '{0}' runs in a container, and this gateway has no container engine")]
-    NoEngine(ServiceName),
+    #[error("Service '{service}' runs in a container, and {why}")]
+    NoEngine { service: ServiceName, why: String },
     #[error("Service '{0}' is stopping; try again when it has stopped")]
     ServiceStopping(ServiceName),
     #[error(
@@ -411,7 +422,7 @@ impl Rejection {
             Rejection::ServiceShared(_) => "role_required",
             Rejection::ServiceHasActiveJobs(_) => "service_has_active_jobs",
             Rejection::ServiceDisabled(_) => "service_disabled",
-            Rejection::NoEngine(_) => "no_engine",
+            Rejection::NoEngine { .. } => "no_engine",
             Rejection::ServiceStopping(_) => "service_stopping",
             Rejection::InsufficientVram { .. } => "insufficient_vram",
             Rejection::NoActiveJob(_) => "no_active_job",

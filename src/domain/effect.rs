@@ -36,6 +36,8 @@ pub enum Effect {
         generation: Generation,
         grants: Vec<Grant>,
         process: Option<ProcessIdentity>,
+        /// The engine's id of its container, if it had one.
+        container: Option<SmolStr>,
         /// It was being stopped: go on stopping it rather than adopt it.
         stop_at: Option<Timestamp>,
     },
@@ -241,6 +243,7 @@ fn find_instance(service: &Service, instance: &Instance) -> Effect {
         generation: instance.generation,
         grants: instance.grants.clone(),
         process: instance.process.clone(),
+        container: instance.container.as_ref().map(|seen| seen.id.clone()),
         stop_at,
     }
 }

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::audit::AuditedWrite;
+use super::container::{ContainerFacts, Engine};
 use super::identity::{
     NewToken, PasswordHash, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
 };
@@ -427,6 +428,18 @@ pub enum Event {
         key: UserKey,
         allowance: UserAllowance,
     },
+
+    // --- containers ----------------------------------------------------------------------------
+    /// The container engine came up, or stopped answering.
+    EngineChanged {
+        engine: Engine,
+    },
+    /// An instance's container changed: its status or its name.
+    ContainerChanged {
+        service: ServiceName,
+        generation: Generation,
+        container: ContainerFacts,
+    },
 }
 
 /// What a command asks for.
@@ -515,6 +528,10 @@ pub enum Exit {
     Unknown,
     /// It never came to be; the text says why.
     NotStarted(String),
+    /// Killed by the kernel: its container had used up its memory limit.
+    OutOfMemory,
+    /// The container engine stopped answering before it was there: held against nobody.
+    NoEngine(String),
 }
 
 impl Event {
@@ -598,6 +615,11 @@ impl Event {
             | Event::InstanceReleased {
                 service,
                 generation,
+            }
+            | Event::ContainerChanged {
+                service,
+                generation,
+                ..
             } => Some((service, *generation)),
             _ => None,
         }

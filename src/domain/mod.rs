@@ -7,6 +7,7 @@
 
 pub mod audit;
 pub mod command;
+pub mod container;
 pub mod decide;
 pub mod effect;
 pub mod engine;

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
+use super::container::ImageSpec;
 use super::ids::ServiceName;
 
 /// 1 is the most urgent, 5 the least, 3 the default.
@@ -104,8 +105,17 @@ pub enum Worker {
     },
     /// Something that runs elsewhere and that Rungate only calls and probes.
     External { url: String },
-    /// A named Docker container. No driver for it exists yet: such a service is registered but cannot start.
+    /// The container named `ServiceSpec::container`, which is there already: started and stopped, never removed.
     Container,
+    /// A container that Rungate makes of an image and removes.
+    Image(Box<ImageSpec>),
+}
+
+impl Worker {
+    /// Whether a container engine is needed.
+    pub fn is_container(&self) -> bool {
+        matches!(self, Worker::Container | Worker::Image(_))
+    }
 }
 
 /// How progress reaches the ledger (`contracts/gpu-gateway.md` section 4).
@@ -126,7 +136,7 @@ pub enum ProgressMode {
 pub struct ServiceSpec {
     pub name: ServiceName,
     pub service_type: SmolStr,
-    /// The contract's container name; for a process service a label only.
+    /// The contract's container name; a label only unless the worker is a container that is there already.
     pub container: String,
     /// TCP port on 127.0.0.1; 0 lets Rungate choose a free one for each instance.
     pub port: u16,
@@ -199,3 +209,13 @@ pub struct Grant {
     pub gpu: super::ids::GpuUuid,
     pub mib: u64,
 }
+
+impl Grant {
+    /// Whether there is no such GPU: nothing is to be passed to whoever it was granted to.
+    pub fn is_simulated(&self) -> bool {
+        self.gpu.starts_with(SIMULATED_GPU)
+    }
+}
+
+/// What the ids of simulated GPUs begin with.
+pub const SIMULATED_GPU: &str = "SIM-";

@@ -9,6 +9,8 @@ use rustix::process::Signal;
 use smol_str::SmolStr;
 use tokio::sync::watch;
 
+use super::body::Body;
+use super::contained;
 use super::health::{Prober, Verdict};
 use super::outcome::InOrder;
 use super::process::{self, Process, Spawn};
@@ -28,6 +30,8 @@ use crate::domain::time::Timestamp;
 pub(super) struct Found {
     /// `None` when the gateway died between the spawn and its record.
     pub process: Option<ProcessIdentity>,
+    /// The engine's id of its container.
+    pub container: Option<SmolStr>,
     /// It was being stopped.
     pub stop_at: Option<Timestamp>,
 }
@@ -46,12 +50,12 @@ enum First {
 
 /// The task that owns an instance's place in the table.
 pub(super) struct Instance {
-    shared: Arc<Shared>,
-    service: ServiceName,
-    generation: Generation,
-    slot: Arc<Slot>,
-    stop: watch::Receiver<Option<Timestamp>>,
-    outcomes: InOrder,
+    pub(super) shared: Arc<Shared>,
+    pub(super) service: ServiceName,
+    pub(super) generation: Generation,
+    pub(super) slot: Arc<Slot>,
+    pub(super) stop: watch::Receiver<Option<Timestamp>>,
+    pub(super) outcomes: InOrder,
 }
 
 impl Instance {
@@ -73,51 +77,66 @@ impl Instance {
     }
 
     /// From nothing to released.
-    pub async fn start(self, spec: Arc<ServiceSpec>, grants: Vec<Grant>) {
+    pub async fn start(mut self, spec: Arc<ServiceSpec>, grants: Vec<Grant>) {
         if self.stop.borrow().is_some() {
-            return self.never_started("it was stopped before it started".into());
+            let why = "it was stopped before it started".to_owned();
+            return self.never_started(Exit::NotStarted(why));
         }
-        match &spec.worker {
-            Worker::Process { .. } => match self.spawn(&spec, grants).await {
-                Ok(process) => {
-                    self.report_spawned(&process);
-                    self.live(process, &spec, First::Healthy).await;
-                }
-                Err(error) => self.never_started(error),
-            },
-            Worker::External { url } => self.external(url, &spec, First::Healthy).await,
-            Worker::Container => self.never_started("this gateway has no container engine".into()),
+        let body = match &spec.worker {
+            Worker::External { url } => return self.external(url, &spec, First::Healthy).await,
+            Worker::Process { .. } => {
+                let spawned = self.spawn(&spec, grants).await;
+                spawned.map(Body::process).map_err(Exit::NotStarted)
+            }
+            Worker::Container | Worker::Image(_) => self.contain(&spec, &grants).await,
+        };
+        match body {
+            Ok(body) => {
+                self.report_spawned(&body);
+                self.live(body, &spec, First::Healthy).await;
+            }
+            Err(exit) => self.never_started(exit),
         }
     }
 
     /// From what an earlier gateway process left to released.
-    pub async fn find(self, spec: Arc<ServiceSpec>, found: Found) {
+    pub async fn find(mut self, spec: Arc<ServiceSpec>, found: Found) {
         if let Some(stop_at) = found.stop_at {
             self.slot.stop.send_replace(Some(stop_at));
         }
         if let Worker::External { url } = &spec.worker {
             return self.external(url, &spec, First::Adopted { pid: 0 }).await;
         }
-        let Some(process) = self.look_for(found.process.clone()).await else {
+        let body = match spec.worker.is_container() {
+            true => self
+                .look_for_container(&spec, &found)
+                .await
+                .map(Body::Container),
+            false => self
+                .look_for(found.process.clone())
+                .await
+                .map(Body::process),
+        };
+        let Some(body) = body else {
             self.report_exited(Exit::Unknown);
             return self.release().await;
         };
         if found.process.is_none() {
-            self.report_spawned(&process);
+            self.report_spawned(&body);
         }
-        let pid = process.pid;
-        self.live(process, &spec, First::Adopted { pid }).await;
+        let pid = body.pid();
+        self.live(body, &spec, First::Adopted { pid }).await;
     }
 
     /// Stops what bears this generation's mark, if anything does.
     pub async fn stop_unknown(mut self, kill_at: Timestamp) {
         if let Some(process) = self.look_for(None).await {
-            let process = Arc::new(process);
+            let body = Body::process(process);
             self.slot
                 .stop
                 .send_if_modified(|stop| stop.replace(kill_at).is_none());
-            self.end(&process).await;
-            return self.bury(process).await;
+            self.end(&body).await;
+            return self.bury(body).await;
         }
         self.report_exited(Exit::Unknown);
         self.release().await;
@@ -180,16 +199,16 @@ impl Instance {
         .await
     }
 
-    /// A process from its spawn on, or from where it was found.
-    async fn live(mut self, process: Process, spec: &Arc<ServiceSpec>, mut first: First) {
-        let process = Arc::new(process);
-        let base_url = format!("http://127.0.0.1:{}", process.port);
-        let mut prober = self.prober(base_url, spec);
+    /// A process or container from its start on, or from where it was found.
+    async fn live(mut self, body: Body, spec: &Arc<ServiceSpec>, mut first: First) {
+        let mut changes = body.changes();
+        let mut prober = self.prober(body.base_url(), spec);
         let mut renewals = self.shared.renewals(first == First::Healthy);
         let ended = loop {
             tokio::select! {
                 biased;
-                () = process.exited() => break true,
+                seen = contained::changed(&mut changes) => self.report_container(&seen),
+                () = body.exited() => break true,
                 () = asked(&mut self.stop) => break false,
                 _ = renewals.tick() => self.shared.renew(&self.service, self.generation).await,
                 verdict = prober.next() => {
@@ -200,9 +219,12 @@ impl Instance {
             }
         };
         if !ended {
-            self.end(&process).await;
+            self.end(&body).await;
         }
-        self.bury(process).await;
+        if let Some(changes) = changes {
+            self.report_container(&changes.borrow());
+        }
+        self.bury(body).await;
     }
 
     /// Something that runs elsewhere: there is nothing to start or kill.
@@ -267,34 +289,35 @@ impl Instance {
         ControlFlow::Continue(())
     }
 
-    /// TERM now, KILL when the time is over; returns when the leader has ended.
-    async fn end(&mut self, process: &Arc<Process>) {
-        self.signal(process, Signal::TERM).await;
-        let mut killed = false;
+    /// TERM now, KILL when the time is over; returns when it has ended.
+    async fn end(&mut self, body: &Body) {
+        let mut unsent = Some(Signal::TERM);
         loop {
             let kill_at = self.stop.borrow_and_update().unwrap_or_default();
+            if let Some(signal) = unsent {
+                // A container engine that does not answer must not keep the KILL from being tried.
+                let late = signal == Signal::TERM && matches!(body, Body::Container(_));
+                tokio::select! {
+                    biased;
+                    reached = body.signal(signal) => if reached { self.report_signalled(signal) },
+                    () = body.exited() => return,
+                    () = tokio::time::sleep(until(kill_at)), if late => {}
+                }
+            }
+            let is_killed = unsent == Some(Signal::KILL);
+            unsent = None;
             tokio::select! {
                 biased;
-                () = process.exited() => return,
-                _ = self.stop.changed() => {}
-                () = tokio::time::sleep(until(kill_at)), if !killed => {
-                    self.signal(process, Signal::KILL).await;
-                    killed = true;
-                }
+                () = body.exited() => return,
+                _ = self.stop.changed(), if !is_killed => {}
+                () = tokio::time::sleep(until(kill_at)), if !is_killed => unsent = Some(Signal::KILL),
             }
         }
     }
 
-    async fn signal(&self, process: &Arc<Process>, signal: Signal) {
-        let target = process.clone();
-        if blocking(move || target.signal(signal)).await {
-            self.report_signalled(signal);
-        }
-    }
-
-    /// After the leader's end: kill its rest, take it off the process table, report, and wait for the memory.
-    async fn bury(self, process: Arc<Process>) {
-        let (killed, exit) = blocking(move || (process.kill_rest(), process.reap())).await;
+    /// After its end: kill its rest, take it off the process table or remove it, report, and wait for the memory.
+    async fn bury(self, body: Body) {
+        let (killed, exit) = body.bury().await;
         if killed {
             self.report_signalled(Signal::KILL);
         }
@@ -302,23 +325,23 @@ impl Instance {
         self.release().await;
     }
 
-    fn mark(&self) -> Mark {
+    pub(super) fn mark(&self) -> Mark {
         self.shared.mark(&self.service, self.generation)
     }
 
-    fn never_started(self, error: String) {
-        self.report_exited(Exit::NotStarted(error));
+    fn never_started(self, exit: Exit) {
+        self.report_exited(exit);
         self.report_released();
     }
 
-    fn report_spawned(&self, process: &Process) {
+    fn report_spawned(&self, body: &Body) {
         self.outcomes.report(Command::InstanceSpawned {
             service: self.service.clone(),
             generation: self.generation,
-            pid: process.pid,
-            start_ticks: process.start_ticks,
+            pid: body.pid(),
+            start_ticks: body.start_ticks(),
             boot_id: self.shared.boot_id.clone(),
-            port: process.port,
+            port: body.port(),
         });
     }
 
@@ -357,7 +380,7 @@ impl Instance {
 }
 
 /// Returns once a stop was asked for.
-async fn asked(stop: &mut watch::Receiver<Option<Timestamp>>) {
+pub(super) async fn asked(stop: &mut watch::Receiver<Option<Timestamp>>) {
     // The sender lies in the slot, which the instance holds: it cannot be gone.
     let _ = stop.wait_for(Option::is_some).await;
 }

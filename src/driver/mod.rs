@@ -1,10 +1,13 @@
-//! Brings services to life and ends them: local processes, and services that run elsewhere. Takes plain
+//! Brings services to life and ends them: local processes, containers, and services that run elsewhere. Takes plain
 //! requests, reports outcomes as commands, decides nothing about when.
 //!
-//! `instance` one life from start to release, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
+//! `instance` one life from start to release, `body` what it lives in, `contained` and `docker` containers, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
 //! `orphans` what nobody knows any more, `logs` their output, `meter` their GPU memory, `outcome` the seam to the coordinator, `tasks` spawning.
 
+mod body;
+mod contained;
 mod credentials;
+mod docker;
 mod health;
 mod http;
 mod instance;
@@ -25,6 +28,7 @@ use smol_str::SmolStr;
 use uuid::Uuid;
 
 pub use credentials::Credentials;
+pub use docker::{ContainerRules, Docker, DockerError, DockerOptions, Forbidden, Kept};
 pub use health::ProbeTimings;
 pub use http::{error_text, join};
 pub use logs::{LogError, LogLine, Logs};
@@ -52,6 +56,7 @@ pub struct DriverOptions {
     /// Which addresses services may have.
     pub services: Rules,
     pub credentials: Arc<dyn Credentials>,
+    pub docker: DockerOptions,
     pub meter: Arc<dyn Meter>,
 }
 
@@ -81,6 +86,7 @@ struct Shared {
     logs: Logs,
     outcomes: Outcomes,
     credentials: Arc<dyn Credentials>,
+    docker: Docker,
     #[expect(
         dead_code,
         reason = "read by the release of an instance, which is on its way"
@@ -114,6 +120,7 @@ impl Driver {
         })?;
         let logs = Logs::new(dir);
         tasks.spawn("log rotation", logs.clone().keep_bounded());
+        let docker = Docker::new(options.docker, options.ledger, &outcomes, &tasks);
         let shared = Shared {
             ledger: options.ledger,
             boot_id: procfs::boot_id().map_err(DriverError::BootId)?,
@@ -123,13 +130,17 @@ impl Driver {
             logs,
             outcomes,
             credentials: options.credentials,
+            docker,
             meter: options.meter,
             tasks,
             table: Table::default(),
         };
-        Ok(Driver {
-            shared: Arc::new(shared),
-        })
+        let shared = Arc::new(shared);
+        if shared.docker.is_wanted() {
+            let sweeping = contained::keep_sweeping(shared.clone());
+            shared.tasks.spawn("orphaned containers", sweeping);
+        }
+        Ok(Driver { shared })
     }
 
     /// Starts an instance. Nothing happens if this generation was started, found or stopped before.
@@ -160,10 +171,15 @@ impl Driver {
         spec: ServiceSpec,
         generation: Generation,
         process: Option<ProcessIdentity>,
+        container: Option<SmolStr>,
         stop_at: Option<Timestamp>,
     ) {
         if let Some(instance) = Instance::enter(&self.shared, &spec.name, generation) {
-            let found = Found { process, stop_at };
+            let found = Found {
+                process,
+                container,
+                stop_at,
+            };
             self.shared
                 .tasks
                 .spawn("instance", instance.find(Arc::new(spec), found));
@@ -172,7 +188,7 @@ impl Driver {
         }
     }
 
-    /// Stops every process with this ledger's mark that is neither in `live` nor known to this driver.
+    /// Stops every process and container with this ledger's mark that is neither in `live` nor known to this driver.
     pub fn sweep_orphans(&self, live: Vec<(ServiceName, Generation)>) {
         self.shared
             .tasks
@@ -189,6 +205,11 @@ impl Driver {
     /// Where an instance is reached; `None` before it was spawned and after it was released.
     pub fn endpoint(&self, service: &ServiceName, generation: Generation) -> Option<Arc<Endpoint>> {
         self.shared.table.endpoint(service, generation)
+    }
+
+    /// The container engine.
+    pub fn docker(&self) -> &Docker {
+        &self.shared.docker
     }
 
     /// The services' output.

@@ -258,7 +258,7 @@ async fn exchange(
             ));
         }
     };
-    let gateway = &inner.options.gateway_url;
+    let gateway = inner.options.gateway_for(&endpoint.spec);
     let run = dispatch.run;
     let mut request = inner
         .call_client

@@ -22,6 +22,7 @@ pub use webhook::{Secret, SecretError};
 
 use crate::domain::effect::{Dispatch, Effect};
 use crate::domain::ids::{PlaneId, RunId, Seq};
+use crate::domain::spec::ServiceSpec;
 use crate::driver::{Driver, Outcomes, Tasks};
 use crate::outbound::{GuardedClient, Rules};
 use calls::Calls;
@@ -48,6 +49,8 @@ pub type JobToken = Arc<dyn Fn(&Dispatch, Duration) -> Option<String> + Send + S
 pub struct ExecutorOptions {
     /// How services reach this gateway, as `http://127.0.0.1:8080`: for progress and checkpoints.
     pub gateway_url: String,
+    /// How services in containers do; empty when as all others.
+    pub container_gateway_url: String,
     /// The ledger's own id: the source of callbacks.
     pub ledger: uuid::Uuid,
     /// Which addresses callbacks may go to.
@@ -58,6 +61,16 @@ pub struct ExecutorOptions {
     pub job_token: JobToken,
     /// Between questions for progress where a service wants to be asked.
     pub progress_every: Duration,
+}
+
+impl ExecutorOptions {
+    /// How a service reaches this gateway.
+    fn gateway_for(&self, spec: &ServiceSpec) -> &str {
+        match spec.worker.is_container() && !self.container_gateway_url.is_empty() {
+            true => &self.container_gateway_url,
+            false => &self.gateway_url,
+        }
+    }
 }
 
 /// The contract's pace of asking for progress (`contracts/gpu-gateway.md` section 4).
@@ -138,9 +151,10 @@ impl Executor {
                 generation,
                 grants: _,
                 process,
+                container,
                 stop_at,
             } => {
-                driver.find(*spec, generation, process, stop_at);
+                driver.find(*spec, generation, process, container, stop_at);
             }
             Effect::SweepOrphans { live } => driver.sweep_orphans(live),
             // Simulated memory is free when the processes are gone; which GPUs it was on does not matter.

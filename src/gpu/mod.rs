@@ -3,7 +3,7 @@
 
 use smol_str::{SmolStr, format_smolstr};
 
-use crate::domain::spec::{GpuFacts, GpuSource};
+use crate::domain::spec::{GpuFacts, GpuSource, SIMULATED_GPU};
 
 /// More GPUs than any single machine has: a longer list is a mistake.
 const GPUS_MAX: usize = 64;
@@ -72,7 +72,7 @@ fn reason_for_none() -> &'static str {
 
 fn simulated(index: u32, memory_mib: u64) -> GpuFacts {
     GpuFacts {
-        uuid: format_smolstr!("SIM-{index}"),
+        uuid: format_smolstr!("{SIMULATED_GPU}{index}"),
         index,
         name: SmolStr::new_static("Simulated GPU"),
         memory_mib,

@@ -42,9 +42,13 @@ async fn a_recorded_process_is_adopted() {
     let base = world.started(world.worker(""), 1).await;
     let known = world.recorder.first(identity).await;
     world.restart().await;
-    world
-        .driver
-        .find(world.worker(""), Generation(1), Some(known.clone()), None);
+    world.driver.find(
+        world.worker(""),
+        Generation(1),
+        Some(known.clone()),
+        None,
+        None,
+    );
     assert_eq!(world.recorder.first(is_adopted).await, known.pid);
     assert_eq!(
         world
@@ -99,7 +103,7 @@ async fn a_process_whose_spawn_was_not_recorded_is_found_by_its_mark() {
         .pid;
     world
         .driver
-        .find(world.worker(""), Generation(4), None, None);
+        .find(world.worker(""), Generation(4), None, None, None);
     let pid = world.recorder.first(is_adopted).await;
     assert_eq!(pid, oldest);
     assert_eq!(world.recorder.first(is_spawned).await, (pid, port));
@@ -124,7 +128,9 @@ async fn a_found_process_that_is_not_healthy_in_time_is_stopped() {
     world.driver.start(spec.clone(), Generation(1), Vec::new());
     let known = world.recorder.first(identity).await;
     world.restart().await;
-    world.driver.find(spec, Generation(1), Some(known), None);
+    world
+        .driver
+        .find(spec, Generation(1), Some(known), None, None);
     world.recorder.released(1).await;
     assert_eq!(world.recorder.story(1), ["TERM", "exited", "released"]);
     world.assert_nothing_left();
@@ -137,9 +143,13 @@ async fn a_stop_goes_on_after_the_gateways_death() {
     let known = world.recorder.first(identity).await;
     world.stop(1, 3_600_000);
     world.restart().await;
-    world
-        .driver
-        .find(world.worker(""), Generation(1), Some(known), Some(soon(50)));
+    world.driver.find(
+        world.worker(""),
+        Generation(1),
+        Some(known),
+        None,
+        Some(soon(50)),
+    );
     world.recorder.released(1).await;
     assert_eq!(
         world.recorder.story(1),
@@ -165,7 +175,7 @@ async fn what_died_meanwhile_is_told_and_a_reused_pid_is_not_it() {
     for (generation, known) in [(2, Some(after_reboot)), (3, Some(reused)), (4, None)] {
         world
             .driver
-            .find(world.worker(""), Generation(generation), known, None);
+            .find(world.worker(""), Generation(generation), known, None, None);
         assert_eq!(world.recorder.released(generation).await, Exit::Unknown);
         assert_eq!(world.recorder.story(generation), ["exited", "released"]);
     }

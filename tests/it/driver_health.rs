@@ -78,7 +78,9 @@ async fn a_service_that_runs_elsewhere_is_probed_and_never_touched() {
     assert_eq!(other.recorder.story(1), ["healthy", "exited", "released"]);
 
     world.restart().await;
-    world.driver.find(elsewhere, Generation(5), None, None);
+    world
+        .driver
+        .find(elsewhere, Generation(5), None, None, None);
     world
         .recorder
         .first(|outcome| matches!(outcome, Command::InstanceAdopted { .. }).then_some(()))

@@ -68,6 +68,7 @@ impl Callbacks {
         let ledger = Arc::new(Ledger::default());
         let options = ExecutorOptions {
             gateway_url: "http://127.0.0.1:8080".into(),
+            container_gateway_url: String::new(),
             ledger: world.ledger,
             callbacks: Rules::new(Purpose::Callbacks, reach, Vec::new()),
             services: service_rules(),

@@ -107,6 +107,7 @@ const ROWS: &[Row] = &[
     ("GET", "/queue/stats", ALL),
     ("GET", "/gpu", ALL),
     ("GET", "/vram", ALL),
+    ("GET", "/containers", admin(503)),
     ("GET", "/available/{service_type}", ALL),
     ("GET", "/services", ALL),
     ("GET", "/services/{name}", FOREIGN),

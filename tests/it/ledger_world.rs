@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rungate::domain::audit::{Asked, AuditedWrite, Details, Source};
+use rungate::domain::container::{ContainerFacts, ContainerStatus, Engine};
 use rungate::domain::event::{
     CommandKind, Event, Exit, JobStopCause, RequeueCause, StartCause, StopCause,
 };
@@ -355,7 +356,28 @@ pub fn one_of_each() -> Vec<Event> {
     events.extend(people());
     events.extend(logins());
     events.extend(tenants());
+    events.extend(containers());
     events
+}
+
+fn containers() -> Vec<Event> {
+    let engine = Engine {
+        up: false,
+        error: Some("it does not answer".into()),
+    };
+    let container = ContainerFacts {
+        id: "4c01db0b339c".into(),
+        name: "rungate-s-1".into(),
+        status: ContainerStatus::Paused,
+    };
+    vec![
+        Event::EngineChanged { engine },
+        Event::ContainerChanged {
+            service: "s".into(),
+            generation: Generation(1),
+            container,
+        },
+    ]
 }
 
 fn gateway_and_inbox() -> Vec<Event> {

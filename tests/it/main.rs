@@ -24,6 +24,7 @@ mod crash_audit;
 mod crash_clients;
 mod dialect;
 mod disk_full;
+mod docker;
 mod docs;
 mod driver_find;
 mod driver_health;

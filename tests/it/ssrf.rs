@@ -140,6 +140,7 @@ impl Callbacks {
         ));
         let options = ExecutorOptions {
             gateway_url: "http://127.0.0.1:8080".into(),
+            container_gateway_url: String::new(),
             ledger: world.ledger,
             callbacks: rules,
             services: service_rules(),

@@ -326,6 +326,7 @@ fn driver(data_dir: PathBuf, ledger: Uuid, probes: ProbeTimings) -> (Driver, Arc
         probes,
         services: service_rules(),
         credentials: Arc::new(Files(data_dir.join("tokens"))),
+        docker: rungate::driver::DockerOptions::none(),
         meter: Arc::new(rungate::driver::Unmetered),
     };
     let driver = Driver::new(options, Outcomes::new(recorder.clone()), tasks.clone()).unwrap();

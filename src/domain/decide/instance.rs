@@ -5,6 +5,7 @@ use smol_str::SmolStr;
 use super::job::backoff_ms;
 use super::{Context, Decision};
 use crate::domain::command::{Command, JobFailure};
+use crate::domain::container::ContainerFacts;
 use crate::domain::event::{Event, Exit, StopCause};
 use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::scheduler::upkeep::{drain, stop};
@@ -75,6 +76,15 @@ impl Context<'_> {
                 service,
                 generation,
             } => self.released(service, generation),
+            Command::ContainerSeen {
+                service,
+                generation,
+                container,
+            } => self.container_seen(service, generation, container),
+            Command::EngineSeen { engine } => match engine == self.state.engine {
+                true => Vec::new(),
+                false => vec![Event::EngineChanged { engine }],
+            },
             seen => self.memory_seen(seen),
         })
     }
@@ -85,6 +95,25 @@ impl Context<'_> {
             .instance()
             .and_then(|(name, generation)| self.instance(name, generation));
         current.map(|_| event).into_iter().collect()
+    }
+
+    /// Each change once, however often the engine tells it.
+    fn container_seen(
+        &self,
+        service: ServiceName,
+        generation: Generation,
+        container: ContainerFacts,
+    ) -> Vec<Event> {
+        match self.instance(&service, generation) {
+            Some((_, instance)) if instance.container.as_ref() != Some(&container) => {
+                vec![Event::ContainerChanged {
+                    service,
+                    generation,
+                    container,
+                }]
+            }
+            _ => Vec::new(),
+        }
     }
 
     /// What the executor saw of GPUs and of their memory's use.
@@ -178,6 +207,7 @@ impl Context<'_> {
             return Vec::new();
         };
         let expected = match &instance.phase {
+            _ if matches!(exit, Exit::NoEngine(_)) => true,
             InstancePhase::Exited { .. } => return Vec::new(),
             // It ended while no gateway watched: nobody knows why, so it is not held against it.
             InstancePhase::Finding => true,
@@ -194,7 +224,9 @@ impl Context<'_> {
             entry.deaths
         };
         let deaths = earlier + 1;
-        let retry_at = (!expected).then(|| {
+        // The engine is given a moment, though nobody is blamed.
+        let waits = !expected || matches!(exit, Exit::NoEngine(_));
+        let retry_at = waits.then(|| {
             let settings = self.settings;
             self.now + backoff_ms(settings.restart_base_ms, settings.restart_max_ms, deaths)
         });
@@ -260,6 +292,7 @@ fn describe(exit: &Exit) -> String {
         Exit::Code(code) => format!("exit code {code}"),
         Exit::Signal(signal) => format!("killed by signal {signal}"),
         Exit::Unknown => "its process is gone".to_owned(),
-        Exit::NotStarted(error) => error.clone(),
+        Exit::NotStarted(error) | Exit::NoEngine(error) => error.clone(),
+        Exit::OutOfMemory => "killed, as it had used up its memory limit".to_owned(),
     }
 }

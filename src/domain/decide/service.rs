@@ -8,7 +8,7 @@ use crate::domain::event::{Event, JobStopCause, RequeueCause, StartCause, StopCa
 use crate::domain::ids::{Generation, PlaneId, RunId, ServiceName};
 use crate::domain::scheduler::upkeep::{drain, stop, stop_active};
 use crate::domain::scheduler::{best_victim, placement, start};
-use crate::domain::spec::{ServiceSpec, Worker};
+use crate::domain::spec::ServiceSpec;
 use crate::domain::state::job::Phase;
 use crate::domain::state::service::{Instance, InstancePhase, Service};
 use crate::domain::tenant::Tenancy;
@@ -146,8 +146,12 @@ impl Context<'_> {
         if !service.enabled {
             return Err(Rejection::ServiceDisabled(name.clone()));
         }
-        if matches!(service.spec.worker, Worker::Container) {
-            return Err(Rejection::NoEngine(name.clone()));
+        let engine = &self.state.engine;
+        if service.spec.worker.is_container() && service.instance.is_none() && !engine.up {
+            return Err(Rejection::NoEngine {
+                service: name.clone(),
+                why: engine.why_down().to_owned(),
+            });
         }
         match &service.instance {
             Some(instance) if instance.is_leaving() => {

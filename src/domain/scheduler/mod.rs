@@ -76,7 +76,7 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
     let mut serving = fair.serving(target);
     // It may be another tenant's turn by then, where a turn is worth something.
     let may_serve = |service: &&Service| {
-        let may_start = may_start(service, now) && placement::could_fit(state, service);
+        let may_start = may_start(state, service, now) && placement::could_fit(state, service);
         service.instance.is_some() || may_start
     };
     let matters = all
@@ -147,7 +147,7 @@ fn try_harder(
     let startable: Vec<&Service> = all
         .iter()
         .copied()
-        .filter(|s| may_start(s, now) && !state.holds.contains_key(&s.spec.name))
+        .filter(|s| may_start(state, s, now) && !state.holds.contains_key(&s.spec.name))
         .collect();
     if let Some((service, grants)) = best_start(state, &startable) {
         let cause = StartCause::Scheduler;
@@ -258,11 +258,11 @@ fn places_coming(state: &State, job: &Job, all: &[&Service], fair: &Fair) -> Opt
 }
 
 /// Whether the scheduler may bring this service up.
-fn may_start(service: &Service, now: Timestamp) -> bool {
+fn may_start(state: &State, service: &Service, now: Timestamp) -> bool {
     service.enabled
         && service.instance.is_none()
         && service.crash_looped.is_none()
-        && !matches!(service.spec.worker, crate::domain::spec::Worker::Container)
+        && (state.engine.up || !service.spec.worker.is_container())
         && service.retry_at.is_none_or(|at| at <= now)
 }
 

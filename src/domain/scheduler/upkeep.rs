@@ -128,7 +128,7 @@ fn absent_upkeep(
         }]);
     }
     if service.wanted
-        && super::may_start(service, now)
+        && super::may_start(state, service, now)
         && !state.holds.contains_key(&service.spec.name)
     {
         let grants = placement::fit(state, service)?;
@@ -284,7 +284,7 @@ fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bo
             gpus > 0 && all.len() == gpus && all.iter().all(|grant| usable(state, grant) >= need)
         }
     };
-    waits && fits && super::may_start(service, now)
+    waits && fits && super::may_start(state, service, now)
 }
 
 fn usable(state: &State, grant: &Grant) -> u64 {

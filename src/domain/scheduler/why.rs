@@ -8,7 +8,7 @@ use super::{candidates, placement};
 use crate::domain::event::JobStopCause;
 use crate::domain::ids::RunId;
 use crate::domain::settings::Settings;
-use crate::domain::spec::{Target, Worker};
+use crate::domain::spec::Target;
 use crate::domain::state::State;
 use crate::domain::state::account::Amount;
 use crate::domain::state::job::{Job, Phase};
@@ -316,12 +316,11 @@ fn absent(state: &State, service: &Service, now: Timestamp) -> Blocking {
             format!("service '{name}' was given up: {error}; mend it and start it"),
         );
     }
-    if matches!(service.spec.worker, Worker::Container) {
+    if service.spec.worker.is_container() && !state.engine.up {
+        let why = state.engine.why_down();
         return blocking(
             "no_engine",
-            format!(
-                "service '{name}' runs in a container, and this gateway has no container engine"
-            ),
+            format!("service '{name}' runs in a container, and {why}"),
         );
     }
     if let Some(at) = service.retry_at.filter(|at| *at > now) {

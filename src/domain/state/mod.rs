@@ -21,6 +21,7 @@ use self::job::{Callback, Job};
 use self::service::{Retired, Service};
 use self::timers::Timers;
 use self::user::People;
+use super::container::Engine;
 use super::event::Event;
 use super::identity::UserKey;
 use super::ids::{GpuUuid, PlaneId, RunId, Seq, ServiceName};
@@ -57,6 +58,7 @@ pub struct State {
     pub people: People,
     /// What tenants and users have, and had lately.
     pub accounts: Accounts,
+    pub engine: Engine,
 
     // Indexes, made from the above: not part of a snapshot, nor of equality.
     pub queue: Queue,
@@ -103,6 +105,7 @@ impl PartialEq for State {
             && self.callbacks == other.callbacks
             && self.people == other.people
             && self.accounts == other.accounts
+            && self.engine == other.engine
     }
 }
 
@@ -122,6 +125,7 @@ struct SnapshotRef<'a> {
     callbacks: &'a BTreeMap<RunId, Callback>,
     people: &'a People,
     accounts: &'a Accounts,
+    engine: &'a Engine,
 }
 
 /// The same, owned, as it is read.
@@ -140,10 +144,11 @@ struct SnapshotOwned {
     callbacks: BTreeMap<RunId, Callback>,
     people: People,
     accounts: Accounts,
+    engine: Engine,
 }
 
 /// What a snapshot's bytes begin with. One of another form is passed over: the events say the same.
-const SNAPSHOT_FORM: &[u8; 8] = b"rgstate3";
+const SNAPSHOT_FORM: &[u8; 8] = b"rgstate4";
 
 impl State {
     /// An empty State. `ageing_ms_per_level` orders the queue (`Settings`).
@@ -170,6 +175,7 @@ impl State {
             callbacks: &self.callbacks,
             people: &self.people,
             accounts: &self.accounts,
+            engine: &self.engine,
         };
         postcard::to_extend(&snapshot, SNAPSHOT_FORM.to_vec())
     }
@@ -191,6 +197,7 @@ impl State {
         state.callbacks = snapshot.callbacks;
         state.people = snapshot.people;
         state.accounts = snapshot.accounts;
+        state.engine = snapshot.engine;
         state.people.index_tokens();
         for (name, service) in &snapshot.services {
             if let Some(instance) = &service.instance {
@@ -316,7 +323,9 @@ impl State {
             | Event::InstanceDraining { .. }
             | Event::InstanceStopRequested { .. }
             | Event::InstanceExited { .. }
-            | Event::InstanceReleased { .. } => self.apply_instance(at, event),
+            | Event::InstanceReleased { .. }
+            | Event::ContainerChanged { .. } => self.apply_instance(at, event),
+            Event::EngineChanged { engine } => self.change_engine(engine),
             Event::RoomHeld { .. }
             | Event::RoomReleased { .. }
             | Event::GpusListed { .. }

@@ -7,6 +7,7 @@ use smol_str::SmolStr;
 
 use super::State;
 use super::job::{Job, Phase};
+use crate::domain::container::{ContainerFacts, Engine};
 use crate::domain::effect::ProcessIdentity;
 use crate::domain::event::{Event, StartCause, StopCause};
 use crate::domain::ids::{Generation, RunId, ServiceName};
@@ -56,6 +57,7 @@ pub struct Instance {
     pub grants: Vec<Grant>,
     pub cause: StartCause,
     pub process: Option<ProcessIdentity>,
+    pub container: Option<ContainerFacts>,
     /// Jobs that hold one of its places, those being stopped included.
     pub active: BTreeSet<RunId>,
     /// When `active` last became empty.
@@ -440,6 +442,14 @@ impl State {
                 };
                 self.edit_instance(service, *generation, |i| i.process = Some(process));
             }
+            Event::ContainerChanged {
+                service,
+                generation,
+                container,
+            } => {
+                let container = Some(container.clone());
+                self.edit_instance(service, *generation, |i| i.container = container);
+            }
             Event::InstanceExited { service, .. } => {
                 self.exit_instance(at, event);
                 self.drop_promises_on(service);
@@ -549,6 +559,7 @@ impl State {
                 grants: grants.to_vec(),
                 cause,
                 process: None,
+                container: None,
                 active: BTreeSet::new(),
                 idle_since: at,
                 promised: BTreeSet::new(),
@@ -565,7 +576,6 @@ impl State {
         let Event::InstanceExited {
             service,
             generation,
-            expected,
             retry_at,
             deaths,
             ..
@@ -588,11 +598,7 @@ impl State {
             instance.phase = InstancePhase::Exited { cause };
             instance.since = at;
             service.deaths = *deaths;
-            if *expected {
-                service.retry_at = None;
-            } else {
-                service.retry_at = *retry_at;
-            }
+            service.retry_at = *retry_at;
         });
     }
 
@@ -615,6 +621,13 @@ impl State {
         }
         self.gpus
             .retain(|_, gpu| gpu.present || gpu.reserved_mib > 0);
+        self.look_at_absent();
+    }
+
+    /// What waits for containers may go on, or has to wait.
+    pub(super) fn change_engine(&mut self, engine: &Engine) {
+        self.engine = engine.clone();
+        self.queue.unpark_all();
         self.look_at_absent();
     }
 

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
+use crate::domain::container::ContainerFacts;
 use crate::domain::effect::ProcessIdentity;
 use crate::domain::event::{Event, StartCause};
 use crate::domain::ids::{Generation, PlaneId, RunId, ServiceName};
@@ -59,6 +60,7 @@ pub struct InstanceView {
     /// Milliseconds from the start's request to the first good health answer.
     pub startup_ms: Option<u64>,
     pub process: Option<ProcessIdentity>,
+    pub container: Option<ContainerFacts>,
 }
 
 /// A data plane.
@@ -159,6 +161,7 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
             ready_at: None,
             startup_ms: None,
             process: None,
+            container: None,
         });
         return;
     }
@@ -184,6 +187,7 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
                 port: *port,
             });
         }
+        Event::ContainerChanged { container, .. } => current.container = Some(container.clone()),
         Event::InstanceReady { startup_ms, .. } => {
             current.phase = InstancePhase::Ready;
             current.ready_at = Some(at);

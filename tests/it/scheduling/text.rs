@@ -340,6 +340,8 @@ fn exit_of(exit: &Exit) -> String {
         Exit::Signal(signal) => format!("signal {signal}"),
         Exit::Unknown => "unknown".to_owned(),
         Exit::NotStarted(error) => format!("not started: {error}"),
+        Exit::OutOfMemory => "out of memory".to_owned(),
+        Exit::NoEngine(error) => format!("no engine: {error}"),
     }
 }
 

@@ -139,6 +139,8 @@ impl Gateway {
             .arg("--data-dir")
             .arg(self.data_dir())
             .env("XDG_CONFIG_HOME", self.dir.path().join("config"))
+            // Tests of containers say so.
+            .env("RUNGATE_DOCKER_HOST", "none")
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);

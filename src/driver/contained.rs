@@ -1,0 +1,170 @@
+//! What a container adds to an instance's life: how it comes to be, how it is found again, and what is told of it.
+
+use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+
+use super::body::Body;
+use super::docker::{Container, DockerError, Making, Seen, StartError};
+use super::instance::{Instance, asked};
+use super::{Shared, docker};
+use crate::causes::with_causes;
+use crate::clock::now;
+use crate::domain::command::Command;
+use crate::domain::container::ImageSpec;
+use crate::domain::event::Exit;
+use crate::domain::spec::{Grant, ServiceSpec, Worker};
+
+impl Instance {
+    /// Makes and starts a container, or starts the one that is there.
+    pub(super) async fn contain(
+        &mut self,
+        spec: &ServiceSpec,
+        grants: &[Grant],
+    ) -> Result<Body, Exit> {
+        let container = match &spec.worker {
+            Worker::Image(image) => self.make(spec, image, grants).await,
+            _ => self.shared.docker.adopt(&spec.container, spec.port).await,
+        };
+        let container = container.map_err(StartError::exit)?;
+        self.copy_output(&container, now().0);
+        Ok(Body::Container(container))
+    }
+
+    async fn make(
+        &mut self,
+        spec: &ServiceSpec,
+        image: &ImageSpec,
+        grants: &[Grant],
+    ) -> Result<Container, StartError> {
+        let docker = self.shared.docker.clone();
+        tokio::select! {
+            biased;
+            prepared = docker.prepare(image) => prepared?,
+            () = asked(&mut self.stop) => {
+                return Err(StartError::Refused("it was stopped before it started".to_owned()));
+            }
+        }
+        let port = spec.port;
+        let mark = self.mark();
+        let making = Making {
+            mark: &mark,
+            image,
+            port,
+            grants,
+            grace_ms: spec.grace_ms,
+        };
+        let made = docker.create(making).await?;
+        self.report_container(&made);
+        docker.run(made, port, true).await
+    }
+
+    /// The container of an earlier gateway process, whether it lives or has ended meanwhile; the engine is waited for.
+    pub(super) async fn look_for_container(
+        &mut self,
+        spec: &ServiceSpec,
+        found: &super::instance::Found,
+    ) -> Option<Container> {
+        let docker = self.shared.docker.clone();
+        if !docker.is_wanted() {
+            return None;
+        }
+        let mark = self.mark();
+        let is_ours = matches!(spec.worker, Worker::Image(_));
+        let port = found
+            .process
+            .as_ref()
+            .map_or(spec.port, |process| process.port);
+        loop {
+            docker.is_up().await;
+            let known = match &found.container {
+                Some(id) => Ok(Some(id.clone())),
+                None if is_ours => docker.marked(&mark).await,
+                // It was not told that it runs: whether it does is not ours to say.
+                None => return None,
+            };
+            let container = match known {
+                Ok(Some(id)) => docker.find(&id, port, is_ours.then_some(&mark)).await,
+                Ok(None) => return None,
+                Err(error) => Err(error),
+            };
+            match container {
+                Ok(container) => {
+                    let container = container?;
+                    let written = self
+                        .shared
+                        .logs
+                        .open(&self.service)
+                        .and_then(|log| Ok(log.metadata().ok()));
+                    let since = written
+                        .ok()
+                        .flatten()
+                        .map_or(now().0, |data| data.mtime() * 1_000_000);
+                    self.copy_output(&container, since);
+                    return Some(container);
+                }
+                Err(DockerError::Down(_)) => tokio::time::sleep(docker::ASK_AGAIN).await,
+                Err(error) => {
+                    tracing::warn!(service.name = %self.service, %error, "a container could not be found again");
+                    return None;
+                }
+            }
+        }
+    }
+
+    fn copy_output(&self, container: &Container, since: i64) {
+        match self.shared.logs.open(&self.service) {
+            Ok(log) => {
+                let copying =
+                    docker::copy(self.shared.docker.clone(), container.id.clone(), log, since);
+                self.shared.tasks.spawn("container output", copying);
+            }
+            Err(error) => {
+                let error = with_causes(&error);
+                tracing::warn!(service.name = %self.service, error, "a container's output is not kept");
+            }
+        }
+    }
+
+    /// Told once for each change; the coordinator knows what it was told before.
+    pub(super) fn report_container(&self, seen: &Seen) {
+        self.outcomes.report(Command::ContainerSeen {
+            service: self.service.clone(),
+            generation: self.generation,
+            container: seen.facts.clone(),
+        });
+    }
+}
+
+/// The next change of a container; never for a process.
+pub(super) async fn changed(changes: &mut Option<watch::Receiver<Seen>>) -> Seen {
+    if let Some(changes) = changes
+        && changes.changed().await.is_ok()
+    {
+        return changes.borrow_and_update().clone();
+    }
+    std::future::pending().await
+}
+
+/// Looks for orphans now and then, besides at the start.
+pub(super) async fn keep_sweeping(shared: Arc<Shared>) {
+    loop {
+        tokio::time::sleep(docker::SWEEP_EVERY).await;
+        sweep(&shared, |_, _| false).await;
+    }
+}
+
+/// Removes containers of this ledger that are neither live nor known to the driver.
+pub(super) async fn sweep(
+    shared: &Arc<Shared>,
+    is_live: impl Fn(&crate::domain::ids::ServiceName, crate::domain::ids::Generation) -> bool,
+) {
+    let known = |service: &_, generation| {
+        is_live(service, generation) || shared.table.holds(service, generation)
+    };
+    match shared.docker.sweep(known).await {
+        Ok(()) | Err(DockerError::Down(_)) => {}
+        Err(error) => tracing::warn!(%error, "orphaned containers could not be looked for"),
+    }
+}

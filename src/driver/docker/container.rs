@@ -1,0 +1,405 @@
+//! One container of an instance: made and started, or there already, or found again; stopped, and removed if it is ours.
+//! Acts go by the engine's id, which never names another container, and only after its labels were seen to be ours.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use bollard::models::ContainerInspectResponse;
+use bollard::query_parameters::{
+    CreateContainerOptions, CreateImageOptions, KillContainerOptions, ListContainersOptions,
+    RemoveContainerOptions,
+};
+use futures_util::StreamExt;
+use rustix::process::Signal;
+use smol_str::SmolStr;
+use tokio::sync::watch;
+
+use super::engine::{CHANGE, Docker, DockerError, LOOK};
+use super::recipe::{GpuWay, LABEL_GENERATION, LABEL_LEDGER, LABEL_SERVICE, Recipe};
+use super::watch::{Seen, wait};
+use crate::domain::container::{ContainerStatus, ImageSpec};
+use crate::domain::event::Exit;
+use crate::domain::spec::Grant;
+use crate::driver::procfs::Mark;
+
+/// How long an image may be pulled.
+const PULL: Duration = Duration::from_secs(3_600);
+
+/// Why no container came to be.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// Held against nobody.
+    #[error("{0}")]
+    NoEngine(String),
+    #[error("{0}")]
+    Refused(String),
+}
+
+impl From<DockerError> for StartError {
+    fn from(error: DockerError) -> Self {
+        match error {
+            DockerError::Down(why) => StartError::NoEngine(why),
+            error => StartError::Refused(error.to_string()),
+        }
+    }
+}
+
+impl StartError {
+    /// As it is recorded.
+    pub fn exit(self) -> Exit {
+        match self {
+            StartError::NoEngine(why) => Exit::NoEngine(why),
+            StartError::Refused(why) => Exit::NotStarted(why),
+        }
+    }
+}
+
+/// A container that runs, or has run.
+pub struct Container {
+    docker: Docker,
+    pub id: SmolStr,
+    /// Of the engine's address.
+    pub port: u16,
+    pub pid: u32,
+    /// This life of it, as the engine tells its beginning.
+    started_at: String,
+    /// Made by us: removed when it has ended.
+    is_ours: bool,
+    seen: watch::Receiver<Seen>,
+}
+
+/// What a container of an image is made with.
+pub struct Making<'a> {
+    pub mark: &'a Mark,
+    pub image: &'a ImageSpec,
+    /// 0 lets the engine choose.
+    pub port: u16,
+    pub grants: &'a [Grant],
+    pub grace_ms: u64,
+}
+
+impl Docker {
+    /// Makes sure that a container may be made of an image, and that the image is there. May take long, and can be dropped.
+    pub async fn prepare(&self, image: &ImageSpec) -> Result<(), StartError> {
+        let allowed = self.inner.options.rules.check(image);
+        allowed.map_err(|forbidden| StartError::Refused(forbidden.message))?;
+        self.need_image(&image.image).await
+    }
+
+    /// Makes a container of a prepared image, without starting it.
+    pub async fn create(&self, making: Making<'_>) -> Result<Seen, StartError> {
+        let rules = &self.inner.options.rules;
+        let is_granted = making.grants.iter().any(|grant| !grant.is_simulated());
+        let gpu_way = match is_granted {
+            true => Some(self.gpu_way().await?),
+            false => None,
+        };
+        let recipe = Recipe {
+            mark: making.mark,
+            spec: making.image,
+            rules,
+            address: self.inner.options.address,
+            host_port: making.port,
+            grants: making.grants,
+            gpu_way,
+            is_local: self.is_local(),
+            grace_ms: making.grace_ms,
+        };
+        let body = recipe
+            .body()
+            .map_err(|forbidden| StartError::Refused(forbidden.message))?;
+        let options = CreateContainerOptions {
+            name: Some(recipe.name()),
+            ..CreateContainerOptions::default()
+        };
+        let made = self
+            .call("make a container", CHANGE, |client| async move {
+                client.create_container(Some(options), body).await
+            })
+            .await?;
+        Ok(self.look(&made.id).await?)
+    }
+
+    /// Starts it; one of ours that does not start is removed.
+    pub async fn run(&self, seen: Seen, port: u16, is_ours: bool) -> Result<Container, StartError> {
+        let id = seen.facts.id.clone();
+        let started = self
+            .call("start a container", CHANGE, |client| {
+                let id = id.clone();
+                async move { client.start_container(&id, None).await }
+            })
+            .await;
+        if let Err(error) = started {
+            if is_ours {
+                self.remove(&id).await;
+            }
+            return Err(error.into());
+        }
+        Ok(self.hold(self.look(&id).await?, port, is_ours))
+    }
+
+    /// The container of that name, started if it does not run.
+    pub async fn adopt(&self, name: &str, port: u16) -> Result<Container, StartError> {
+        let seen = match self.look(name).await {
+            Err(DockerError::NotFound(_)) => {
+                return Err(StartError::Refused(format!(
+                    "there is no container '{name}'; make it (docker create), or correct the service's 'container'"
+                )));
+            }
+            seen => seen?,
+        };
+        match seen.facts.status {
+            ContainerStatus::Running => Ok(self.hold(seen, port, false)),
+            ContainerStatus::Paused => Err(StartError::Refused(format!(
+                "container '{name}' is paused; unpause it (docker unpause {name})"
+            ))),
+            _ => self.run(seen, port, false).await,
+        }
+    }
+
+    /// `port` is the one that was asked for; 0 takes the one that the engine chose.
+    fn hold(&self, seen: Seen, port: u16, is_ours: bool) -> Container {
+        let port = match port {
+            0 => seen.port.unwrap_or(0),
+            asked => asked,
+        };
+        Container {
+            docker: self.clone(),
+            id: seen.facts.id.clone(),
+            port,
+            pid: seen.pid,
+            started_at: seen.started_at.clone(),
+            is_ours,
+            seen: self.inner.watcher.follow(seen),
+        }
+    }
+
+    /// Finds a container again by its id, whatever became of it. `None` when there is none, or it is another's.
+    pub async fn find(
+        &self,
+        id: &str,
+        port: u16,
+        mark: Option<&Mark>,
+    ) -> Result<Option<Container>, DockerError> {
+        let named = id.to_owned();
+        let found = self
+            .call("tell of a container", LOOK, |client| async move {
+                client.inspect_container(&named, None).await
+            })
+            .await;
+        let found = match found {
+            Err(DockerError::NotFound(_)) => return Ok(None),
+            found => found?,
+        };
+        if mark.is_some_and(|mark| !bears(&found, mark)) {
+            return Ok(None);
+        }
+        Ok(Seen::of(found).map(|seen| self.hold(seen, port, mark.is_some())))
+    }
+
+    /// The container that bears a mark, by its id.
+    pub async fn marked(&self, mark: &Mark) -> Result<Option<SmolStr>, DockerError> {
+        let labels = vec![
+            format!("{LABEL_LEDGER}={}", mark.ledger.hyphenated()),
+            format!("{LABEL_SERVICE}={}", mark.service),
+            format!("{LABEL_GENERATION}={}", mark.generation),
+        ];
+        let options = ListContainersOptions {
+            all: true,
+            filters: Some([("label".to_owned(), labels)].into()),
+            ..ListContainersOptions::default()
+        };
+        let found = self
+            .call("list containers", LOOK, |client| async move {
+                client.list_containers(Some(options)).await
+            })
+            .await?;
+        Ok(found
+            .into_iter()
+            .find_map(|container| container.id)
+            .map(SmolStr::from))
+    }
+
+    /// Removes one of ours, killing it if it runs, with the volumes that have no name. What cannot be removed now, the
+    /// orphans' sweep removes.
+    pub async fn remove(&self, id: &str) -> bool {
+        let options = RemoveContainerOptions {
+            force: true,
+            v: true,
+            ..RemoveContainerOptions::default()
+        };
+        let removed = self
+            .call("remove a container", CHANGE, |client| async move {
+                client.remove_container(id, Some(options)).await
+            })
+            .await;
+        match removed {
+            Ok(()) | Err(DockerError::NotFound(_)) => true,
+            Err(error) => {
+                tracing::warn!(container.id = id, %error, "a container could not be removed yet");
+                false
+            }
+        }
+    }
+
+    /// Makes sure that an image is there, pulling it where that is allowed.
+    async fn need_image(&self, image: &str) -> Result<(), StartError> {
+        let named = image.to_owned();
+        let found = self
+            .call("tell of an image", LOOK, |client| async move {
+                client.inspect_image(&named).await
+            })
+            .await;
+        match found {
+            Ok(_) => Ok(()),
+            Err(DockerError::NotFound(_)) if self.inner.options.rules.pull => {
+                self.pull(image).await
+            }
+            Err(DockerError::NotFound(_)) => Err(StartError::Refused(format!(
+                "there is no image '{image}' on this machine; pull it (docker pull {image}), or set docker_pull"
+            ))),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    async fn pull(&self, image: &str) -> Result<(), StartError> {
+        tracing::info!(image.name = image, "pulling an image");
+        let client = self.client()?;
+        let credentials =
+            super::registry::credentials(self.inner.options.credentials.as_deref(), image)
+                .map_err(StartError::Refused)?;
+        let options = CreateImageOptions {
+            from_image: Some(image.to_owned()),
+            ..CreateImageOptions::default()
+        };
+        let pulling = async {
+            let mut steps = std::pin::pin!(client.create_image(Some(options), None, credentials));
+            while let Some(step) = steps.next().await {
+                let step = step.map_err(|error| self.judge(error))?;
+                let (layer, status) =
+                    (step.id.unwrap_or_default(), step.status.unwrap_or_default());
+                tracing::debug!(
+                    image.name = image,
+                    image.layer = layer,
+                    status,
+                    "pulling an image"
+                );
+            }
+            Ok::<(), DockerError>(())
+        };
+        match tokio::time::timeout(PULL, pulling).await {
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(DockerError::Down(why))) => Err(StartError::NoEngine(why)),
+            Ok(Err(error)) => Err(StartError::Refused(format!(
+                "image '{image}' could not be pulled: {error}"
+            ))),
+            Err(_) => Err(StartError::Refused(format!(
+                "image '{image}' was not pulled within an hour"
+            ))),
+        }
+    }
+
+    /// Whether there is a container of that name.
+    ///
+    /// # Errors
+    /// The engine does not answer.
+    pub async fn exists(&self, name: &str) -> Result<bool, DockerError> {
+        match self.look(name).await {
+            Ok(_) => Ok(true),
+            Err(DockerError::NotFound(_)) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether this engine can give real GPUs to containers.
+    ///
+    /// # Errors
+    /// `Refused` says what is to be done.
+    pub async fn gives_gpus(&self) -> Result<(), DockerError> {
+        self.gpu_way().await.map(drop)
+    }
+
+    /// How this engine gives GPUs to containers.
+    async fn gpu_way(&self) -> Result<GpuWay, DockerError> {
+        let info = self
+            .call("tell of itself", LOOK, |client| async move {
+                client.info().await
+            })
+            .await?;
+        GpuWay::of(&info).ok_or_else(|| {
+            DockerError::Missing(
+                "the container engine cannot give GPUs to containers: install the NVIDIA Container Toolkit and \
+                 configure its runtime (nvidia-ctk runtime configure), or its device interface (CDI)"
+                    .to_owned(),
+            )
+        })
+    }
+}
+
+fn bears(found: &ContainerInspectResponse, mark: &Mark) -> bool {
+    let labels = found
+        .config
+        .as_ref()
+        .and_then(|config| config.labels.as_ref());
+    let is = |label: &str, value: &str| {
+        labels
+            .and_then(|labels| labels.get(label))
+            .is_some_and(|found| found == value)
+    };
+    is(LABEL_LEDGER, &mark.ledger.hyphenated().to_string())
+        && is(LABEL_SERVICE, &mark.service)
+        && is(LABEL_GENERATION, &mark.generation.to_string())
+}
+
+impl Container {
+    /// Changes of it from now on; the first is what it is now.
+    pub fn changes(&self) -> watch::Receiver<Seen> {
+        let mut changes = self.seen.clone();
+        changes.mark_changed();
+        changes
+    }
+
+    /// Returns when this life of it has ended.
+    pub async fn exited(&self) {
+        wait(&mut self.seen.clone(), |seen| !seen.lives(&self.started_at)).await;
+    }
+
+    /// Where it is called.
+    pub fn base_url(&self) -> String {
+        let address = SocketAddr::new(self.docker.inner.options.address, self.port);
+        format!("http://{address}")
+    }
+
+    /// TERM, or what its image wants instead, or KILL, as soon as the engine answers; one that is paused is unpaused by it.
+    /// Tells whether the engine took it.
+    pub async fn signal(&self, signal: Signal) -> bool {
+        self.docker.is_up().await;
+        let named = match signal {
+            Signal::KILL => "SIGKILL".to_owned(),
+            _ => self.seen.borrow().stop_signal.clone(),
+        };
+        let options = KillContainerOptions { signal: named };
+        let sent = self
+            .docker
+            .call("signal a container", CHANGE, |client| async move {
+                client.kill_container(&self.id, Some(options)).await
+            })
+            .await;
+        self.docker.look_again(&self.id).await;
+        sent.is_ok()
+    }
+
+    /// After its end: how it ended; one of ours is removed.
+    pub async fn bury(&self) -> Exit {
+        let seen = self.seen.borrow().clone();
+        let is_same_life = seen.started_at == self.started_at;
+        if self.is_ours {
+            self.docker.remove(&self.id).await;
+        }
+        if is_same_life {
+            seen.exit
+        } else {
+            Exit::Unknown
+        }
+    }
+}

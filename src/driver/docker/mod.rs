@@ -1,0 +1,27 @@
+//! Containers, by the engine's HTTP interface: services in ones that are there already, or in ones made of an image.
+//!
+//! `engine` the connection and whether it answers, `rules` what the operator allows, `recipe` what a container is made
+//! of, `container` one of them, `watch` what becomes of them, `output` what they say, `orphans` those nobody knows.
+
+mod container;
+mod engine;
+mod orphans;
+mod output;
+mod recipe;
+mod registry;
+mod rules;
+mod watch;
+
+use std::time::Duration;
+
+pub(super) use container::{Container, Making, StartError};
+pub use engine::{Docker, DockerError, DockerOptions};
+pub use orphans::Kept;
+pub(super) use output::copy;
+pub use rules::{ContainerRules, Forbidden};
+pub(super) use watch::Seen;
+
+/// Before an engine that was lost while it was asked is asked again.
+pub(super) const ASK_AGAIN: Duration = Duration::from_millis(200);
+/// Between looks for orphans.
+pub(super) const SWEEP_EVERY: Duration = Duration::from_secs(60);
