@@ -38,12 +38,13 @@ use crate::auth::uses::Uses;
 use crate::config::Config;
 use crate::coordinator::{self, Handle, Running, SnapshotRules};
 use crate::domain::command::{Command, Origin};
+use crate::domain::container::Engine;
 use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
 use crate::domain::tenant::Tenancy;
 use crate::driver::{
-    ContainerRules, DockerOptions, Driver, DriverError, DriverOptions, Outcomes, ProbeTimings,
-    Tasks, Unmetered,
+    ContainerRules, Docker, DockerOptions, Driver, DriverError, DriverOptions, Outcomes,
+    ProbeTimings, Tasks, Unmetered,
 };
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
 use crate::gpu::{self, InventoryError};
@@ -246,6 +247,11 @@ fn listen_config(config: &Config, tls: Option<Tls>) -> ListenConfig {
         tls,
         ..ListenConfig::default()
     }
+}
+
+/// Whether the container engine of the settings answers, and where it is.
+pub async fn probe_engine(config: &Config) -> (String, Engine) {
+    Docker::probe(docker_options(config)).await
 }
 
 /// Whether the gateway would listen as the settings say: its certificate and key, or plain http.

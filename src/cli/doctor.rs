@@ -2,6 +2,7 @@
 //! remedy for each.
 
 mod certificate;
+mod engine;
 mod security;
 
 use std::io::ErrorKind;
@@ -11,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use anstyle::{AnsiColor, Style};
+use clap::Args;
 use serde::Serialize;
 use serde_json::json;
 
@@ -79,7 +81,18 @@ impl Finding {
     }
 }
 
-pub(super) async fn perform(context: &Context) -> Result<Exit, CliError> {
+/// Options of `rungate doctor`.
+#[derive(Debug, Args)]
+pub(super) struct Doctor {
+    /// List the running gateway's containers and tell which are orphans, instead; changes nothing
+    #[arg(long)]
+    containers: bool,
+}
+
+pub(super) async fn perform(context: &Context, options: &Doctor) -> Result<Exit, CliError> {
+    if options.containers {
+        return engine::containers(context).await;
+    }
     let config = &context.config;
     let mut findings = settings(config);
     findings.push(gpus(config));
@@ -91,6 +104,7 @@ pub(super) async fn perform(context: &Context) -> Result<Exit, CliError> {
     findings.push(clock(&config.data_dir));
     findings.push(open_files(config));
     findings.extend(security::findings(config));
+    findings.push(engine::finding(config).await);
     report(context.out, &findings)
 }
 

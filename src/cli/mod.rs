@@ -116,7 +116,7 @@ enum Noun {
     /// Show it at work: a gateway, a simulated GPU, services, jobs, a preemption
     Demo(demo::Demo),
     /// Check this machine and the settings; exit code 1 when something is wrong, 0 with warnings alone
-    Doctor,
+    Doctor(doctor::Doctor),
     /// Start, follow and steer runs
     #[command(subcommand)]
     Run(run::Run),
@@ -240,7 +240,7 @@ async fn dispatch(cli: Cli) -> Result<Exit, CliError> {
     };
     let json = global.json;
     let context = match (Context::new(global, &noun), &noun) {
-        (Err(error), Noun::Doctor) => return doctor::broken_settings(json, &error),
+        (Err(error), Noun::Doctor(_)) => return doctor::broken_settings(json, &error),
         (context, _) => context?,
     };
     match noun {
@@ -271,7 +271,7 @@ async fn talk(noun: Noun, context: &Context) -> Result<Exit, CliError> {
         Noun::Audit(audit) => audit.perform(context).await,
         Noun::Session(verb) => verb.perform(context).await,
         Noun::Config(verb) => verb.perform(context),
-        Noun::Doctor => doctor::perform(context).await,
+        Noun::Doctor(options) => doctor::perform(context, &options).await,
         Noun::Health => health::perform(context).await,
         Noun::Serve(_) | Noun::Worker(_) | Noun::Demo(_) | Noun::Completions(_) => {
             unreachable!("dispatch has taken these")

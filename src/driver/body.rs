@@ -75,7 +75,14 @@ impl Body {
                 let process = process.clone();
                 blocking(move || (process.kill_rest(), process.reap())).await
             }
-            Body::Container(container) => (false, container.bury().await),
+            Body::Container(container) => (false, container.exit()),
+        }
+    }
+
+    /// After that: what is left of a container that is ours.
+    pub async fn clear(&self) {
+        if let Body::Container(container) = self {
+            container.clear().await;
         }
     }
 

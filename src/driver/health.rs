@@ -62,15 +62,15 @@ pub(super) struct Prober {
 }
 
 impl Prober {
-    /// Starts in start-up, which may take `startup` from now.
+    /// Starts in start-up, which has begun then and may take so long.
     pub fn new(
         client: GuardedClient,
         url: String,
         timings: ProbeTimings,
-        startup: Duration,
+        (began, startup): (Instant, Duration),
     ) -> Self {
         let phase = Phase::Starting {
-            deadline: Instant::now() + startup.saturating_sub(LEAD.min(startup / 5)),
+            deadline: began + startup.saturating_sub(LEAD.min(startup / 5)),
             pause: timings.startup_first,
         };
         Self {

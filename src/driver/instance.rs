@@ -4,10 +4,12 @@
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::process::Signal;
 use smol_str::SmolStr;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::body::Body;
 use super::contained;
@@ -25,6 +27,9 @@ use crate::domain::event::Exit;
 use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::spec::{Grant, ServiceSpec, Worker};
 use crate::domain::time::Timestamp;
+
+/// How long the answer to a signal is waited for when its receiver has ended already.
+const ANSWER_WAIT: Duration = Duration::from_secs(1);
 
 /// What a restarted gateway remembers of an instance.
 pub(super) struct Found {
@@ -56,6 +61,8 @@ pub(super) struct Instance {
     pub(super) slot: Arc<Slot>,
     pub(super) stop: watch::Receiver<Option<Timestamp>>,
     pub(super) outcomes: InOrder,
+    /// When its start, or the search for it, began: what making it takes is part of its start-up.
+    began: Instant,
 }
 
 impl Instance {
@@ -73,6 +80,7 @@ impl Instance {
             stop: slot.stop.subscribe(),
             slot,
             outcomes: shared.outcomes.in_order(&shared.tasks),
+            began: Instant::now(),
         })
     }
 
@@ -247,12 +255,12 @@ impl Instance {
             base_url,
             spec: spec.clone(),
         }));
-        let startup = std::time::Duration::from_millis(spec.startup_timeout_ms);
+        let startup = Duration::from_millis(spec.startup_timeout_ms);
         Prober::new(
             self.shared.probe_client.clone(),
             url,
             self.shared.probes,
-            startup,
+            (self.began, startup),
         )
     }
 
@@ -300,7 +308,8 @@ impl Instance {
                 tokio::select! {
                     biased;
                     reached = body.signal(signal) => if reached { self.report_signalled(signal) },
-                    () = body.exited() => return,
+                    // The engine's answer may come after the end that it is about.
+                    () = async { body.exited().await; tokio::time::sleep(ANSWER_WAIT).await } => return,
                     () = tokio::time::sleep(until(kill_at)), if late => {}
                 }
             }
@@ -322,6 +331,7 @@ impl Instance {
             self.report_signalled(Signal::KILL);
         }
         self.report_exited(exit);
+        body.clear().await;
         self.release().await;
     }
 

@@ -22,6 +22,7 @@ mod tasks;
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 use std::{fs, io};
 
 use smol_str::SmolStr;
@@ -45,6 +46,10 @@ use crate::domain::time::Timestamp;
 use crate::outbound::{GuardedClient, Rules};
 use instance::{Found, Instance};
 use table::Table;
+
+/// How long the engine may take to tell that a container ended whose connection broke, and how often it is looked.
+const SETTLE: Duration = Duration::from_millis(1_500);
+const SETTLE_LOOK: Duration = Duration::from_millis(20);
 
 /// What a driver is made of.
 pub struct DriverOptions {
@@ -202,6 +207,20 @@ impl Driver {
         }
     }
 
+    /// After a call broke off: returns when the instance is seen to be gone, or still there after a while. The end of a
+    /// process is known before that of its connections; the engine tells a container's later.
+    pub async fn settle(&self, endpoint: &Endpoint, generation: Generation) {
+        if !endpoint.spec.worker.is_container() {
+            return;
+        }
+        let deadline = tokio::time::Instant::now() + SETTLE;
+        while tokio::time::Instant::now() < deadline
+            && self.shared.table.holds(&endpoint.spec.name, generation)
+        {
+            tokio::time::sleep(SETTLE_LOOK).await;
+        }
+    }
+
     /// Where an instance is reached; `None` before it was spawned and after it was released.
     pub fn endpoint(&self, service: &ServiceName, generation: Generation) -> Option<Arc<Endpoint>> {
         self.shared.table.endpoint(service, generation)
@@ -219,8 +238,8 @@ impl Driver {
 }
 
 /// Time from now until `at`, zero when it has passed.
-pub fn until(at: Timestamp) -> std::time::Duration {
-    std::time::Duration::from_micros(u64::try_from(at - crate::clock::now()).unwrap_or(0))
+pub fn until(at: Timestamp) -> Duration {
+    Duration::from_micros(u64::try_from(at - crate::clock::now()).unwrap_or(0))
 }
 
 /// Runs what reads `/proc` or files off the asynchronous threads.

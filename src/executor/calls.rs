@@ -121,7 +121,13 @@ pub(super) fn dispatch(inner: &Arc<Inner>, dispatch: Dispatch) {
             .driver
             .endpoint(&dispatch.service, dispatch.generation)
         {
-            Some(endpoint) => call(inner, &endpoint, &dispatch, arrived, stop).await,
+            Some(endpoint) => {
+                let outcome = call(inner, &endpoint, &dispatch, arrived, stop).await;
+                if is_broken(&outcome) {
+                    inner.driver.settle(&endpoint, dispatch.generation).await;
+                }
+                outcome
+            }
             None => answered(&dispatch, Err(gone(&dispatch))),
         };
         inner.outcomes.report(outcome).await;
@@ -301,6 +307,18 @@ fn answered(dispatch: &Dispatch, outcome: Result<Bytes, JobFailure>) -> Command 
         attempt: dispatch.attempt,
         outcome,
     }
+}
+
+/// Whether the connection failed, which may be because the instance has ended.
+fn is_broken(outcome: &Command) -> bool {
+    let Command::JobAnswered {
+        outcome: Err(failure),
+        ..
+    } = outcome
+    else {
+        return false;
+    };
+    matches!(failure.code.as_str(), "connect" | "interrupted")
 }
 
 fn gone(dispatch: &Dispatch) -> JobFailure {

@@ -12,20 +12,12 @@ use crate::domain::audit::AuditMode;
 /// renewed with a third of it to go.
 const RENEWAL: Duration = Duration::from_secs(14 * 86_400);
 
-/// Where container engines listen on Linux: Docker, Podman.
-const ENGINE_SOCKETS: [&str; 3] = [
-    "/run/docker.sock",
-    "/var/run/docker.sock",
-    "/run/podman/podman.sock",
-];
-
 /// All of it.
 pub fn findings(config: &Config) -> Vec<Finding> {
     let mut findings = vec![secret_files(&config.data_dir)];
     findings.extend(settings_file(config));
     findings.extend(expiry(config));
     findings.extend(weak_settings(config));
-    findings.push(engine());
     findings
 }
 
@@ -149,18 +141,6 @@ fn expiry(config: &Config) -> Option<Finding> {
         }
         Ok(left) => Finding::ok(check, format!("{shown} is good for {} days", days(left))),
     })
-}
-
-/// What there is of an engine; this version starts no containers, whatever the machine has.
-fn engine() -> Finding {
-    let found = ENGINE_SOCKETS.iter().find(|path| Path::new(path).exists());
-    let there = match found {
-        Some(path) => format!("there is one at {path}, and it is not used"),
-        None => "there is none, and none is needed".to_owned(),
-    };
-    let message =
-        format!("{there}: this version starts no containers, services are local processes or URLs");
-    Finding::ok("engine", message)
 }
 
 #[cfg(test)]

@@ -389,17 +389,20 @@ impl Container {
         sent.is_ok()
     }
 
-    /// After its end: how it ended; one of ours is removed.
-    pub async fn bury(&self) -> Exit {
-        let seen = self.seen.borrow().clone();
-        let is_same_life = seen.started_at == self.started_at;
+    /// After its end: how it ended.
+    pub fn exit(&self) -> Exit {
+        let seen = self.seen.borrow();
+        match seen.started_at == self.started_at {
+            true => seen.exit.clone(),
+            // It was started again by others.
+            false => Exit::Unknown,
+        }
+    }
+
+    /// Removes one of ours.
+    pub async fn clear(&self) {
         if self.is_ours {
             self.docker.remove(&self.id).await;
-        }
-        if is_same_life {
-            seen.exit
-        } else {
-            Exit::Unknown
         }
     }
 }

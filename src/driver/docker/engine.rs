@@ -107,6 +107,16 @@ impl Docker {
         docker
     }
 
+    /// Asks once whether there is an engine that answers, and where.
+    pub async fn probe(options: DockerOptions) -> (String, Engine) {
+        let docker = Docker::idle(options, Uuid::nil());
+        let found = match docker.is_wanted() {
+            true => docker.ask().await,
+            false => docker.state(),
+        };
+        (docker.inner.host.clone(), found)
+    }
+
     /// Asks nothing yet.
     fn idle(options: DockerOptions, ledger: Uuid) -> Docker {
         let host = match options.host.as_str() {

@@ -100,7 +100,10 @@ impl Docked {
             .gateway
             .start_job(json!({"service_type": service, "payload": payload}))
             .await;
-        self.gateway.run_becomes(&run, "completed").await
+        self.gateway.run_becomes(&run, "completed").await;
+        let job = self.gateway.get(&format!("/queue/{run}")).await.expect(200);
+        let result = job["result"].as_str().expect("a JSON text");
+        json!({"result": serde_json::from_str::<Value>(result).unwrap()})
     }
 
     pub async fn container_of(&self, service: &str) -> String {

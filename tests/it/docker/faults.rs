@@ -187,3 +187,49 @@ async fn orphans_of_this_gateway_are_removed_and_others_left_alone() {
     );
     docker(&["rm", "-f", &foreign]);
 }
+
+#[tokio::test]
+async fn doctor_lists_containers_and_orphans_without_touching_them() {
+    let gateway = Docked::start(options()).await;
+    gateway.python("py", json!({})).await;
+    gateway.runs("py", json!({"op": "echo"})).await;
+    let ledger = format!("io.rungate.ledger={}", gateway.ledger);
+    let orphan = docker(&[
+        "run",
+        "-d",
+        "--label",
+        &ledger,
+        "--label",
+        "io.rungate.service=gone",
+        "--label",
+        "io.rungate.generation=1",
+        BUSYBOX,
+    ]);
+    let output = std::process::Command::new(crate::support::binary())
+        .args(["doctor", "--containers"])
+        .env("RUNGATE_URL", gateway.url(""))
+        .env("RUNGATE_TOKEN", gateway.token())
+        .output()
+        .unwrap();
+    let told = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        output.status.success(),
+        "{}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    let line = |id: &str| {
+        told.lines()
+            .find(|line| line.contains(&id[..12]))
+            .unwrap_or_default()
+            .to_owned()
+    };
+    assert!(line(&orphan).contains("orphan"), "{told}");
+    assert!(
+        line(&gateway.container_of("py").await).contains("in use"),
+        "{told}"
+    );
+    assert_eq!(
+        docker(&["inspect", "--format", "{{.State.Running}}", &orphan]),
+        "true"
+    );
+}

@@ -24,7 +24,7 @@ async fn what_the_settings_do_not_allow_is_refused_by_name() {
             .await
             .expect(403);
         assert_eq!(refused["code"], "container_forbidden", "{member} {value}");
-        assert_eq!(refused["errors"][0]["loc"], json!(["body", member]));
+        assert_eq!(refused["errors"][0]["field"], member);
         assert!(
             refused["detail"].as_str().unwrap().contains(setting),
             "{refused}"
@@ -146,18 +146,14 @@ async fn how_a_container_ended_is_told_apart() {
         let job = json!({"service_type": name, "payload": payload, "max_attempts": 1});
         let run = gateway.start_job(job).await;
         let failed = gateway.run_becomes(&run, "failed").await;
+        gateway.service_becomes(name, "/deaths", json!(1)).await;
         let records = gateway.service_records(name).await;
         let exited = records
             .iter()
             .find(|record| record["effect"]["type"] == "instance_exited")
             .unwrap();
         assert_eq!(exited["effect"]["payload"]["exit"], exit, "{failed}");
-        let told = failed["error"].to_string();
-        // The connection may break before the end is seen.
-        assert!(
-            told.contains(error) || told.contains("connection") || told.contains("broke"),
-            "{told}"
-        );
+        assert!(failed["error"].to_string().contains(error), "{failed}");
     }
     gateway.no_containers_are_left().await;
 }

@@ -110,7 +110,7 @@ async fn what_a_container_writes_is_bounded_by_the_settings() {
 async fn a_container_that_is_there_is_started_and_stopped_and_never_removed() {
     let gateway = Docked::start(options()).await;
     let name = format!("adopted-{}", &gateway.ledger[..8]);
-    let missing = json!({"name": "old", "type": "old", "container": name, "port": 18_931});
+    let missing = json!({"name": "old", "type": "old", "container": name, "port": 18_931, "grace_seconds": 0.5});
     gateway.register(missing).await;
     let refused = gateway
         .post("/services/old/start", json!({}))
