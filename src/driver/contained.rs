@@ -14,6 +14,7 @@ use crate::clock::now;
 use crate::domain::command::Command;
 use crate::domain::container::ImageSpec;
 use crate::domain::event::Exit;
+use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::spec::{Grant, ServiceSpec, Worker};
 
 impl Instance {
@@ -147,8 +148,14 @@ pub(super) async fn changed(changes: &mut Option<watch::Receiver<Seen>>) -> Seen
     std::future::pending().await
 }
 
-/// Looks for orphans now and then, besides at the start.
-pub(super) async fn keep_sweeping(shared: Arc<Shared>) {
+/// Removes orphans when the engine answers first, and looks for more now and then.
+pub(super) async fn sweep_first(shared: Arc<Shared>, live: Vec<(ServiceName, Generation)>) {
+    shared.docker.is_up().await;
+    sweep(&shared, |service, generation| {
+        live.iter()
+            .any(|live| live.0 == *service && live.1 == generation)
+    })
+    .await;
     loop {
         tokio::time::sleep(docker::SWEEP_EVERY).await;
         sweep(&shared, |_, _| false).await;
@@ -156,10 +163,7 @@ pub(super) async fn keep_sweeping(shared: Arc<Shared>) {
 }
 
 /// Removes containers of this ledger that are neither live nor known to the driver.
-pub(super) async fn sweep(
-    shared: &Arc<Shared>,
-    is_live: impl Fn(&crate::domain::ids::ServiceName, crate::domain::ids::Generation) -> bool,
-) {
+async fn sweep(shared: &Arc<Shared>, is_live: impl Fn(&ServiceName, Generation) -> bool) {
     let known = |service: &_, generation| {
         is_live(service, generation) || shared.table.holds(service, generation)
     };

@@ -141,10 +141,6 @@ impl Driver {
             table: Table::default(),
         };
         let shared = Arc::new(shared);
-        if shared.docker.is_wanted() {
-            let sweeping = contained::keep_sweeping(shared.clone());
-            shared.tasks.spawn("orphaned containers", sweeping);
-        }
         Ok(Driver { shared })
     }
 
@@ -195,9 +191,12 @@ impl Driver {
 
     /// Stops every process and container with this ledger's mark that is neither in `live` nor known to this driver.
     pub fn sweep_orphans(&self, live: Vec<(ServiceName, Generation)>) {
-        self.shared
-            .tasks
-            .spawn("orphan sweep", orphans::sweep(self.shared.clone(), live));
+        let tasks = &self.shared.tasks;
+        if self.shared.docker.is_wanted() {
+            let sweeping = contained::sweep_first(self.shared.clone(), live.clone());
+            tasks.spawn("orphaned containers", sweeping);
+        }
+        tasks.spawn("orphan sweep", orphans::sweep(self.shared.clone(), live));
     }
 
     /// Reports `InstanceReleased` when nothing is left of an instance that has exited.

@@ -9,7 +9,7 @@ use rustix::process::Signal;
 use tokio::time::Instant;
 
 use super::procfs::{self, Marked};
-use super::{Shared, blocking, contained, process};
+use super::{Shared, blocking, process};
 use crate::domain::ids::{Generation, ServiceName};
 
 /// Between TERM and KILL; an orphan's own grace period is not known any more.
@@ -21,10 +21,6 @@ const LOOK_MAX: Duration = Duration::from_secs(2);
 /// TERM, up to ten seconds of grace, KILL until none is left.
 pub(super) async fn sweep(shared: Arc<Shared>, live: Vec<(ServiceName, Generation)>) {
     let live: Arc<HashSet<_>> = Arc::new(live.into_iter().collect());
-    contained::sweep(&shared, |service, generation| {
-        live.contains(&(service.clone(), generation))
-    })
-    .await;
     let orphans = look(&shared, &live).await;
     if orphans.is_empty() {
         return;

@@ -775,6 +775,7 @@ fn service_routes() -> Vec<Case> {
         let path = template.replace("{name}", "plain");
         rows.push(Case::new("POST", template, &path).fails(503, "no_engine"));
     }
+    rows.push(Case::new("GET", "/containers", "/containers").fails(503, "no_engine"));
     for path in ["/gpu", "/vram", "/queue/stats"] {
         rows.push(
             Case::new("GET", path, path)
