@@ -119,6 +119,7 @@ error_codes! {
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS, "Too many requests at once";
     TooManyServices = "too_many_services", CONFLICT, "The tenant has too many services";
     TooManyStreams = "too_many_streams", TOO_MANY_REQUESTS, "Too many streams at once";
+    NothingToTest = "nothing_to_test", CONFLICT, "The tenant has no channel of notifications";
     TooManyTenants = "too_many_tenants", CONFLICT, "There are too many tenants";
     TooManyTokens = "too_many_tokens", CONFLICT, "The user has too many tokens";
     TooManyUsers = "too_many_users", CONFLICT, "There are too many users";
@@ -446,6 +447,7 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::TooManyTokens(_) => ErrorCode::TooManyTokens,
         IdentityRejection::PasswordStale => ErrorCode::PasswordStale,
         IdentityRejection::TenantExists(_) => ErrorCode::TenantExists,
+        IdentityRejection::NothingToTest(_) => ErrorCode::NothingToTest,
         IdentityRejection::TenantNotFound => ErrorCode::TenantNotFound,
         IdentityRejection::TenantProtected => ErrorCode::TenantProtected,
         IdentityRejection::TooManyTenants(_) => ErrorCode::TooManyTenants,

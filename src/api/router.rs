@@ -11,9 +11,9 @@ use super::guard::guard;
 use super::routes::Routes;
 use super::state::App;
 use super::{
-    audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, passwords,
-    preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services, session,
-    sessions, signing_keys, tenants, tokens, users,
+    audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, notify,
+    passwords, preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services,
+    session, sessions, signing_keys, tenants, tokens, users,
 };
 
 /// The GPU dialect: the same handlers in both places.
@@ -43,6 +43,7 @@ fn gateway() -> Routes {
         .merge(tokens::router())
         .merge(users::router())
         .merge(tenants::router())
+        .merge(notify::router())
         .merge(runtimes::router())
         .merge(signing_keys::router())
         .merge(dialect())
