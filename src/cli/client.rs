@@ -289,7 +289,11 @@ mod tests {
     fn a_base_keeps_its_path_and_must_be_http() {
         let base = parse_base("https://gate.example/gpu").unwrap();
         assert_eq!(base.join("health").unwrap().path(), "/gpu/health");
-        for text in ["https://x/api/gateway", "https://x/api/gateway/", "https://x"] {
+        for text in [
+            "https://x/api/gateway",
+            "https://x/api/gateway/",
+            "https://x",
+        ] {
             assert_eq!(parse_base(text).unwrap().as_str(), "https://x/");
         }
         assert!(parse_base("127.0.0.1:8080").is_err());

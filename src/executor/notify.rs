@@ -264,8 +264,7 @@ mod tests {
             .and_then(|word| word.strip_suffix("?="));
         let bytes = STANDARD.decode(word.unwrap()).unwrap();
         assert_eq!(String::from_utf8(bytes).unwrap(), "Über x job failed");
-        assert_eq!(of(&"x".repeat(200)).matches('x').count(), 0);
-        assert!(of(&"é".repeat(200)).len() < 300);
+        assert!(of(&"x".repeat(200)).len() < 200);
         assert_eq!(
             title(Notice::Completed, &NoticeFacts::default()),
             "Job completed"

@@ -664,7 +664,6 @@ fn registrations() -> Vec<Case> {
         r#""vram_gb":1e300"#,
         r#""progress_mode":"x""#,
         r#""progress_mode":7"#,
-        r#""progress_mode":"poll""#,
         r#""progress_endpoint":"x""#,
         r#""command":"ls""#,
         r#""command":[]"#,

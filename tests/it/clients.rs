@@ -41,7 +41,11 @@ impl Cli<'_> {
         drop(stdin);
         let output = child.wait_with_output().await.unwrap();
         let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
-        (output.status.success(), text(output.stdout), text(output.stderr))
+        (
+            output.status.success(),
+            text(output.stdout),
+            text(output.stderr),
+        )
     }
 
     /// The answer of a command that succeeds.
@@ -84,12 +88,25 @@ async fn services(gateway: &Gateway, cli: &Cli<'_>) {
         .register(worker_service(gateway, "worker", "text", worker))
         .await;
     let named = ["register", "llm", "llm-box", "8001", "llm"];
-    let more = ["--vram", "6.5", "--health", "/ready", "--progress-mode", "poll", "--description", "a \"model\""];
+    let more = [
+        "--vram",
+        "6.5",
+        "--health",
+        "/ready",
+        "--progress-mode",
+        "poll",
+        "--description",
+        "a \"model\"",
+    ];
     let made = cli.says(&[&named[..], &more[..]].concat()).await;
     assert_eq!(made["container"], "llm-box");
-    assert_eq!((&made["port"], &made["vram_gb"]), (&json!(8001), &json!(6.5)));
+    assert_eq!(
+        (&made["port"], &made["vram_gb"]),
+        (&json!(8001), &json!(6.5))
+    );
     assert_eq!(made["health_endpoint"], "/ready");
     assert_eq!(made["progress_mode"], "poll");
+    assert_eq!(made["progress_endpoint"], "/progress");
     assert_eq!(made["description"], "a \"model\"");
     assert_eq!(cli.says(&["disable", "llm"]).await["enabled"], false);
     assert_eq!(cli.says(&["enable", "llm"]).await["enabled"], true);
@@ -99,7 +116,10 @@ async fn services(gateway: &Gateway, cli: &Cli<'_>) {
     assert_eq!(cli.says(&["unregister", "llm"]).await["deleted"], "llm");
 
     assert_eq!(cli.says(&["start", "worker"]).await["status"], "started");
-    assert_eq!(cli.says(&["start", "worker"]).await["status"], "already_running");
+    assert_eq!(
+        cli.says(&["start", "worker"]).await["status"],
+        "already_running"
+    );
     let status = cli.says(&["status"]).await;
     assert_eq!(status["status"], "ok");
     assert_eq!(status["services_running"], json!(["worker"]));
@@ -109,7 +129,10 @@ async fn services(gateway: &Gateway, cli: &Cli<'_>) {
     assert_eq!(vram["allocated_services"][0]["service"], "worker");
     assert_eq!(cli.says(&["restart", "worker"]).await["healthy"], true);
     assert_eq!(cli.says(&["stop", "worker"]).await["status"], "stopped");
-    assert_eq!(cli.says(&["stop", "worker"]).await["status"], "already_stopped");
+    assert_eq!(
+        cli.says(&["stop", "worker"]).await["status"],
+        "already_stopped"
+    );
 }
 
 async fn jobs(gateway: &Gateway, cli: &Cli<'_>) {
@@ -122,7 +145,10 @@ async fn jobs(gateway: &Gateway, cli: &Cli<'_>) {
     let done = submitted["job_id"].as_str().unwrap().to_owned();
     gateway.run_becomes(&done, "completed").await;
     let job = cli.says(&["job", &done]).await;
-    assert_eq!((&job["status"], &job["priority"]), (&json!("completed"), &json!(2)));
+    assert_eq!(
+        (&job["status"], &job["priority"]),
+        (&json!("completed"), &json!(2))
+    );
     // Nobody takes this one.
     let waiting = cli.says_to(&["submit", "nothing", "-"], HOLD).await;
     let waiting = waiting["job_id"].as_str().unwrap();
@@ -139,7 +165,9 @@ async fn preemption(gateway: &Gateway, cli: &Cli<'_>) {
     let idle = cli.says(&["preempt", "check", "one"]).await;
     assert_eq!(idle["preemptable"], false);
     let submit = async |priority: &str| {
-        let answer = cli.says_to(&["submit", "held", "-", "-p", priority], HOLD).await;
+        let answer = cli
+            .says_to(&["submit", "held", "-", "-p", priority], HOLD)
+            .await;
         answer["job_id"].as_str().unwrap().to_owned()
     };
     let victim = submit("3").await;
@@ -159,11 +187,27 @@ async fn preemption(gateway: &Gateway, cli: &Cli<'_>) {
 }
 
 async fn refusals(cli: &Cli<'_>) {
-    assert!(cli.fails(&["service", "a/b"]).await.contains("404 Unknown service: a/b"));
-    assert!(cli.fails(&["job", "x"]).await.contains("404 Job not found: x"));
-    assert!(cli.fails(&["register", "x"]).await.contains("NAME CONTAINER PORT TYPE"));
+    assert!(
+        cli.fails(&["service", "a/b"])
+            .await
+            .contains("404 Unknown service: a/b")
+    );
+    assert!(
+        cli.fails(&["job", "x"])
+            .await
+            .contains("404 Job not found: x")
+    );
+    assert!(
+        cli.fails(&["register", "x"])
+            .await
+            .contains("NAME CONTAINER PORT TYPE")
+    );
     assert!(cli.fails(&["gpu", "x"]).await.contains("wrong arguments"));
-    assert!(cli.fails(&["explode"]).await.contains("no command 'explode'"));
+    assert!(
+        cli.fails(&["explode"])
+            .await
+            .contains("no command 'explode'")
+    );
     let stranger = Command::new("bash")
         .arg(example("gateway-cli.sh"))
         .arg("gpu")
@@ -201,7 +245,10 @@ async fn rungate_takes_either_root_for_its_gateway() {
                 .output()
                 .await
                 .unwrap();
-            let (out, err) = (output.stdout, String::from_utf8_lossy(&output.stderr).into_owned());
+            let (out, err) = (
+                output.stdout,
+                String::from_utf8_lossy(&output.stderr).into_owned(),
+            );
             assert!(output.status.success(), "{args:?} at '{root}': {err}");
             let out = String::from_utf8(out).unwrap();
             let lines = out.lines().map(|line| serde_json::from_str(line).unwrap());
@@ -213,7 +260,15 @@ async fn rungate_takes_either_root_for_its_gateway() {
         let list = rungate(&["service", "list"]).await;
         assert!(list[0].to_string().contains("worker"), "{list:?}");
         let payload = r#"{"operation": "sleep", "ms": 1}"#;
-        let start = ["run", "start", "--type", "text", "--payload", payload, "--watch"];
+        let start = [
+            "run",
+            "start",
+            "--type",
+            "text",
+            "--payload",
+            payload,
+            "--watch",
+        ];
         let followed = rungate(&start).await;
         assert!(followed.len() > 2, "{followed:?}");
         let runs = rungate(&["run", "list"]).await;

@@ -22,9 +22,10 @@ fn succeeds(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| {
         panic!("{command:?}: {error}; tests/run installs and starts what these tests need")
     });
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{command:?}: {said}");
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{command:?}: {out}\n{err}");
+    out
 }
 
 fn docker(args: &[&str]) -> Command {
@@ -74,7 +75,9 @@ impl Tree {
     fn copy_libraries(&self, program: &Path) {
         let linked = Command::new("ldd").arg(program).output().unwrap().stdout;
         let linked = String::from_utf8(linked).unwrap();
-        let files = linked.split_whitespace().filter(|word| word.starts_with('/'));
+        let files = linked
+            .split_whitespace()
+            .filter(|word| word.starts_with('/'));
         files.for_each(|file| self.copy(file));
     }
 
@@ -89,7 +92,11 @@ impl Tree {
     fn import(&self, name: &str) {
         let file = tempfile::NamedTempFile::new().unwrap();
         let mut tar = Command::new("tar");
-        tar.arg("-C").arg(self.0.path()).args(["-cf"]).arg(file.path()).arg(".");
+        tar.arg("-C")
+            .arg(self.0.path())
+            .args(["-cf"])
+            .arg(file.path())
+            .arg(".");
         succeeds(&mut tar);
         docker_says(&["import", file.path().to_str().unwrap(), name]);
     }
@@ -109,9 +116,19 @@ fn runtime_base(name: &str) {
 /// What the sources take in at compile time, beside themselves.
 fn included() -> Vec<String> {
     let mut grep = Command::new("grep");
-    grep.args(["-rhoE", "include_(str|bytes)!\\(\"(\\.\\./)+[^\"]+\"", "src"]);
+    grep.args([
+        "-rhoE",
+        "include_(str|bytes)!\\(\"(\\.\\./)+[^\"]+\"",
+        "src",
+    ]);
     let found = succeeds(grep.current_dir(root()));
-    let path = |line: &str| line.rsplit("../").next().unwrap().trim_end_matches('"').to_owned();
+    let path = |line: &str| {
+        line.rsplit("../")
+            .next()
+            .unwrap()
+            .trim_end_matches('"')
+            .to_owned()
+    };
     let mut paths: Vec<String> = found.lines().map(path).collect();
     paths.retain(|path| root().join(path).exists());
     assert!(!paths.is_empty());
@@ -130,7 +147,12 @@ fn build_base(name: &str) {
     let mut strip = Command::new("strip");
     strip.arg("-o").arg(tree.path("rungate")).arg(binary());
     succeeds(&mut strip);
-    let needed = ["Cargo.toml", "Cargo.lock", "src/main.rs", "benches/gateway/main.rs"];
+    let needed = [
+        "Cargo.toml",
+        "Cargo.lock",
+        "src/main.rs",
+        "benches/gateway/main.rs",
+    ];
     let needed = needed.map(str::to_owned).into_iter().chain(included());
     let checks: String = needed.map(|path| format!("test -f {path}\n")).collect();
     let script = format!(
@@ -150,10 +172,28 @@ fn image() -> &'static str {
             ["image", "build", "runtime"].map(|kind| format!("rungate-test-{kind}:{id}"));
         build_base(&build);
         runtime_base(&runtime);
-        let mut command = docker(&["build", "-q", "-f", "docker/Dockerfile", "-t", &image]);
+        let mut command = docker(&[
+            "build",
+            "--force-rm",
+            "-f",
+            "docker/Dockerfile",
+            "-t",
+            &image,
+        ]);
         command.args(["--build-arg", &format!("BUILD_IMAGE={build}")]);
         command.args(["--build-arg", &format!("RUNTIME_IMAGE={runtime}")]);
         succeeds(command.arg(".").current_dir(root()));
+        // What the first part made has a name, too, so that it can be removed.
+        let stage = format!("rungate-test-stage:{id}");
+        let mut command = docker(&["build", "-f", "docker/Dockerfile", "--target", "build"]);
+        command.args([
+            "-t",
+            &stage,
+            "--build-arg",
+            &format!("BUILD_IMAGE={build}"),
+            ".",
+        ]);
+        succeeds(command.current_dir(root()));
         image
     })
 }
@@ -165,7 +205,8 @@ impl Ends {
     fn new() -> Ends {
         // What this process built goes with its last test: nextest runs each in a process of its own.
         let id = std::process::id();
-        let images = ["image", "build", "runtime"].map(|kind| format!("rungate-test-{kind}:{id}"));
+        let images = ["image", "stage", "build", "runtime"];
+        let images = images.map(|kind| format!("rungate-test-{kind}:{id}"));
         let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();
         let mut first: Vec<String> = words(&["rmi", "-f"]);
         first.extend(images);
@@ -174,7 +215,8 @@ impl Ends {
 
     /// Before what was named earlier.
     fn with(&mut self, args: &[&str]) {
-        self.0.insert(0, args.iter().map(|arg| (*arg).to_owned()).collect());
+        self.0
+            .insert(0, args.iter().map(|arg| (*arg).to_owned()).collect());
     }
 }
 
@@ -188,15 +230,34 @@ impl Drop for Ends {
 
 async fn becomes_healthy(container: &str) {
     let health = || docker_says(&["inspect", "-f", "{{.State.Health.Status}}", container]);
-    until("the container is healthy", || async { health() == "healthy" }).await;
+    until("the container is healthy", || async {
+        health() == "healthy"
+    })
+    .await;
 }
 
 fn run(name: &str, volume: &str) {
     let volume = format!("{volume}:/data");
     docker_says(&[
-        "run", "-d", "--name", name, "--init", "--read-only", "--tmpfs", "/tmp", "--cap-drop",
-        "ALL", "--security-opt", "no-new-privileges", "--publish", "127.0.0.1::8080", "--volume",
-        &volume, "--health-interval", "1s", image(),
+        "run",
+        "-d",
+        "--name",
+        name,
+        "--init",
+        "--read-only",
+        "--tmpfs",
+        "/tmp",
+        "--cap-drop",
+        "ALL",
+        "--security-opt",
+        "no-new-privileges",
+        "--publish",
+        "127.0.0.1::8080",
+        "--volume",
+        &volume,
+        "--health-interval",
+        "1s",
+        image(),
     ]);
 }
 
@@ -216,28 +277,45 @@ async fn the_image_runs_as_nobody_and_its_data_outlive_the_container() {
     let said: Value = serde_json::from_str(&docker_says(&["inspect", image()])).unwrap();
     let config = &said[0]["Config"];
     assert_eq!(config["User"], "10001:10001");
-    assert_eq!(config["Healthcheck"]["Test"], json!(["CMD", "rungate", "health"]));
+    assert_eq!(
+        config["Healthcheck"]["Test"],
+        json!(["CMD", "rungate", "health"])
+    );
     assert!(config["Volumes"]["/data"].is_object(), "{config}");
-    assert!(!config["Env"].to_string().to_lowercase().contains("token"), "{config}");
+    assert!(
+        !config["Env"].to_string().to_lowercase().contains("token"),
+        "{config}"
+    );
 
     run(&name, &volume);
     becomes_healthy(&name).await;
     let users = docker_says(&["top", &name, "-eo", "uid,args"]);
     let served = users.lines().find(|line| line.contains("rungate serve"));
-    assert!(served.is_some_and(|line| line.trim_start().starts_with("10001")), "{users}");
+    assert!(
+        served.is_some_and(|line| line.trim_start().starts_with("10001")),
+        "{users}"
+    );
     let port = docker_says(&["port", &name, "8080/tcp"]);
     let address = port.lines().next().unwrap();
     assert!(address.starts_with("127.0.0.1:"), "{port}");
-    let health = reqwest::get(format!("http://{address}/health")).await.unwrap();
+    let health = reqwest::get(format!("http://{address}/health"))
+        .await
+        .unwrap();
     assert_eq!(health.json::<Value>().await.unwrap()["status"], "ok");
     let anonymous = reqwest::get(format!("http://{address}/gpu")).await.unwrap();
     assert_eq!(anonymous.status(), 401);
     let payload = r#"{"kept": "over the container's end"}"#;
-    let started = rungate(&name, &["run", "start", "--type", "t", "--payload", payload]);
+    let started = rungate(
+        &name,
+        &["run", "start", "--type", "t", "--payload", payload],
+    );
     let run_id = started["run_id"].as_str().unwrap().to_owned();
 
     docker_says(&["stop", "--time", "35", &name]);
-    assert_eq!(docker_says(&["inspect", "-f", "{{.State.ExitCode}}", &name]), "0");
+    assert_eq!(
+        docker_says(&["inspect", "-f", "{{.State.ExitCode}}", &name]),
+        "0"
+    );
     docker_says(&["rm", &name]);
     run(&name, &volume);
     becomes_healthy(&name).await;
@@ -255,11 +333,16 @@ async fn compose_brings_a_gateway_up_and_down() {
     let ends = Ends::new();
     let project = format!("rungate-test-{}", std::process::id());
     let port = crate::support::free_port().to_string();
+    let image = image();
     let with = |files: &[&str], args: &[&str]| {
         let mut command = compose(&project, files);
         command.args(args);
-        command.env("RUNGATE_IMAGE", image()).env("RUNGATE_PORT", &port);
-        command.env("RUNGATE_GPUS", "sim:24GiB").env("DOCKER_GID", "0");
+        command
+            .env("RUNGATE_IMAGE", image)
+            .env("RUNGATE_PORT", &port);
+        command
+            .env("RUNGATE_GPUS", "sim:24GiB")
+            .env("DOCKER_GID", "0");
         command
     };
     struct Down<F: Fn()>(F);
@@ -278,7 +361,12 @@ async fn compose_brings_a_gateway_up_and_down() {
         let container = succeeds(&mut with(&[file], &["ps", "-q", "rungate"]));
         becomes_healthy(&container).await;
         let url = format!("http://127.0.0.1:{port}/health");
-        let health = reqwest::get(url).await.unwrap().json::<Value>().await.unwrap();
+        let health = reqwest::get(url)
+            .await
+            .unwrap()
+            .json::<Value>()
+            .await
+            .unwrap();
         assert_eq!(health["status"], "ok");
         container
     };
@@ -293,10 +381,16 @@ async fn compose_brings_a_gateway_up_and_down() {
     succeeds(&mut with(&["compose.yml"], &["down", "-v", "-t", "35"]));
     // The other file shares the machine's network, and sees the engine.
     healthy("compose.docker.yml").await;
-    succeeds(&mut with(&["compose.docker.yml"], &["down", "-v", "-t", "35"]));
+    succeeds(&mut with(
+        &["compose.docker.yml"],
+        &["down", "-v", "-t", "35"],
+    ));
     // With NVIDIA's runtime alone can that one be brought up.
     let nvidia = with(&["compose.yml", "compose.nvidia.yml"], &["config"]);
     let nvidia = succeeds(&mut { nvidia });
-    assert!(nvidia.contains("driver: nvidia") && nvidia.contains("count: all"), "{nvidia}");
+    assert!(
+        nvidia.contains("driver: nvidia") && nvidia.contains("count: all"),
+        "{nvidia}"
+    );
     drop(ends);
 }
