@@ -19,6 +19,7 @@ use super::{
 /// The GPU dialect: the same handlers in both places.
 fn dialect() -> Routes {
     Routes::default()
+        .merge(health::dialect_router())
         .merge(gpu::router())
         .merge(services::router())
         .merge(service_control::router())

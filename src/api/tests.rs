@@ -168,6 +168,7 @@ async fn only_probes_and_docs_are_open() {
     for path in [
         "/health",
         "/api/health",
+        "/api/gateway/health",
         "/livez",
         "/readyz",
         "/openapi.json",

@@ -93,7 +93,7 @@ impl Source for LedgerSource {
         let run = self.0.run(plane, run)?;
         Ok(run.map(|run| NoticeFacts {
             service_type: run.spec.service_type,
-            service: run.service.map(|service| SmolStr::new(service.to_string())),
+            service: run.service,
             error: run.error,
         }))
     }

@@ -572,6 +572,7 @@ fn open_routes() -> Vec<Case> {
     for path in [
         "/health",
         "/api/health",
+        "/api/gateway/health",
         "/livez",
         "/readyz",
         "/.well-known/jwks.json",
@@ -598,7 +599,7 @@ fn open_routes() -> Vec<Case> {
             "/docs/nope.js",
             "//livez/x",
             "/api/gateway/../livez",
-            "/api/gateway/health",
+            "/api/gateway/livez",
             "/.git/config",
             "/%2e%2e/%2e%2e/etc/passwd",
             "/favicon.ico",

@@ -289,10 +289,10 @@ async fn the_image_runs_as_nobody_and_its_data_outlive_the_container() {
 
     run(&name, &volume);
     becomes_healthy(&name).await;
-    let users = docker_says(&["top", &name, "-eo", "uid,args"]);
+    let users = docker_says(&["top", &name, "-eo", "pid,uid,args"]);
     let served = users.lines().find(|line| line.contains("rungate serve"));
     assert!(
-        served.is_some_and(|line| line.trim_start().starts_with("10001")),
+        served.is_some_and(|line| line.split_whitespace().nth(1) == Some("10001")),
         "{users}"
     );
     let port = docker_says(&["port", &name, "8080/tcp"]);

@@ -52,6 +52,7 @@ mod ledger_transfer;
 mod ledger_world;
 mod limits;
 mod logins;
+mod notices;
 mod notify;
 mod panic_canary;
 mod preempt;
