@@ -81,6 +81,7 @@ error_codes! {
     NotQueued = "not_queued", CONFLICT, "The run is not queued";
     NotRunning = "not_running", CONFLICT, "The run is not running";
     NothingToStart = "nothing_to_start", BAD_REQUEST, "The request names nothing to start";
+    NothingToTest = "nothing_to_test", CONFLICT, "The tenant has no channel of notifications";
     OriginNotAllowed = "origin_not_allowed", FORBIDDEN, "The origin is not allowed";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "Too much work is waiting to be recorded";
     PasswordStale = "password_stale", CONFLICT, "The password was changed meanwhile";
@@ -119,7 +120,6 @@ error_codes! {
     TooManyRequests = "too_many_requests", TOO_MANY_REQUESTS, "Too many requests at once";
     TooManyServices = "too_many_services", CONFLICT, "The tenant has too many services";
     TooManyStreams = "too_many_streams", TOO_MANY_REQUESTS, "Too many streams at once";
-    NothingToTest = "nothing_to_test", CONFLICT, "The tenant has no channel of notifications";
     TooManyTenants = "too_many_tenants", CONFLICT, "There are too many tenants";
     TooManyTokens = "too_many_tokens", CONFLICT, "The user has too many tokens";
     TooManyUsers = "too_many_users", CONFLICT, "There are too many users";

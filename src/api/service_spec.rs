@@ -372,7 +372,6 @@ mod tests {
             r#""concurrency":0"#,
             r#""gpus":65"#,
             r#""progress_mode":"zap""#,
-            r#""progress_mode":"poll""#,
             r#""grace_seconds":601"#,
             r#""url":"http://x/""#,
         ] {

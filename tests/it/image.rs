@@ -295,6 +295,12 @@ async fn the_image_runs_as_nobody_and_its_data_outlive_the_container() {
         served.is_some_and(|line| line.split_whitespace().nth(1) == Some("10001")),
         "{users}"
     );
+    let doctor = docker(&["exec", &name, "rungate", "doctor"])
+        .output()
+        .unwrap();
+    let doctor = String::from_utf8(doctor.stdout).unwrap();
+    assert!(doctor.contains("ok      ledger"), "{doctor}");
+    assert!(!doctor.contains("others can look into"), "{doctor}");
     let port = docker_says(&["port", &name, "8080/tcp"]);
     let address = port.lines().next().unwrap();
     assert!(address.starts_with("127.0.0.1:"), "{port}");
@@ -311,7 +317,7 @@ async fn the_image_runs_as_nobody_and_its_data_outlive_the_container() {
     );
     let run_id = started["run_id"].as_str().unwrap().to_owned();
 
-    docker_says(&["stop", "--time", "35", &name]);
+    docker_says(&["stop", "-t", "35", &name]);
     assert_eq!(
         docker_says(&["inspect", "-f", "{{.State.ExitCode}}", &name]),
         "0"
