@@ -522,6 +522,14 @@ async fn an_access_token_is_shown_to_its_server_and_nowhere_else() {
         assert_eq!(answered.status, 200, "{}", answered.text);
         said.push((path.to_owned(), answered.text));
     }
+    // Each write is told once, whether its record is of the token's file or of the ledger: four said where, two tested.
+    let audit: Value = serde_json::from_str(&said[2].1).unwrap();
+    let writes = |method: &str| {
+        let items = audit["items"].as_array().unwrap().iter();
+        let of = |e: &&Value| e["route"].as_str().unwrap_or("").contains("/notify");
+        items.filter(of).filter(|e| e["method"] == method).count()
+    };
+    assert_eq!((writes("PUT"), writes("POST")), (4, 2), "{audit}");
     gateway.stop().await;
     said.push(("the log".to_owned(), gateway.log()));
     let ledger = std::fs::read(gateway.data_dir().join("ledger.redb")).unwrap();
