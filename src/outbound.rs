@@ -39,6 +39,8 @@ pub enum Purpose {
     Services,
     /// To the issuer of signed tokens, for its keys.
     Issuer,
+    /// To the channels that tenants' administrators choose.
+    Notifications,
 }
 
 impl Purpose {
@@ -48,6 +50,7 @@ impl Purpose {
             Purpose::Callbacks => ", and not in the setting callback_allow_networks",
             Purpose::Services => ", and not in the setting service_allow_networks",
             Purpose::Issuer => "; an issuer cannot be there",
+            Purpose::Notifications => ", and not in the setting notify_allow_networks",
         }
     }
 
@@ -59,6 +62,9 @@ impl Purpose {
             }
             Purpose::Services => "if the setting service_allow_networks holds them",
             Purpose::Issuer => "if the setting sso_allow_private is true",
+            Purpose::Notifications => {
+                "if the setting notify_allow_private is true, or notify_allow_networks holds them"
+            }
         }
     }
 }
@@ -316,6 +322,14 @@ impl GuardedClient {
             .timeout(CALLBACK_TIMEOUT)
             .pool_max_idle_per_host(CALLBACKS_IDLE_PER_HOST);
         GuardedClient::build(rules, builder)
+    }
+
+    /// For notifications: they are as rare.
+    ///
+    /// # Errors
+    /// As `for_callbacks`.
+    pub fn for_notifications(rules: Rules) -> Result<GuardedClient, reqwest::Error> {
+        GuardedClient::for_callbacks(rules)
     }
 
     /// For an issuer's keys: they are fetched now and then.

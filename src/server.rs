@@ -32,6 +32,7 @@ use crate::auth::checkpoint_key::{CheckpointKey, CheckpointKeyError};
 use crate::auth::jwt::signing::{SigningKeys, SigningKeysError};
 use crate::auth::jwt::work::WorkTokens;
 use crate::auth::logins::LoginsError;
+use crate::auth::ntfy_token::NtfyTokens;
 use crate::auth::secret::{TokenKey, TokenKeyError};
 use crate::auth::sso::{self, Sso, SsoError};
 use crate::auth::uses::Uses;
@@ -203,6 +204,7 @@ pub async fn serve(
         auth: Authenticator::new(&token.token, token_key, uses.clone()).with_signed(work, sso),
         checkpoint_key: CheckpointKey::load_or_create(&config.data_dir)?,
         logins: logins.clone(),
+        ntfy_tokens: NtfyTokens::new(&config.data_dir),
         metrics,
         logs: core.driver.logs().clone(),
         docker: core.driver.docker().clone(),
@@ -487,6 +489,8 @@ fn executor(
         container_gateway_url: config.docker_gateway_url.clone(),
         ledger: ledger.instance_id(),
         callbacks: callback_rules(config),
+        notices: notice_rules(config),
+        ntfy_token: seams::ntfy_token(NtfyTokens::new(&config.data_dir)),
         services: service_rules(config),
         secret: Secret::load_or_create(&config.data_dir)?,
         job_token: seams::job_token(work.clone()),
@@ -521,12 +525,22 @@ fn container_rules(config: &Config) -> ContainerRules {
 }
 
 fn callback_rules(config: &Config) -> Rules {
-    let reach = match config.callback_allow_private {
+    let allowed = config.callback_allow_networks.clone();
+    let reach = reach(config.callback_allow_private);
+    Rules::new(Purpose::Callbacks, reach, allowed)
+}
+
+fn notice_rules(config: &Config) -> Rules {
+    let allowed = config.notify_allow_networks.clone();
+    let reach = reach(config.notify_allow_private);
+    Rules::new(Purpose::Notifications, reach, allowed)
+}
+
+fn reach(allow_private: bool) -> Reach {
+    match allow_private {
         true => Reach::PublicAndPrivate,
         false => Reach::Public,
-    };
-    let allowed = config.callback_allow_networks.clone();
-    Rules::new(Purpose::Callbacks, reach, allowed)
+    }
 }
 
 /// Operators choose services' addresses, and services are near: only what is no service anywhere is refused.

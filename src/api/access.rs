@@ -123,6 +123,13 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("POST", "/admin/tenants", MANAGE_GATEWAY),
     ("GET", "/admin/tenants/{tenant_id}", MANAGE_USERS),
     ("PATCH", "/admin/tenants/{tenant_id}", MANAGE_GATEWAY),
+    ("GET", "/admin/tenants/{tenant_id}/notify", MANAGE_USERS),
+    ("PUT", "/admin/tenants/{tenant_id}/notify", MANAGE_USERS),
+    (
+        "POST",
+        "/admin/tenants/{tenant_id}/notify/test",
+        MANAGE_USERS,
+    ),
     ("GET", "/admin/runtime-reservations", MANAGE_GATEWAY),
     (
         "POST",

@@ -84,6 +84,7 @@ error_codes! {
     NotQueued = "not_queued", CONFLICT, "The run is not queued";
     NotRunning = "not_running", CONFLICT, "The run is not running";
     NothingToStart = "nothing_to_start", BAD_REQUEST, "The request names nothing to start";
+    NothingToTest = "nothing_to_test", CONFLICT, "The tenant has no channel of notifications";
     OriginNotAllowed = "origin_not_allowed", FORBIDDEN, "The origin is not allowed";
     Overloaded = "overloaded", SERVICE_UNAVAILABLE, "Too much work is waiting to be recorded";
     PasswordStale = "password_stale", CONFLICT, "The password was changed meanwhile";
@@ -446,6 +447,7 @@ fn identity_code(rejection: &IdentityRejection) -> ErrorCode {
         IdentityRejection::TooManyTokens(_) => ErrorCode::TooManyTokens,
         IdentityRejection::PasswordStale => ErrorCode::PasswordStale,
         IdentityRejection::TenantExists(_) => ErrorCode::TenantExists,
+        IdentityRejection::NothingToTest(_) => ErrorCode::NothingToTest,
         IdentityRejection::TenantNotFound => ErrorCode::TenantNotFound,
         IdentityRejection::TenantProtected => ErrorCode::TenantProtected,
         IdentityRejection::TooManyTenants(_) => ErrorCode::TooManyTenants,

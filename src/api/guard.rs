@@ -208,7 +208,7 @@ fn access(path: &str) -> Access {
         "/health" | "/api/health" | "/openapi.json" | "/docs" | "/.well-known/jwks.json" => {
             Access::Open
         }
-        "/api/gateway/session/login" => Access::Open,
+        "/api/gateway/health" | "/api/gateway/session/login" => Access::Open,
         _ if path.starts_with("/docs/") => Access::Open,
         _ => Access::Token,
     }

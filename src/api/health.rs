@@ -75,10 +75,14 @@ async fn check(ledger: Ledger, handle: Handle) -> Checks {
 /// The open routes of this file, at the root.
 pub fn open_router() -> Routes {
     Routes::default()
-        .routes(routes!(health))
         .routes(routes!(api_health))
         .routes(routes!(livez))
         .routes(routes!(readyz))
+}
+
+/// The route of this file in both places of the GPU dialect.
+pub fn dialect_router() -> Routes {
+    Routes::default().routes(routes!(health))
 }
 
 /// The route of this file under `/api/gateway`.

@@ -56,6 +56,7 @@ mod linger;
 pub mod listen;
 mod login;
 mod metrics;
+mod notify;
 mod passwords;
 mod preempt;
 mod query;

@@ -12,13 +12,14 @@ use super::routes::Routes;
 use super::state::App;
 use super::{
     audit, checkpoint, commands, containers, docs, gpu, health, ledger, ledger_tools, metrics,
-    passwords, preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services,
-    session, sessions, signing_keys, tenants, tokens, users,
+    notify, passwords, preempt, queue, run_ledger, runs, runtimes, service_control, service_logs,
+    services, session, sessions, signing_keys, tenants, tokens, users,
 };
 
 /// The GPU dialect: the same handlers in both places.
 fn dialect() -> Routes {
     Routes::default()
+        .merge(health::dialect_router())
         .merge(gpu::router())
         .merge(services::router())
         .merge(service_control::router())
@@ -44,6 +45,7 @@ fn gateway() -> Routes {
         .merge(tokens::router())
         .merge(users::router())
         .merge(tenants::router())
+        .merge(notify::router())
         .merge(runtimes::router())
         .merge(signing_keys::router())
         .merge(dialect())

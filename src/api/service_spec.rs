@@ -11,6 +11,8 @@ use crate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 const MAX_SERVICE_NAME_CHARS: usize = 63;
 const NAME_PATTERN: &str = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$";
 const MAX_DESCRIPTION_CHARS: usize = 2_000;
+/// Where a service that wants to be asked for progress is asked, if it says nothing else.
+const PROGRESS_ENDPOINT: &str = "/progress";
 const MAX_PATH_CHARS: usize = 1_024;
 pub const MAX_ARGUMENTS: usize = 256;
 pub const MAX_ARGUMENT_CHARS: usize = 4_096;
@@ -145,8 +147,7 @@ fn apply_contract(fields: &Fields, spec: &mut ServiceSpec) {
     }
     apply_optional_path(fields, "progress_endpoint", &mut spec.progress_endpoint);
     if spec.progress_mode == ProgressMode::Poll && spec.progress_endpoint.is_none() {
-        let message = "Value error, progress_mode 'poll' needs a progress_endpoint";
-        fields.fault("progress_endpoint", "value_error", message);
+        spec.progress_endpoint = Some(PROGRESS_ENDPOINT.into());
     }
 }
 
@@ -402,7 +403,6 @@ mod tests {
             r#""concurrency":0"#,
             r#""gpus":65"#,
             r#""progress_mode":"zap""#,
-            r#""progress_mode":"poll""#,
             r#""grace_seconds":601"#,
             r#""url":"http://x/""#,
         ] {

@@ -14,6 +14,7 @@ use super::slow::SlowHashes;
 use crate::auth::Authenticator;
 use crate::auth::checkpoint_key::CheckpointKey;
 use crate::auth::logins::Logins;
+use crate::auth::ntfy_token::NtfyTokens;
 use crate::coordinator::{Answered, Handle, Once, SubmitError};
 use crate::domain::command::{Command, Origin, Reply};
 use crate::domain::ids::{PlaneId, RunId};
@@ -31,6 +32,7 @@ pub struct Parts {
     pub auth: Authenticator,
     pub checkpoint_key: CheckpointKey,
     pub logins: Logins,
+    pub ntfy_tokens: NtfyTokens,
     pub metrics: Metrics,
     /// The services' output.
     pub logs: Logs,
@@ -53,6 +55,7 @@ pub struct Inner {
     pub checkpoint_key: CheckpointKey,
     pub audit: Recorder,
     pub logins: Logins,
+    pub ntfy_tokens: NtfyTokens,
     pub metrics: Metrics,
     pub logs: Logs,
     pub docker: Docker,
@@ -94,6 +97,7 @@ impl App {
             auth: parts.auth,
             checkpoint_key: parts.checkpoint_key,
             logins: parts.logins,
+            ntfy_tokens: parts.ntfy_tokens,
             metrics: parts.metrics,
             logs: parts.logs,
             docker: parts.docker,

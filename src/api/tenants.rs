@@ -185,7 +185,11 @@ async fn list(State(app): State<App>, caller: Caller) -> Result<Json<TenantList>
 }
 
 /// A tenant that the caller sees; another is as good as none.
-async fn find(app: &App, caller: &Caller, tenant: &SmolStr) -> Result<TenantView, ApiError> {
+pub(super) async fn find(
+    app: &App,
+    caller: &Caller,
+    tenant: &SmolStr,
+) -> Result<TenantView, ApiError> {
     let seen = sees(caller, tenant);
     let wanted = tenant.clone();
     let found = app.scan(move |ledger| {

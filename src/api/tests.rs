@@ -87,6 +87,7 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         auth: Authenticator::new(&TOKEN.into(), key.clone(), Uses::forgotten()),
         checkpoint_key: CheckpointKey::random().unwrap(),
         logins: logins.clone(),
+        ntfy_tokens: crate::auth::ntfy_token::NtfyTokens::new(data.path()),
         metrics: Metrics::install(),
         logs: Logs::new(data.path().to_owned()),
         docker: Docker::none(),
@@ -168,6 +169,7 @@ async fn only_probes_and_docs_are_open() {
     for path in [
         "/health",
         "/api/health",
+        "/api/gateway/health",
         "/livez",
         "/readyz",
         "/openapi.json",

@@ -227,7 +227,7 @@ pub(super) fn id(fields: &Fields, name: &str) -> Option<SmolStr> {
     Some(id)
 }
 
-fn named_values<T: Ord>(
+pub(super) fn named_values<T: Ord>(
     fields: &Fields,
     name: &str,
     of: impl Fn(&str) -> Option<T>,

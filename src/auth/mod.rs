@@ -12,12 +12,14 @@
 //! | `store`, `logins` | the file of logins; all of those three |
 //! | `random` | random bytes |
 //! | `checkpoint_key` | what signs the ledger's checkpoints |
+//! | `ntfy_token` | access tokens of tenants' ntfy topics |
 //! | `bootstrap` | the first administrator's token |
 
 pub mod bootstrap;
 pub mod checkpoint_key;
 pub mod jwt;
 pub mod logins;
+pub mod ntfy_token;
 pub mod password;
 pub mod secret;
 pub mod session;

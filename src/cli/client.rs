@@ -214,10 +214,11 @@ fn parse_base(text: &str) -> Result<Url, CliError> {
     if !matches!(url.scheme(), "http" | "https") {
         return Err(problem("neither http nor https".to_owned()));
     }
-    if !url.path().ends_with('/') {
-        let path = format!("{}/", url.path());
-        url.set_path(&path);
-    }
+    // Clients of the GPU API may be given the gateway's second root, below which nothing else is.
+    let path = url.path().trim_end_matches('/');
+    let path = path.strip_suffix("/api/gateway").unwrap_or(path);
+    let path = format!("{}/", path.trim_end_matches('/'));
+    url.set_path(&path);
     // `serve --listen 0.0.0.0:…` is not an address to connect to everywhere.
     if let Some(url::Host::Ipv4(ip)) = url.host()
         && ip.is_unspecified()
@@ -288,6 +289,13 @@ mod tests {
     fn a_base_keeps_its_path_and_must_be_http() {
         let base = parse_base("https://gate.example/gpu").unwrap();
         assert_eq!(base.join("health").unwrap().path(), "/gpu/health");
+        for text in [
+            "https://x/api/gateway",
+            "https://x/api/gateway/",
+            "https://x",
+        ] {
+            assert_eq!(parse_base(text).unwrap().as_str(), "https://x/");
+        }
         assert!(parse_base("127.0.0.1:8080").is_err());
         assert!(parse_base("ftp://x").is_err());
     }

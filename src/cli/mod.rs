@@ -15,6 +15,7 @@ mod gpu;
 mod health;
 mod ledger;
 mod logs;
+mod notify;
 mod output;
 mod password;
 mod queue;

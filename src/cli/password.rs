@@ -2,6 +2,7 @@
 //! which everybody on the machine could see.
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::path::Path;
 
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
@@ -31,6 +32,19 @@ pub fn new() -> Result<String, CliError> {
         true => Err(CliError::Usage("there is no password".to_owned())),
         false => Ok(password),
     }
+}
+
+/// A secret that a file holds in its first line; `-` asks for it, or reads a line of standard input.
+///
+/// # Errors
+/// The file or standard input cannot be read.
+pub fn from_file(path: &Path) -> Result<String, CliError> {
+    if path == Path::new("-") {
+        return line("access token: ");
+    }
+    let text = std::fs::read_to_string(path);
+    let text = text.map_err(CliError::io(format!("read {}", path.display())))?;
+    Ok(text.lines().next().unwrap_or_default().to_owned())
 }
 
 /// Shows what is typed again when it is dropped.

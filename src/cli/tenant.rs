@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::Context;
 use super::client::{Client, segment};
 use super::error::{CliError, Exit};
+use super::notify::Notify;
 use super::output::{facts, instant, table, text};
 
 const PATH: &str = "api/gateway/admin/tenants";
@@ -34,6 +35,9 @@ pub enum Tenant {
         after_help = "Example:\n  rungate tenant set acme --weight 200 --running-runs 8 --vram-mib none"
     )]
     Set(Box<Set>),
+    /// Where a tenant is told of its runs: ntfy and a webhook
+    #[command(subcommand)]
+    Notify(Notify),
 }
 
 #[derive(Args, Debug)]
@@ -88,6 +92,7 @@ impl Tenant {
                 let answer = set.perform(&client).await?;
                 context.out.show(&answer, described)?;
             }
+            Tenant::Notify(notify) => return notify.perform(context).await,
         }
         Ok(Exit::Success)
     }

@@ -10,6 +10,7 @@ use etcetera::BaseStrategy;
 
 use super::value::FromText;
 use super::{Config, SETTINGS, Setting, setting};
+use crate::domain::notify::is_ntfy_topic;
 
 /// How alike two names must be (Jaro-Winkler, 0 to 1) for one to be offered in place of the other.
 const NEAR_MISS: f64 = 0.8;
@@ -121,6 +122,7 @@ impl Config {
     pub fn load(sources: &Sources) -> Result<Config, ConfigError> {
         let mut config = Config::from_raw(&merge(sources)?)?;
         config.warnings = unknown_names(sources);
+        check_ntfy(&config)?;
         Ok(config)
     }
 
@@ -140,6 +142,39 @@ impl Config {
             Some((row, shown, origin))
         });
         Ok(rows.collect())
+    }
+}
+
+/// A topic that is turned on must be one.
+fn check_ntfy(config: &Config) -> Result<(), ConfigError> {
+    if !config.ntfy_enabled {
+        return Ok(());
+    }
+    let bad = |key: &'static str, wanted: &str, given: &str| ConfigError::BadValue {
+        key,
+        origin: config.origins.get(key).cloned().unwrap_or(Origin::Default),
+        wanted: wanted.to_owned(),
+        given: format!("'{given}'"),
+    };
+    let topic = config.ntfy_topic.as_str();
+    if !is_ntfy_topic(topic) {
+        let wanted =
+            "1 to 64 letters, digits, '-' or '_' while ntfy_enabled is true, and best a random one";
+        return Err(bad("ntfy_topic", wanted, topic));
+    }
+    let url = config.ntfy_url.as_str();
+    let is_server = url::Url::parse(url).is_ok_and(|url| {
+        matches!(url.scheme(), "http" | "https")
+            && url.username().is_empty()
+            && url.password().is_none()
+    });
+    match is_server {
+        true => Ok(()),
+        false => Err(bad(
+            "ntfy_url",
+            "an http or https URL without a password",
+            url,
+        )),
     }
 }
 

@@ -124,6 +124,16 @@ settings! {
         "Whether callbacks may go to private and loopback addresses.";
     callback_allow_networks: Vec<Network>, "RUNGATE_CALLBACK_ALLOW_NETWORKS", &[], ANY, String::new(),
         "Networks that callbacks may go to whatever they are, e.g. `10.1.0.0/16`.";
+    notify_allow_private: bool, "RUNGATE_NOTIFY_ALLOW_PRIVATE", &[], ANY, "false".to_owned(),
+        "Whether notifications may go to private and loopback addresses.";
+    notify_allow_networks: Vec<Network>, "RUNGATE_NOTIFY_ALLOW_NETWORKS", &[], ANY, String::new(),
+        "Networks that notifications may go to whatever they are, e.g. `10.1.0.0/16`.";
+    ntfy_enabled: bool, "RUNGATE_NTFY_ENABLED", &[("NTFY_ENABLED", 1)], ANY, "false".to_owned(),
+        "Whether the default tenant is told of its runs by ntfy, at `ntfy_url` and `ntfy_topic`.";
+    ntfy_url: String, "RUNGATE_NTFY_URL", &[("NTFY_URL", 1)], ANY, "https://ntfy.sh".to_owned(),
+        "Server of the default tenant's ntfy topic.";
+    ntfy_topic: String, "RUNGATE_NTFY_TOPIC", &[("NTFY_TOPIC", 1)], ANY, String::new(),
+        "Topic of the default tenant; whoever knows it reads what it is told, unless the server protects it.";
     service_allow_networks: Vec<Network>, "RUNGATE_SERVICE_ALLOW_NETWORKS", &[], ANY, String::new(),
         "Networks that services registered by URL may be in whatever they are, e.g. `100.64.0.0/10` for Tailscale.";
     probe_interval_ms: u64, "RUNGATE_PROBE_INTERVAL_MS", &[], (100, 3_600_000), "5000".to_owned(),
@@ -257,6 +267,10 @@ impl Config {
             callback_base_ms: self.callback_base_ms,
             callback_max_delay_ms: self.callback_max_delay_ms,
             callback_give_up_ms: self.callback_give_up_ms,
+            ntfy: self.ntfy_enabled.then(|| {
+                let url = self.ntfy_url.trim_end_matches('/');
+                (url.into(), self.ntfy_topic.as_str().into())
+            }),
         }
     }
 

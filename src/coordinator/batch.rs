@@ -188,6 +188,9 @@ impl Work<'_> {
             }
         }
         if started {
+            // What there is to tell is all among those.
+            self.effects
+                .retain(|effect| !matches!(effect, Effect::SendNotice(_)));
             self.effects.extend(at_start(self.state));
         }
         if let (Some(once), Reply::Started { run, position, .. }) = (once, &reply) {
@@ -310,12 +313,13 @@ impl Work<'_> {
     fn plane_of(&self, event: &Event) -> Option<PlaneId> {
         let run = event.run()?;
         let job = self.state.jobs.get(&run).map(|job| job.plane);
-        job.or_else(|| {
+        let callback = || {
             self.state
                 .callbacks
                 .get(&run)
                 .map(|callback| callback.plane)
-        })
+        };
+        self.state.plane_of_notice(event).or(job).or_else(callback)
     }
 
     /// Appends one event, applies it, and notes what it implies.
@@ -343,6 +347,7 @@ impl Work<'_> {
         let folded = (&record.event, payload_bytes as u64);
         self.state.fold(appended.seq, self.now, plane, folded);
         self.effects.extend(implied(self.state, &record.event));
+        self.effects.extend(self.state.begun_notices());
         Ok(appended.seq)
     }
 }

@@ -9,6 +9,7 @@ use super::container::{ContainerFacts, Engine};
 use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::notify::Channel;
 use super::spec::{GpuFacts, JobSpec, Priority, ServiceSpec};
 use super::tenant::{QuotaHit, Tenancy};
 use super::time::Timestamp;
@@ -165,6 +166,8 @@ pub enum Command {
         status: Option<u16>,
         error: Option<String>,
     },
+    /// What came of telling a tenant's channel of something.
+    NoticeTried(Box<NoticeTried>),
     GpusListed {
         gpus: Vec<GpuFacts>,
     },
@@ -435,6 +438,19 @@ impl Rejection {
             Rejection::Identity(rejection) => rejection.code(),
         }
     }
+}
+
+/// One try to tell a tenant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NoticeTried {
+    pub tenant: SmolStr,
+    pub channel: Channel,
+    /// The record that it tells of.
+    pub of: Seq,
+    pub number: u32,
+    /// Of the answer.
+    pub status: Option<u16>,
+    pub error: Option<String>,
 }
 
 /// Who asks, and under which request: written into every record that comes of it.

@@ -5,6 +5,7 @@ use smol_str::SmolStr;
 
 use super::event::{Event, JobStopCause};
 use super::ids::{Attempt, Generation, PlaneId, RunId, Seq, ServiceName};
+use super::notify::{Destination, Notice};
 use super::spec::{Grant, ServiceSpec};
 use super::state::State;
 use super::state::job::{Job, Phase};
@@ -73,6 +74,26 @@ pub enum Effect {
         url: SmolStr,
         not_before: Timestamp,
     },
+    /// Tell a tenant's channel of something. Outcome: `NoticeTried`.
+    SendNotice(Box<SendNotice>),
+}
+
+/// One try to tell a tenant.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SendNotice {
+    pub tenant: SmolStr,
+    pub destination: Destination,
+    /// The record that it tells of.
+    pub of: Seq,
+    pub plane: PlaneId,
+    /// `None` for a test.
+    pub run: Option<RunId>,
+    pub notice: Notice,
+    /// When it happened.
+    pub at: Timestamp,
+    /// Counts from 1.
+    pub number: u32,
+    pub not_before: Timestamp,
 }
 
 /// One attempt's call.
@@ -223,6 +244,7 @@ pub fn at_start(state: &State) -> Vec<Effect> {
             .keys()
             .filter_map(|run| callback(state, *run)),
     );
+    effects.extend(state.open_notices());
     effects
 }
 

@@ -14,6 +14,7 @@ use super::identity::{
     NewToken, PasswordHash, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
 };
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::notify::{Channel, Notify};
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
 use super::tenant::{Allowance, Quotas, TenantProfile, UserAllowance};
 use super::time::Timestamp;
@@ -440,6 +441,33 @@ pub enum Event {
         generation: Generation,
         container: ContainerFacts,
     },
+
+    // --- notifications -------------------------------------------------------------------------
+    /// Where a tenant is told of its runs, as a whole.
+    TenantNotifyChanged {
+        tenant: SmolStr,
+        notify: Notify,
+    },
+    /// Each of the tenant's channels is sent a test.
+    NotificationTestAsked {
+        tenant: SmolStr,
+    },
+    /// One try to tell a tenant what the record `of` says. `status` is the answer's, `error` says why there was none;
+    /// the same is tried again at `next_at`, and others not before `pause_until`. What waited too long, up to
+    /// `given_up_to`, is not told any more.
+    NotificationAttempted {
+        tenant: SmolStr,
+        channel: Channel,
+        of: Seq,
+        run: Option<RunId>,
+        number: u32,
+        status: Option<u16>,
+        error: Option<String>,
+        delivered: bool,
+        next_at: Timestamp,
+        pause_until: Timestamp,
+        given_up_to: Option<Seq>,
+    },
 }
 
 /// What a command asks for.
@@ -540,7 +568,8 @@ impl Event {
         match self {
             Event::CommandAccepted { run, .. }
             | Event::CommandApplied { run, .. }
-            | Event::CommandRejected { run, .. } => *run,
+            | Event::CommandRejected { run, .. }
+            | Event::NotificationAttempted { run, .. } => *run,
             Event::JobQueued { run, .. }
             | Event::JobDispatched { run, .. }
             | Event::JobProgressed { run, .. }

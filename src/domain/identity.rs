@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::ids::PlaneId;
+use super::notify::NotifyChange;
 use super::tenant::{QuotaHit, QuotasChange, TenantChange, UserAllowance, UserAllowanceChange};
 use super::time::Timestamp;
 
@@ -420,6 +421,15 @@ pub enum IdentityCommand {
         change: TenantChange,
         create: bool,
     },
+    /// Says where a tenant is told of its runs.
+    SetNotify {
+        tenant: SmolStr,
+        change: NotifyChange,
+    },
+    /// Sends a test to each of its channels.
+    TestNotify {
+        tenant: SmolStr,
+    },
 }
 
 impl IdentityCommand {
@@ -475,6 +485,8 @@ pub enum IdentityRejection {
     PasswordStale,
     #[error("Tenant already exists: {0}")]
     TenantExists(SmolStr),
+    #[error("Tenant '{0}' has no channel of notifications; set one first")]
+    NothingToTest(SmolStr),
     #[error("Tenant not found")]
     TenantNotFound,
     #[error("The tenant 'default' cannot be disabled: it is the first administrator's")]
@@ -506,6 +518,7 @@ impl IdentityRejection {
             IdentityRejection::TooManyTokens(_) => "too_many_tokens",
             IdentityRejection::PasswordStale => "password_stale",
             IdentityRejection::TenantExists(_) => "tenant_exists",
+            IdentityRejection::NothingToTest(_) => "nothing_to_test",
             IdentityRejection::TenantNotFound => "tenant_not_found",
             IdentityRejection::TenantProtected => "tenant_protected",
             IdentityRejection::TooManyTenants(_) => "too_many_tenants",

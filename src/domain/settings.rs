@@ -1,6 +1,8 @@
 //! The numbers that scheduling and retrying go by. They steer decisions only: what was decided is in
 //! the events, so that a replay under other settings gives the same state.
 
+use smol_str::SmolStr;
+
 use super::state::account::DEFAULT_HALF_LIFE_MS;
 
 /// Limits and delays of `decide` and `plan`.
@@ -35,6 +37,8 @@ pub struct Settings {
     pub callback_max_delay_ms: u64,
     /// Milliseconds after which a callback is given up.
     pub callback_give_up_ms: u64,
+    /// Server and topic of the default tenant's notifications.
+    pub ntfy: Option<(SmolStr, SmolStr)>,
 }
 
 impl Default for Settings {
@@ -56,6 +60,7 @@ impl Default for Settings {
             callback_base_ms: 5_000,
             callback_max_delay_ms: 3_600_000,
             callback_give_up_ms: 24 * 3_600_000,
+            ntfy: None,
         }
     }
 }

@@ -4,6 +4,7 @@
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
+use super::notify::Notify;
 use super::time::Timestamp;
 
 /// The tenant of the first administrator; it is always enabled.
@@ -173,6 +174,7 @@ pub struct Tenant {
     pub updated_at: Timestamp,
     /// Grows whenever it is disabled: the sessions of its users end, and enabling it brings none back.
     pub era: u64,
+    pub notify: Notify,
 }
 
 /// Whose services somebody deals with: an administrator of the gateway all of them, others their tenant's and the

@@ -4,13 +4,13 @@
 
 use std::sync::Arc;
 
-use reqwest::header::CONTENT_TYPE;
 use serde::Serialize;
 use serde_json::value::RawValue;
 use smol_str::SmolStr;
 
 use super::Inner;
-use crate::clock::now;
+use super::owed::Due;
+use super::webhook::CloudEvent;
 use crate::domain::command::Command;
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::time::Timestamp;
@@ -84,17 +84,41 @@ pub(super) struct Try {
     pub not_before: Timestamp,
 }
 
-/// One try and its report, when it is due.
-pub(super) async fn send(inner: Arc<Inner>, asked: Try) {
-    let Try {
-        plane,
-        run,
-        number,
-        url,
-        ..
-    } = asked;
-    let tried = attempt(&inner, plane, run, &url).await;
-    let (status, error) = match tried {
+impl Due for Try {
+    const NAME: &'static str = "callback";
+
+    fn tenant(&self) -> &SmolStr {
+        &self.tenant
+    }
+
+    fn not_before(&self) -> Timestamp {
+        self.not_before
+    }
+
+    async fn send(self, inner: Arc<Inner>) {
+        let Try {
+            plane,
+            run,
+            number,
+            url,
+            ..
+        } = self;
+        let (status, error) = told(attempt(&inner, plane, run, &url).await);
+        inner
+            .outcomes
+            .report(Command::CallbackTried {
+                run,
+                number,
+                status,
+                error,
+            })
+            .await;
+    }
+}
+
+/// An answer's status, and what is wrong with it or with asking, for the record.
+pub(super) fn told(tried: Result<u16, String>) -> (Option<u16>, Option<String>) {
+    match tried {
         Ok(status @ 200..=299) => (Some(status), None),
         Ok(status @ 300..=399) => (
             Some(status),
@@ -102,16 +126,7 @@ pub(super) async fn send(inner: Arc<Inner>, asked: Try) {
         ),
         Ok(status) => (Some(status), Some(format!("it answered {status}"))),
         Err(error) => (None, Some(error)),
-    };
-    inner
-        .outcomes
-        .report(Command::CallbackTried {
-            run,
-            number,
-            status,
-            error,
-        })
-        .await;
+    }
 }
 
 /// The answer's status, or why there is none.
@@ -126,26 +141,19 @@ async fn attempt(inner: &Arc<Inner>, plane: PlaneId, run: RunId, url: &str) -> R
         .map_err(|error| format!("the run's outcome cannot be read: {error}"))?
         .ok_or("the run's outcome is not known any more")?;
     let json = serde_json::to_vec(&body).map_err(|error| error.to_string())?;
-    let id = body.id();
-    let timestamp_s = now().0.div_euclid(1_000_000);
-    let request = request
-        .header(CONTENT_TYPE, "application/json")
-        .header(
-            "webhook-signature",
-            inner.options.secret.sign(&id, timestamp_s, &json),
-        )
-        .header("webhook-timestamp", timestamp_s)
-        .header("webhook-id", &id)
-        .header("ce-specversion", "1.0")
-        .header("ce-id", &id)
-        .header("ce-type", body.status.event_type())
-        .header(
-            "ce-source",
-            format!("urn:uuid:{}", inner.options.ledger.hyphenated()),
-        )
-        .header("ce-subject", run.to_string())
-        .header("ce-time", body.timestamp.to_string());
-    match request.body(json).send().await {
+    let event = CloudEvent {
+        id: body.id(),
+        kind: body.status.event_type(),
+        subject: Some(run),
+        time: body.timestamp,
+    };
+    let request = event.signed(&inner.options, request, &json);
+    answered(request.body(json)).await
+}
+
+/// The answer's status, or why there is none.
+pub(super) async fn answered(request: reqwest::RequestBuilder) -> Result<u16, String> {
+    match request.send().await {
         Ok(response) => Ok(response.status().as_u16()),
         Err(error) => Err(match refusal(&error) {
             Some(refused) => not_called(refused),
@@ -154,6 +162,6 @@ async fn attempt(inner: &Arc<Inner>, plane: PlaneId, run: RunId, url: &str) -> R
     }
 }
 
-fn not_called(refused: &Refused) -> String {
+pub(super) fn not_called(refused: &Refused) -> String {
     format!("it is not called: {refused}")
 }

@@ -2,11 +2,12 @@
 //! carries all that it needs, and whether an outcome still matters is the coordinator's to say.
 //!
 //! `calls` jobs' calls and their stopping, `answer` what counts as an answer, `progress` polling, `callback`
-//! telling others how a run ended, `owed` when that is due, `webhook` signing it.
+//! telling others how a run ended, `notify` telling tenants of their runs, `owed` when that is due, `webhook` signing it.
 
 mod answer;
 mod callback;
 mod calls;
+mod notify;
 mod owed;
 mod progress;
 mod webhook;
@@ -18,10 +19,12 @@ use tokio::sync::mpsc;
 
 pub use answer::ANSWER_MAX_BYTES;
 pub use callback::{CallbackBody, CallbackStatus};
+pub use notify::{NoticeFacts, NtfyToken};
 pub use webhook::{Secret, SecretError};
 
-use crate::domain::effect::{Dispatch, Effect};
+use crate::domain::effect::{Dispatch, Effect, SendNotice};
 use crate::domain::ids::{PlaneId, RunId, Seq};
+use crate::domain::notify::Notify;
 use crate::domain::spec::ServiceSpec;
 use crate::driver::{Driver, Outcomes, Tasks};
 use crate::outbound::{GuardedClient, Rules};
@@ -37,6 +40,10 @@ pub trait Source: Send + Sync + 'static {
         plane: PlaneId,
         run: RunId,
     ) -> Result<Option<CallbackBody>, SourceError>;
+    /// Where a tenant is told of its runs.
+    fn notify(&self, tenant: &str) -> Result<Notify, SourceError>;
+    /// What is told of a run; `None` when it is not known any more.
+    fn notice_facts(&self, plane: PlaneId, run: RunId) -> Result<Option<NoticeFacts>, SourceError>;
 }
 
 /// Why the ledger could not be read.
@@ -55,6 +62,9 @@ pub struct ExecutorOptions {
     pub ledger: uuid::Uuid,
     /// Which addresses callbacks may go to.
     pub callbacks: Rules,
+    /// Which addresses notifications may go to.
+    pub notices: Rules,
+    pub ntfy_token: NtfyToken,
     /// Which addresses services may have.
     pub services: Rules,
     pub secret: Secret,
@@ -90,8 +100,10 @@ struct Inner {
     options: ExecutorOptions,
     call_client: GuardedClient,
     callback_client: GuardedClient,
+    notice_client: GuardedClient,
     /// To `owed`.
     callbacks: mpsc::UnboundedSender<callback::Try>,
+    notices: mpsc::UnboundedSender<Box<SendNotice>>,
     calls: Calls,
 }
 
@@ -105,6 +117,7 @@ impl Executor {
         options: ExecutorOptions,
     ) -> Result<Executor, reqwest::Error> {
         let (callbacks, owed) = mpsc::unbounded_channel();
+        let (notices, untold) = mpsc::unbounded_channel();
         let inner = Arc::new(Inner {
             driver,
             outcomes,
@@ -112,12 +125,16 @@ impl Executor {
             tasks,
             call_client: GuardedClient::for_jobs(options.services.clone())?,
             callback_client: GuardedClient::for_callbacks(options.callbacks.clone())?,
+            notice_client: GuardedClient::for_notifications(options.notices.clone())?,
             callbacks,
+            notices,
             calls: Calls::default(),
             options,
         });
         let keeping = owed::keep(Arc::downgrade(&inner), owed);
         inner.tasks.spawn("callbacks", keeping);
+        let telling = owed::keep(Arc::downgrade(&inner), untold);
+        inner.tasks.spawn("notifications", telling);
         Ok(Executor { inner })
     }
 
@@ -195,6 +212,10 @@ impl Executor {
                 };
                 // Nobody sends any more when the gateway stops; it is owed after the next start.
                 let _ = self.inner.callbacks.send(try_);
+            }
+            Effect::SendNotice(notice) => {
+                // As above.
+                let _ = self.inner.notices.send(notice);
             }
         }
     }

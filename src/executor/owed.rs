@@ -1,41 +1,64 @@
-//! Callbacks that are owed: when each is due, and whose is sent next. One task keeps all of them, so that one which is
-//! due tomorrow costs its entry here and nothing else. They go to strangers, who may be slow: no tenant has more than
-//! its part of those that are sent at the same time.
+//! Callbacks and notifications that are owed: when each is due, and whose is sent next. One task keeps all of a kind, so
+//! that one which is due tomorrow costs its entry here and nothing else. They go to strangers, who may be slow: no tenant
+//! has more than its part of those that are sent at the same time.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use smol_str::SmolStr;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
 use super::Inner;
-use super::callback::{self, Try};
 use crate::clock::now;
 use crate::domain::time::Timestamp;
 use crate::driver::until;
 
-/// Callbacks sent at the same time: each holds its body.
+/// Something to send, to a receiver that a tenant chose.
+pub(super) trait Due: Send + 'static {
+    /// What it is, for the name of its task.
+    const NAME: &'static str;
+
+    fn tenant(&self) -> &SmolStr;
+
+    fn not_before(&self) -> Timestamp;
+
+    /// Sends it and reports what came of it.
+    fn send(self, inner: Arc<Inner>) -> impl Future<Output = ()> + Send;
+}
+
+/// Those of a kind sent at the same time: each holds its body.
 const AT_ONCE: usize = 64;
 
 /// Those of one tenant: three that call nowhere leave room for the others.
 const AT_ONCE_OF_TENANT: usize = 16;
 
 /// What is owed and not sent yet.
-#[derive(Default)]
-struct Owed {
+struct Owed<T> {
     /// Not due yet; the number tells apart what is due at the same time.
-    later: BTreeMap<(Timestamp, u64), Try>,
+    later: BTreeMap<(Timestamp, u64), T>,
     taken_in: u64,
     /// Due, by tenant.
-    due: BTreeMap<SmolStr, VecDeque<Try>>,
+    due: BTreeMap<SmolStr, VecDeque<T>>,
     /// How many are being sent, by tenant.
     sending: BTreeMap<SmolStr, usize>,
 }
 
-impl Owed {
-    fn put(&mut self, asked: Try) {
+impl<T> Default for Owed<T> {
+    fn default() -> Self {
+        Owed {
+            later: BTreeMap::new(),
+            taken_in: 0,
+            due: BTreeMap::new(),
+            sending: BTreeMap::new(),
+        }
+    }
+}
+
+impl<T: Due> Owed<T> {
+    fn put(&mut self, asked: T) {
         self.taken_in += 1;
-        self.later.insert((asked.not_before, self.taken_in), asked);
+        self.later
+            .insert((asked.not_before(), self.taken_in), asked);
     }
 
     /// When the next one will be due.
@@ -51,13 +74,13 @@ impl Owed {
             .filter(|entry| entry.key().0 <= now)
         {
             let asked = entry.remove();
-            let of_tenant = self.due.entry(asked.tenant.clone()).or_default();
+            let of_tenant = self.due.entry(asked.tenant().clone()).or_default();
             of_tenant.push_back(asked);
         }
     }
 
     /// The next one to be sent, of the tenant that sends the fewest.
-    fn take(&mut self) -> Option<Try> {
+    fn take(&mut self) -> Option<T> {
         let sending = |tenant: &SmolStr| self.sending.get(tenant).copied().unwrap_or_default();
         if self.sending.values().sum::<usize>() >= AT_ONCE {
             return None;
@@ -85,7 +108,7 @@ impl Owed {
     }
 }
 
-/// Tells that a callback has been sent, whatever came of it.
+/// Tells that one has been sent, whatever came of it.
 struct Sending {
     tenant: SmolStr,
     sent: UnboundedSender<SmolStr>,
@@ -99,8 +122,8 @@ impl Drop for Sending {
 }
 
 /// Sends what is asked for when it is due, until nobody can ask any more.
-pub(super) async fn keep(inner: Weak<Inner>, mut asked: UnboundedReceiver<Try>) {
-    let mut owed = Owed::default();
+pub(super) async fn keep<T: Due>(inner: Weak<Inner>, mut asked: UnboundedReceiver<T>) {
+    let mut owed = Owed::<T>::default();
     let (sent, mut ended) = unbounded_channel();
     loop {
         let next_at = owed.next_at();
@@ -116,13 +139,13 @@ pub(super) async fn keep(inner: Weak<Inner>, mut asked: UnboundedReceiver<Try>) 
         while let Some(asked) = owed.take() {
             let Some(inner) = inner.upgrade() else { return };
             let sending = Sending {
-                tenant: asked.tenant.clone(),
+                tenant: asked.tenant().clone(),
                 sent: sent.clone(),
             };
             let tasks = inner.tasks.clone();
-            tasks.spawn("callback", async move {
+            tasks.spawn(T::NAME, async move {
                 let _sending = sending;
-                callback::send(inner, asked).await;
+                asked.send(inner).await;
             });
         }
     }
@@ -139,6 +162,7 @@ async fn wait(next_at: Option<Timestamp>) {
 mod tests {
     use super::*;
     use crate::domain::ids::{PlaneId, RunId};
+    use crate::executor::callback::Try;
     use uuid::Uuid;
 
     fn of(tenant: &str, at: i64) -> Try {
@@ -152,14 +176,14 @@ mod tests {
         }
     }
 
-    fn taken(owed: &mut Owed) -> String {
+    fn taken(owed: &mut Owed<Try>) -> String {
         let taken = std::iter::from_fn(|| owed.take());
         taken.map(|asked| asked.tenant.to_string()).collect()
     }
 
     #[test]
     fn a_tenant_whose_callbacks_hang_leaves_room_for_the_others() {
-        let mut owed = Owed::default();
+        let mut owed = Owed::<Try>::default();
         for _ in 0..100 {
             owed.put(of("a", 0));
         }
@@ -177,7 +201,7 @@ mod tests {
 
     #[test]
     fn all_tenants_together_have_their_bound_and_the_fewest_go_first() {
-        let mut owed = Owed::default();
+        let mut owed = Owed::<Try>::default();
         for tenant in ["a", "b", "c", "d", "e"] {
             for _ in 0..20 {
                 owed.put(of(tenant, 0));

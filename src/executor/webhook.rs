@@ -7,9 +7,15 @@ use std::path::Path;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use hmac::{Hmac, KeyInit, Mac};
+use reqwest::RequestBuilder;
+use reqwest::header::CONTENT_TYPE;
 use secrecy::{ExposeSecret, SecretSlice};
 use sha2::Sha256;
 
+use super::ExecutorOptions;
+use crate::clock::now;
+use crate::domain::ids::RunId;
+use crate::domain::time::Timestamp;
 use crate::{private_file, random};
 
 const PREFIX: &str = "whsec_";
@@ -84,6 +90,43 @@ impl Secret {
         mac.update(format!("{id}.{timestamp_s}.").as_bytes());
         mac.update(body);
         format!("v1,{}", STANDARD.encode(mac.finalize().into_bytes()))
+    }
+}
+
+/// What a message's headers say of it: those of CloudEvents in binary mode, so that the body's members stay at the top.
+pub(super) struct CloudEvent {
+    /// The same at each try.
+    pub id: String,
+    pub kind: &'static str,
+    pub subject: Option<RunId>,
+    pub time: Timestamp,
+}
+
+impl CloudEvent {
+    /// The request with these headers and the signature of its body.
+    pub(super) fn signed(
+        &self,
+        options: &ExecutorOptions,
+        request: RequestBuilder,
+        json: &[u8],
+    ) -> RequestBuilder {
+        let timestamp_s = now().0.div_euclid(1_000_000);
+        let source = format!("urn:uuid:{}", options.ledger.hyphenated());
+        let signature = options.secret.sign(&self.id, timestamp_s, json);
+        let request = request
+            .header(CONTENT_TYPE, "application/json")
+            .header("webhook-signature", signature)
+            .header("webhook-timestamp", timestamp_s)
+            .header("webhook-id", &self.id)
+            .header("ce-specversion", "1.0")
+            .header("ce-id", &self.id)
+            .header("ce-type", self.kind)
+            .header("ce-source", source)
+            .header("ce-time", self.time.to_string());
+        match self.subject {
+            Some(run) => request.header("ce-subject", run.to_string()),
+            None => request,
+        }
     }
 }
 

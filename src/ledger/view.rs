@@ -383,7 +383,9 @@ fn error(event: &Event) -> Option<&str> {
         Event::JobCancelled { reason, .. } => Some(reason),
         Event::ServiceCrashLooped { last_error, .. } => Some(last_error),
         Event::InstanceUnhealthy { error, .. } => Some(error),
-        Event::CallbackAttempted { error, .. } => error.as_deref(),
+        Event::CallbackAttempted { error, .. } | Event::NotificationAttempted { error, .. } => {
+            error.as_deref()
+        }
         _ => None,
     }
 }

@@ -10,13 +10,17 @@ use futures_util::future::BoxFuture;
 use smol_str::SmolStr;
 
 use crate::auth::jwt::work::{Work, WorkTokens};
+use crate::auth::ntfy_token::NtfyTokens;
 use crate::clock::now;
 use crate::coordinator::{Handle, SubmitError};
 use crate::domain::command::{Command, Origin};
 use crate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
+use crate::domain::notify::Notify;
 use crate::domain::tenant::Tenancy;
 use crate::driver::{Credentials, NotTaken, Sink};
-use crate::executor::{CallbackBody, CallbackStatus, JobToken, Source, SourceError};
+use crate::executor::{
+    CallbackBody, CallbackStatus, JobToken, NoticeFacts, NtfyToken, Source, SourceError,
+};
 use crate::ledger::{Ledger, RunStatus};
 use crate::private_file;
 
@@ -79,6 +83,31 @@ impl Source for LedgerSource {
             ended_at,
         )))
     }
+
+    fn notify(&self, tenant: &str) -> Result<Notify, SourceError> {
+        let tenant = self.0.tenant(tenant)?;
+        Ok(tenant.map(|tenant| tenant.notify).unwrap_or_default())
+    }
+
+    fn notice_facts(&self, plane: PlaneId, run: RunId) -> Result<Option<NoticeFacts>, SourceError> {
+        let run = self.0.run(plane, run)?;
+        Ok(run.map(|run| NoticeFacts {
+            service_type: run.spec.service_type,
+            service: run.service,
+            error: run.error,
+        }))
+    }
+}
+
+/// The access tokens of ntfy topics.
+pub fn ntfy_token(tokens: NtfyTokens) -> NtfyToken {
+    Arc::new(move |tenant, url| match tokens.get(tenant, url) {
+        Ok(token) => token,
+        Err(error) => {
+            tracing::error!(tenant, %error, "the access token of a tenant's ntfy topic cannot be read");
+            None
+        }
+    })
 }
 
 /// The tokens of dispatches.

@@ -23,6 +23,47 @@ pub fn rows() -> Vec<Case> {
     rows.extend(tokens());
     rows.extend(runtimes());
     rows.extend(tenants());
+    rows.extend(notifications());
+    rows
+}
+
+fn notifications() -> Vec<Case> {
+    let template = format!("{TENANTS}/{{tenant_id}}/notify");
+    let path = |id: &str| format!("{TENANTS}/{id}/notify");
+    let case = Case::new("GET", &template, &path("nobody"));
+    let mut rows = vec![
+        case.clone().without_token().fails(401, "unauthorized"),
+        case.fails(404, "tenant_not_found"),
+    ];
+    rows.extend(bodies("PUT", &template, &path("default")));
+    let put = |id: &str, body: &str| Case::new("PUT", &template, &path(id)).json(body);
+    rows.push(put("nobody", "{}").fails(404, "tenant_not_found"));
+    for body in [
+        r#"{"email":{}}"#,
+        r#"{"ntfy":true}"#,
+        r#"{"ntfy":{}}"#,
+        r#"{"ntfy":{"topic":"a/b"}}"#,
+        r#"{"ntfy":{"topic":""}}"#,
+        r#"{"ntfy":{"topic":"a\r\nb"}}"#,
+        r#"{"ntfy":{"topic":"t","url":"ftp://x/"}}"#,
+        r#"{"ntfy":{"topic":"t","url":"http://u:p@x/"}}"#,
+        r#"{"ntfy":{"topic":"t","url":"http://x/?a=b"}}"#,
+        r#"{"ntfy":{"topic":"t","events":["exploded"]}}"#,
+        r#"{"ntfy":{"topic":"t","events":"failed"}}"#,
+        r#"{"ntfy":{"topic":"t","token":"a b"}}"#,
+        r#"{"ntfy":{"topic":"t","token":7}}"#,
+        r#"{"ntfy":{"topic":"t","by_settings":true}}"#,
+        r#"{"webhook":{}}"#,
+        r#"{"webhook":{"url":"nonsense"}}"#,
+        r#"{"webhook":{"url":"http://x/","events":["test"]}}"#,
+        r#"{"webhook":{"url":"http://x/","token":"t"}}"#,
+    ] {
+        rows.push(put("default", body).fails(422, "validation_failed"));
+    }
+    let template = format!("{template}/test");
+    let test = |id: &str| Case::new("POST", &template, &format!("{}/test", path(id)));
+    rows.push(test("nobody").fails(404, "tenant_not_found"));
+    rows.push(test("default").fails(409, "nothing_to_test"));
     rows
 }
 

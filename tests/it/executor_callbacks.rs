@@ -20,7 +20,7 @@ use rungate::outbound::{Purpose, Reach, Rules};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use crate::world::{Ledger, PYTHON, World, service_rules};
+use crate::world::{Ledger, PYTHON, World, no_notices, service_rules};
 
 type Seen = (String, HashMap<String, String>, String);
 
@@ -71,6 +71,8 @@ impl Callbacks {
             container_gateway_url: String::new(),
             ledger: world.ledger,
             callbacks: Rules::new(Purpose::Callbacks, reach, Vec::new()),
+            notices: no_notices(),
+            ntfy_token: Arc::new(|_, _| None),
             services: service_rules(),
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
             job_token: Arc::new(|_, _| None),

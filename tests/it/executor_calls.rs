@@ -18,7 +18,9 @@ use rungate::outbound::{Lookup, Purpose, Reach, Rules};
 use tokio::sync::{Semaphore, mpsc, watch};
 use uuid::Uuid;
 
-use crate::world::{Ledger, PATIENCE, World, external, is_healthy, service, service_rules, soon};
+use crate::world::{
+    Ledger, PATIENCE, World, external, is_healthy, no_notices, service, service_rules, soon,
+};
 
 /// A service: answers by the payload's text, and remembers what it was asked.
 #[derive(Clone)]
@@ -144,6 +146,8 @@ impl Calls {
             container_gateway_url: String::new(),
             ledger: world.ledger,
             callbacks: Rules::new(Purpose::Callbacks, Reach::Public, Vec::new()),
+            notices: no_notices(),
+            ntfy_token: Arc::new(|_, _| None),
             services,
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
             job_token: Arc::new(|dispatch, lasting| {

@@ -152,6 +152,22 @@ const ROWS: &[Row] = &[
     ("POST", "/admin/tenants", admin(200)),
     ("GET", "/admin/tenants/{tenant_id}", managers(404, 200)),
     ("PATCH", "/admin/tenants/{tenant_id}", admin(200)),
+    (
+        "GET",
+        "/admin/tenants/{tenant_id}/notify",
+        managers(404, 200),
+    ),
+    (
+        "PUT",
+        "/admin/tenants/{tenant_id}/notify",
+        managers(404, 200),
+    ),
+    // Nothing is set there, which those who manage the tenant are told.
+    (
+        "POST",
+        "/admin/tenants/{tenant_id}/notify/test",
+        managers(404, 409),
+    ),
     ("GET", "/admin/runtime-reservations", admin(200)),
     (
         "POST",
@@ -437,6 +453,7 @@ fn body_of(method: &str, path: &str, id: &str) -> Value {
         ("POST", "/admin/users/{user_id}/password") => json!({"password": null}),
         ("POST", "/admin/tenants") => json!({"tenant_id": new}),
         ("PATCH", "/admin/tenants/{tenant_id}") => json!({"weight": 200}),
+        ("PUT", "/admin/tenants/{tenant_id}/notify") => json!({"ntfy": null}),
         ("POST", "/admin/runtime-reservations/{runtime_id}/transfer") => {
             json!({"tenant_id": "globex", "confirm_runtime_id": id, "target_user_id": "gus"})
         }

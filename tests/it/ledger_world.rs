@@ -14,6 +14,7 @@ use rungate::domain::identity::{
     Scope as TokenScope, TokenHash, TokenKey, UserKey,
 };
 use rungate::domain::ids::{Generation, PlaneId, RunId};
+use rungate::domain::notify::{Channel, Notice, Notify, Ntfy, Webhook};
 use rungate::domain::record::NewRecord;
 use rungate::domain::spec::{
     GpuFacts, GpuSource, Grant, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
@@ -357,6 +358,7 @@ pub fn one_of_each() -> Vec<Event> {
     events.extend(logins());
     events.extend(tenants());
     events.extend(containers());
+    events.extend(notifications());
     events
 }
 
@@ -847,6 +849,43 @@ fn tenants() -> Vec<Event> {
                 ledger_bytes: Some(1 << 30),
                 requests_per_minute: Some(600),
             },
+        },
+    ]
+}
+
+/// What tenants are told.
+fn notifications() -> Vec<Event> {
+    vec![
+        Event::TenantNotifyChanged {
+            tenant: "acme".into(),
+            notify: Notify {
+                ntfy: Some(Ntfy {
+                    url: "https://ntfy.sh".into(),
+                    topic: "acme-7Qm2x9Lb4T".into(),
+                    events: Notice::OF_NTFY.to_vec(),
+                    by_settings: true,
+                }),
+                webhook: Some(Webhook {
+                    url: "https://example.org/runs".into(),
+                    events: Notice::OF_RUNS.to_vec(),
+                }),
+            },
+        },
+        Event::NotificationTestAsked {
+            tenant: "acme".into(),
+        },
+        Event::NotificationAttempted {
+            tenant: "acme".into(),
+            channel: Channel::Webhook,
+            of: 300,
+            run: Some(run_id(1)),
+            number: 2,
+            status: Some(503),
+            error: Some("it answered 503".to_owned()),
+            delivered: false,
+            next_at: Timestamp(START.0 + 7),
+            pause_until: Timestamp(START.0 + 8),
+            given_up_to: Some(299),
         },
     ]
 }

@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::support::scripted::Scripted;
 use crate::support::{Gateway, Options};
-use crate::world::{Ledger, World, service_rules};
+use crate::world::{Ledger, World, no_notices, service_rules};
 
 /// Spellings of this machine, private networks, and clouds' metadata. `PORT` is that of a listener.
 const TARGETS: &[&str] = &[
@@ -143,6 +143,8 @@ impl Callbacks {
             container_gateway_url: String::new(),
             ledger: world.ledger,
             callbacks: rules,
+            notices: no_notices(),
+            ntfy_token: Arc::new(|_, _| None),
             services: service_rules(),
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
             job_token: Arc::new(|_, _| None),

@@ -13,13 +13,14 @@ use rungate::clock::now;
 use rungate::domain::command::Command;
 use rungate::domain::event::Exit;
 use rungate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
+use rungate::domain::notify::Notify;
 use rungate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 use rungate::domain::time::Timestamp;
 use rungate::driver::{
     Credentials, Driver, DriverOptions, Mark, NotTaken, Outcomes, ProbeTimings, Sink, Tasks,
     marked_by,
 };
-use rungate::executor::{CallbackBody, Source, SourceError};
+use rungate::executor::{CallbackBody, NoticeFacts, Source, SourceError};
 use rungate::outbound::{Purpose, Reach, Rules};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::watch;
@@ -200,6 +201,14 @@ impl Source for Ledger {
     fn callback_body(&self, _: PlaneId, run: RunId) -> Result<Option<CallbackBody>, SourceError> {
         Ok(self.ended.lock().unwrap().get(&run).cloned())
     }
+
+    fn notify(&self, _: &str) -> Result<Notify, SourceError> {
+        Ok(Notify::default())
+    }
+
+    fn notice_facts(&self, _: PlaneId, _: RunId) -> Result<Option<NoticeFacts>, SourceError> {
+        Ok(None)
+    }
 }
 
 /// A directory, a ledger's id, and one driver at a time.
@@ -334,6 +343,11 @@ fn driver(data_dir: PathBuf, ledger: Uuid, probes: ProbeTimings) -> (Driver, Arc
 }
 
 /// As the gateway has them by default.
+/// For executors that tell nobody.
+pub fn no_notices() -> Rules {
+    Rules::new(Purpose::Notifications, Reach::Public, Vec::new())
+}
+
 pub fn service_rules() -> Rules {
     Rules::new(Purpose::Services, Reach::PublicAndPrivate, Vec::new())
 }

@@ -82,6 +82,12 @@ fn weak_settings(config: &Config) -> Vec<Finding> {
             "callback_allow_private = false, unless every caller may reach them anyway",
         );
     }
+    if config.notify_allow_private {
+        warn(
+            "administrators of every tenant may have the gateway call this machine and its private networks",
+            "notify_allow_private = false, and notify_allow_networks for the servers that are meant",
+        );
+    }
     if config.operators_may_run_commands {
         warn(
             "operators of every tenant may run programs as the gateway's user",

@@ -25,6 +25,7 @@ impl Context<'_> {
         if half_life_ms != self.state.accounts.half_life_ms {
             events.push(Event::ShareHalfLifeChanged { half_life_ms });
         }
+        events.extend(self.notify_by_settings());
         for run in self.active_runs() {
             let Some(job) = self.state.jobs.get(run) else {
                 continue;

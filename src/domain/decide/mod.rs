@@ -4,6 +4,7 @@ mod gateway;
 mod inbox;
 mod instance;
 mod job;
+mod notify;
 mod service;
 mod tenant;
 mod tick;
@@ -116,6 +117,7 @@ pub fn decide(
             status,
             error,
         } => Ok(cx.callback_tried(run, number, status, error)),
+        Command::NoticeTried(tried) => Ok(cx.notice_tried(*tried)),
         Command::PreemptExecute { service, preemptor } => {
             cx.preempt_execute(origin.plane, &service, preemptor)
         }

@@ -30,8 +30,8 @@ impl Context<'_> {
         if !create && !known && !has_users() {
             return Err(IdentityRejection::TenantNotFound);
         }
-        if !known && people.tenants.len() >= MAX_TENANTS {
-            return Err(IdentityRejection::TooManyTenants(MAX_TENANTS));
+        if !known {
+            self.room_for_tenant()?;
         }
         let old = people.tenant_profile(&tenant);
         let kept = people.tenants.get(&tenant).map(|known| known.allowance);
@@ -57,6 +57,14 @@ impl Context<'_> {
             events.push(Event::TenantAllowanceChanged { tenant, allowance });
         }
         Ok(events)
+    }
+
+    /// Whether something may be said of one tenant more.
+    pub(super) fn room_for_tenant(&self) -> Result<(), IdentityRejection> {
+        match self.state.people.tenants.len() < MAX_TENANTS {
+            true => Ok(()),
+            false => Err(IdentityRejection::TooManyTenants(MAX_TENANTS)),
+        }
     }
 
     /// The change of a user's quotas, if it is one.

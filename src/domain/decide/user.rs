@@ -66,6 +66,8 @@ impl Context<'_> {
                 change,
                 create,
             } => self.set_tenant(tenant, change, create),
+            IdentityCommand::SetNotify { tenant, change } => self.set_notify(tenant, change),
+            IdentityCommand::TestNotify { tenant } => self.test_notify(tenant),
         };
         events.map(Decision::done)
     }

@@ -4,6 +4,7 @@
 pub mod account;
 pub mod gpu;
 pub mod job;
+pub mod notices;
 pub mod service;
 mod tenancy;
 pub mod timers;
@@ -18,6 +19,7 @@ use smol_str::SmolStr;
 use self::account::Accounts;
 use self::gpu::{Gpu, Hold};
 use self::job::{Callback, Job};
+use self::notices::Notices;
 use self::service::{Retired, Service};
 use self::timers::Timers;
 use self::user::People;
@@ -54,6 +56,8 @@ pub struct State {
     pub retired: BTreeMap<ServiceName, Retired>,
     /// Outcomes still to be delivered.
     pub callbacks: BTreeMap<RunId, Callback>,
+    /// What tenants are still to be told.
+    pub notices: Notices,
     /// Users, their tokens and runtimes.
     pub people: People,
     /// What tenants and users have, and had lately.
@@ -103,6 +107,7 @@ impl PartialEq for State {
             && self.holds == other.holds
             && self.retired == other.retired
             && self.callbacks == other.callbacks
+            && self.notices.lines == other.notices.lines
             && self.people == other.people
             && self.accounts == other.accounts
             && self.engine == other.engine
@@ -123,6 +128,7 @@ struct SnapshotRef<'a> {
     holds: &'a BTreeMap<ServiceName, Hold>,
     retired: &'a BTreeMap<ServiceName, Retired>,
     callbacks: &'a BTreeMap<RunId, Callback>,
+    notices: &'a Notices,
     people: &'a People,
     accounts: &'a Accounts,
     engine: &'a Engine,
@@ -142,6 +148,7 @@ struct SnapshotOwned {
     holds: BTreeMap<ServiceName, Hold>,
     retired: BTreeMap<ServiceName, Retired>,
     callbacks: BTreeMap<RunId, Callback>,
+    notices: Notices,
     people: People,
     accounts: Accounts,
     engine: Engine,
@@ -173,6 +180,7 @@ impl State {
             holds: &self.holds,
             retired: &self.retired,
             callbacks: &self.callbacks,
+            notices: &self.notices,
             people: &self.people,
             accounts: &self.accounts,
             engine: &self.engine,
@@ -195,6 +203,7 @@ impl State {
         state.holds = snapshot.holds;
         state.retired = snapshot.retired;
         state.callbacks = snapshot.callbacks;
+        state.notices = snapshot.notices;
         state.people = snapshot.people;
         state.accounts = snapshot.accounts;
         state.engine = snapshot.engine;
@@ -271,6 +280,7 @@ impl State {
             | Event::TenantCreated { .. }
             | Event::TenantUpdated { .. }
             | Event::TenantAllowanceChanged { .. }
+            | Event::TenantNotifyChanged { .. }
             | Event::UserQuotasChanged { .. }
             | Event::UserAllowanceChanged { .. }
             | Event::ShareHalfLifeChanged { .. } => self.apply_people(at, event),
@@ -283,6 +293,8 @@ impl State {
             | Event::InstanceSignalled { .. }
             | Event::InstanceUnhealthy { .. }
             | Event::RunPurged { .. }
+            | Event::NotificationTestAsked { .. }
+            | Event::NotificationAttempted { .. }
             | Event::WriteAudited { .. } => {}
             Event::JobQueued { .. }
             | Event::JobDispatched { .. }
@@ -303,6 +315,7 @@ impl State {
             Event::PayloadsPurged { bytes, .. } => self.give_back(plane, *bytes),
             of_machine => self.apply_machine(at, of_machine),
         }
+        self.apply_notices(seq, at, plane, event);
     }
 
     /// Applies an event about services, their instances and GPUs.

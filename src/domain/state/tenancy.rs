@@ -11,6 +11,7 @@ use super::user::People;
 use crate::domain::event::Event;
 use crate::domain::identity::{User, UserKey};
 use crate::domain::ids::{PlaneId, RunId};
+use crate::domain::notify::Notify;
 use crate::domain::scheduler::fair::Shares;
 use crate::domain::spec::Target;
 use crate::domain::tenant::{DEFAULT_TENANT, DEFAULT_WEIGHT, Holder, QuotaHit, TenantProfile};
@@ -21,6 +22,11 @@ impl People {
     pub fn weight_of(&self, tenant: &str) -> u32 {
         let tenant = self.tenants.get(tenant);
         tenant.map_or(DEFAULT_WEIGHT, |tenant| tenant.profile.weight)
+    }
+
+    /// Where a tenant is told of its runs; `None` where nothing was ever said of the tenant.
+    pub fn notify_of(&self, tenant: &str) -> Option<&Notify> {
+        self.tenants.get(tenant).map(|tenant| &tenant.notify)
     }
 
     /// What was decided about a tenant, or the defaults.

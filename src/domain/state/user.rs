@@ -12,6 +12,7 @@ use crate::domain::identity::{
     TokenKey, User, UserKey,
 };
 use crate::domain::ids::PlaneId;
+use crate::domain::notify::Notify;
 use crate::domain::tenant::{Allowance, Quotas, Tenant, UserAllowance};
 use crate::domain::time::Timestamp;
 
@@ -70,7 +71,8 @@ pub fn subject(event: &Event) -> Option<Subject> {
         | Event::SessionsEnded { key } => Subject::Credentials(key.clone()),
         Event::TenantCreated { tenant, .. }
         | Event::TenantUpdated { tenant, .. }
-        | Event::TenantAllowanceChanged { tenant, .. } => Subject::Tenant(tenant.clone()),
+        | Event::TenantAllowanceChanged { tenant, .. }
+        | Event::TenantNotifyChanged { tenant, .. } => Subject::Tenant(tenant.clone()),
         Event::UserAllowanceChanged { key, .. } => Subject::User(key.clone()),
         Event::UserQuotasChanged { key, .. } => Subject::Quotas(key.clone()),
         _ => return None,
@@ -216,6 +218,12 @@ pub fn fold_tenant(tenant: Option<Tenant>, event: &Event, at: Timestamp) -> Opti
             updated_at: at,
             // Until something was said of it, it was enabled.
             era: u64::from(!profile.enabled),
+            notify: Notify::default(),
+        }),
+        Event::TenantNotifyChanged { notify, .. } => tenant.map(|tenant| Tenant {
+            notify: notify.clone(),
+            updated_at: at,
+            ..tenant
         }),
         Event::TenantAllowanceChanged { allowance, .. } => tenant.map(|tenant| Tenant {
             allowance: *allowance,

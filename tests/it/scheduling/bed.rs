@@ -171,6 +171,7 @@ impl Bed {
             );
             self.effects.push(effect);
         }
+        self.effects.extend(self.state.begun_notices());
         self.log.push(Entry {
             seq,
             at: self.now,

@@ -139,6 +139,7 @@ impl Watch {
             }
             Event::JobOutcomeStale { .. }
             | Event::CallbackAttempted { .. }
+            | Event::NotificationAttempted { .. }
             | Event::RunPurged { .. }
             | Event::CommandAccepted { .. }
             | Event::CommandApplied { .. }

@@ -370,6 +370,7 @@ pub fn effect(names: &Names, effect: &Effect) -> String {
                 time(*deadline)
             )
         }
+        Effect::SendNotice(notice) => format!("tell {} of record {}", notice.tenant, notice.of),
         Effect::SendCallback {
             run,
             number,

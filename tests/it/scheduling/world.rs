@@ -94,6 +94,8 @@ impl World {
                 Effect::SendCallback { run, number, .. } => {
                     self.pending.push(Pending::Callback { run, number });
                 }
+                // Nobody is told here.
+                Effect::SendNotice(_) => {}
             }
         }
     }

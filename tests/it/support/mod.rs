@@ -51,7 +51,7 @@ impl Options {
 /// A running gateway and its data.
 pub struct Gateway {
     dir: TempDir,
-    options: Options,
+    pub options: Options,
     addr: SocketAddr,
     child: Option<Child>,
     http: reqwest::Client,
@@ -82,7 +82,7 @@ pub fn binary() -> &'static Path {
 
 /// A free port that the kernel gives to nobody's outgoing connection while the gateway is down
 /// (`net.ipv4.ip_local_port_range` begins at 32768).
-fn free_port() -> u16 {
+pub fn free_port() -> u16 {
     loop {
         let port = 10_000 + (uuid::Uuid::new_v4().as_fields().1 % 20_000);
         if TcpListener::bind(("127.0.0.1", port)).is_ok() {
