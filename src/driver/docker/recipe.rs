@@ -141,7 +141,7 @@ impl Recipe<'_> {
         Ok(HostConfig {
             cap_drop: Some(vec!["ALL".into()]),
             cap_add: Some(rules.capabilities.clone()),
-            security_opt: Some(vec!["no-new-privileges:true".into()]),
+            security_opt: Some(vec!["no-new-privileges".into()]),
             readonly_rootfs: Some(!rules.writable_root),
             tmpfs: Some(HashMap::from([("/tmp".into(), TMP_OPTIONS.into())])),
             pids_limit: Some(signed(rules.pids_max)),
@@ -332,7 +332,7 @@ mod tests {
         assert_eq!(host.cap_drop, Some(vec!["ALL".to_owned()]));
         assert_eq!(
             host.security_opt,
-            Some(vec!["no-new-privileges:true".to_owned()])
+            Some(vec!["no-new-privileges".to_owned()])
         );
         assert_eq!((host.readonly_rootfs, host.privileged), (Some(true), None));
         assert_eq!(

@@ -1,6 +1,8 @@
 //! Services in real containers, on the engine of this machine. `tests/run` installs and starts one, and makes the images
 //! (`tests/docker/images`); without them these tests fail.
 
+mod chaos;
+mod daemon;
 mod engine;
 mod faults;
 mod refusals;

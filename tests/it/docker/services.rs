@@ -42,7 +42,7 @@ async fn a_job_starts_a_container_of_an_image_and_its_service_removes_it() {
     let hardened = inspected(&id, "{{json .HostConfig}}");
     let host: Value = serde_json::from_str(&hardened).unwrap();
     assert_eq!(host["CapDrop"], json!(["ALL"]));
-    assert_eq!(host["SecurityOpt"], json!(["no-new-privileges:true"]));
+    assert_eq!(host["SecurityOpt"], json!(["no-new-privileges"]));
     assert_eq!(
         (&host["ReadonlyRootfs"], &host["Privileged"]),
         (&json!(true), &json!(false))
