@@ -467,6 +467,7 @@ fn executor(
             services: service_rules(config),
             credentials: Arc::new(InstanceTokens::new(work.clone(), &config.data_dir)),
             meter: Arc::new(Unmetered),
+            cuda_checkpoint: config.cuda_checkpoint.clone(),
         },
         outcomes.clone(),
         tasks.clone(),

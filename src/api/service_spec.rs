@@ -72,6 +72,8 @@ pub fn read_new(fields: &Fields) -> Result<ServiceSpec, ApiError> {
         grace_ms: DEFAULT_GRACE_MS,
         startup_timeout_ms: DEFAULT_STARTUP_MS,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     };
     apply(fields, &mut spec);
     fields.finish()?;

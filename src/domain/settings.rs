@@ -35,6 +35,8 @@ pub struct Settings {
     pub callback_max_delay_ms: u64,
     /// Milliseconds after which a callback is given up.
     pub callback_give_up_ms: u64,
+    /// MiB of GPU memory that sleeping instances may keep in host memory, all together.
+    pub sleep_host_max_mib: u64,
 }
 
 impl Default for Settings {
@@ -56,6 +58,7 @@ impl Default for Settings {
             callback_base_ms: 5_000,
             callback_max_delay_ms: 3_600_000,
             callback_give_up_ms: 24 * 3_600_000,
+            sleep_host_max_mib: 32_768,
         }
     }
 }

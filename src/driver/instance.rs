@@ -30,6 +30,8 @@ pub(super) struct Found {
     pub process: Option<ProcessIdentity>,
     /// It was being stopped.
     pub stop_at: Option<Timestamp>,
+    /// It sleeps, or is on its way to or from sleep.
+    pub asleep: bool,
 }
 
 /// What the first good health answer means.
@@ -96,7 +98,8 @@ impl Instance {
             self.slot.stop.send_replace(Some(stop_at));
         }
         if let Worker::External { url } = &spec.worker {
-            return self.external(url, &spec, First::Adopted { pid: 0 }).await;
+            let first = self.first(found.asleep, 0);
+            return self.external(url, &spec, first).await;
         }
         let Some(process) = self.look_for(found.process.clone()).await else {
             self.report_exited(Exit::Unknown);
@@ -105,8 +108,21 @@ impl Instance {
         if found.process.is_none() {
             self.report_spawned(&process);
         }
-        let pid = process.pid;
-        self.live(process, &spec, First::Adopted { pid }).await;
+        let first = self.first(found.asleep, process.pid);
+        self.live(process, &spec, first).await;
+    }
+
+    /// What is found asleep is adopted at once: it need not answer.
+    fn first(&self, asleep: bool, pid: u32) -> First {
+        if !asleep {
+            return First::Adopted { pid };
+        }
+        self.outcomes.report(Command::InstanceAdopted {
+            service: self.service.clone(),
+            generation: self.generation,
+            pid,
+        });
+        First::Told
     }
 
     /// Stops what bears this generation's mark, if anything does.
@@ -172,6 +188,7 @@ impl Instance {
                 working_dir,
                 port,
                 grants: &grants,
+                mps_percent: spec.mps_percent,
                 token_file: &token_file,
                 log,
             };

@@ -2,9 +2,10 @@
 //! requests, reports outcomes as commands, decides nothing about when.
 //!
 //! `instance` one life from start to release, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
-//! `orphans` what nobody knows any more, `logs` their output, `meter` their GPU memory, `outcome` the seam to the coordinator, `tasks` spawning.
+//! `orphans` what nobody knows any more, `cuda` GPU memory taken to the host, `logs` their output, `meter` their GPU memory, `outcome` the seam to the coordinator, `tasks` spawning.
 
 mod credentials;
+mod cuda;
 mod health;
 mod http;
 mod instance;
@@ -21,10 +22,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::{fs, io};
 
+use rustix::process::Signal;
 use smol_str::SmolStr;
 use uuid::Uuid;
 
 pub use credentials::Credentials;
+pub use cuda::CudaError;
 pub use health::ProbeTimings;
 pub use http::{error_text, join};
 pub use logs::{LogError, LogLine, Logs};
@@ -40,6 +43,7 @@ use crate::domain::spec::{Grant, ServiceSpec};
 use crate::domain::time::Timestamp;
 use crate::outbound::{GuardedClient, Rules};
 use instance::{Found, Instance};
+use process::Process;
 use table::Table;
 
 /// What a driver is made of.
@@ -53,6 +57,8 @@ pub struct DriverOptions {
     pub services: Rules,
     pub credentials: Arc<dyn Credentials>,
     pub meter: Arc<dyn Meter>,
+    /// The program `cuda-checkpoint`, as a path or to be found in PATH.
+    pub cuda_checkpoint: String,
 }
 
 /// Why no driver could be made.
@@ -81,11 +87,8 @@ struct Shared {
     logs: Logs,
     outcomes: Outcomes,
     credentials: Arc<dyn Credentials>,
-    #[expect(
-        dead_code,
-        reason = "read by the release of an instance, which is on its way"
-    )]
     meter: Arc<dyn Meter>,
+    cuda_checkpoint: String,
     tasks: Tasks,
     table: Table,
 }
@@ -124,6 +127,7 @@ impl Driver {
             outcomes,
             credentials: options.credentials,
             meter: options.meter,
+            cuda_checkpoint: options.cuda_checkpoint,
             tasks,
             table: Table::default(),
         };
@@ -163,12 +167,35 @@ impl Driver {
         stop_at: Option<Timestamp>,
     ) {
         if let Some(instance) = Instance::enter(&self.shared, &spec.name, generation) {
-            let found = Found { process, stop_at };
+            let found = Found {
+                process,
+                stop_at,
+                asleep: false,
+            };
             self.shared
                 .tasks
                 .spawn("instance", instance.find(Arc::new(spec), found));
         } else if let Some(stop_at) = stop_at {
             self.shared.table.stop(&spec.name, generation, stop_at);
+        }
+    }
+
+    /// Looks for an instance that slept, or was on its way to or from sleep, and adopts it as that: it need not be healthy.
+    pub fn find_asleep(
+        &self,
+        spec: ServiceSpec,
+        generation: Generation,
+        process: Option<ProcessIdentity>,
+    ) {
+        if let Some(instance) = Instance::enter(&self.shared, &spec.name, generation) {
+            let found = Found {
+                process,
+                stop_at: None,
+                asleep: true,
+            };
+            self.shared
+                .tasks
+                .spawn("instance", instance.find(Arc::new(spec), found));
         }
     }
 
@@ -189,6 +216,28 @@ impl Driver {
     /// Where an instance is reached; `None` before it was spawned and after it was released.
     pub fn endpoint(&self, service: &ServiceName, generation: Generation) -> Option<Arc<Endpoint>> {
         self.shared.table.endpoint(service, generation)
+    }
+
+    /// Sends a signal (`SIGUSR1` or `SIGUSR2`) to an instance's process group. Tells whether anyone was there.
+    pub async fn signal(
+        &self,
+        service: &ServiceName,
+        generation: Generation,
+        signal: &str,
+    ) -> bool {
+        let signal = match signal {
+            "SIGUSR1" => Signal::USR1,
+            "SIGUSR2" => Signal::USR2,
+            _ => return false,
+        };
+        let mark = self.shared.mark(service, generation);
+        blocking(move || Process::find(&mark).is_some_and(|process| process.signal_group(signal)))
+            .await
+    }
+
+    /// What is measured of instances' GPU memory.
+    pub fn meter(&self) -> &dyn Meter {
+        &*self.shared.meter
     }
 
     /// The services' output.

@@ -1,12 +1,13 @@
 //! Performs what committed events imply and reports each outcome as a command. Decides nothing: an effect
 //! carries all that it needs, and whether an outcome still matters is the coordinator's to say.
 //!
-//! `calls` jobs' calls and their stopping, `answer` what counts as an answer, `progress` polling, `callback`
+//! `calls` jobs' calls and their stopping, `answer` what counts as an answer, `progress` polling, `ladder` checkpoints, sleep and waking, `callback`
 //! telling others how a run ended, `owed` when that is due, `webhook` signing it.
 
 mod answer;
 mod callback;
 mod calls;
+mod ladder;
 mod owed;
 mod progress;
 mod webhook;
@@ -139,9 +140,11 @@ impl Executor {
                 grants: _,
                 process,
                 stop_at,
-            } => {
-                driver.find(*spec, generation, process, stop_at);
-            }
+                asleep,
+            } => match asleep {
+                true => driver.find_asleep(*spec, generation, process),
+                false => driver.find(*spec, generation, process, stop_at),
+            },
             Effect::SweepOrphans { live } => driver.sweep_orphans(live),
             // Simulated memory is free when the processes are gone; which GPUs it was on does not matter.
             Effect::WatchRelease {
@@ -182,6 +185,9 @@ impl Executor {
                 // Nobody sends any more when the gateway stops; it is owed after the next start.
                 let _ = self.inner.callbacks.send(try_);
             }
+            Effect::AskCheckpoint(asking) => ladder::ask_checkpoint(&self.inner, *asking),
+            Effect::TakeMemory(taking) => ladder::take_memory(&self.inner, *taking),
+            Effect::WakeInstance(waking) => ladder::wake(&self.inner, *waking),
         }
     }
 

@@ -92,6 +92,8 @@ pub fn service(name: &str) -> ServiceSpec {
         grace_ms: 5_000,
         startup_timeout_ms: 60_000,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     }
 }
 

@@ -327,6 +327,7 @@ fn driver(data_dir: PathBuf, ledger: Uuid, probes: ProbeTimings) -> (Driver, Arc
         services: service_rules(),
         credentials: Arc::new(Files(data_dir.join("tokens"))),
         meter: Arc::new(rungate::driver::Unmetered),
+        cuda_checkpoint: "cuda-checkpoint".to_owned(),
     };
     let driver = Driver::new(options, Outcomes::new(recorder.clone()), tasks.clone()).unwrap();
     (driver, recorder, tasks)
@@ -406,5 +407,7 @@ fn spec(worker: Worker) -> ServiceSpec {
         grace_ms: 500,
         startup_timeout_ms: 20_000,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     }
 }

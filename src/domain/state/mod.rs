@@ -5,6 +5,7 @@ pub mod account;
 pub mod gpu;
 pub mod job;
 pub mod service;
+pub mod sleep;
 mod tenancy;
 pub mod timers;
 pub mod user;
@@ -143,7 +144,7 @@ struct SnapshotOwned {
 }
 
 /// What a snapshot's bytes begin with. One of another form is passed over: the events say the same.
-const SNAPSHOT_FORM: &[u8; 8] = b"rgstate3";
+const SNAPSHOT_FORM: &[u8; 8] = b"rgstate4";
 
 impl State {
     /// An empty State. `ageing_ms_per_level` orders the queue (`Settings`).
@@ -291,7 +292,11 @@ impl State {
             | Event::JobCompleted { .. }
             | Event::JobFailed { .. }
             | Event::JobCancelled { .. }
-            | Event::JobRevived { .. } => self.apply_job(seq, at, plane, event),
+            | Event::JobRevived { .. }
+            | Event::LadderStepBegan { run: Some(_), .. }
+            | Event::LadderStepEnded { run: Some(_), .. } => {
+                self.apply_job(seq, at, plane, event);
+            }
             Event::CallbackAttempted { .. } => self.apply_callback(event),
             Event::PayloadsPurged { bytes, .. } => self.give_back(plane, *bytes),
             of_machine => self.apply_machine(at, of_machine),
@@ -316,7 +321,11 @@ impl State {
             | Event::InstanceDraining { .. }
             | Event::InstanceStopRequested { .. }
             | Event::InstanceExited { .. }
-            | Event::InstanceReleased { .. } => self.apply_instance(at, event),
+            | Event::InstanceReleased { .. }
+            | Event::LadderStepBegan { .. }
+            | Event::LadderStepEnded { .. }
+            | Event::InstanceSlept { .. }
+            | Event::InstanceWakeRequested { .. } => self.apply_instance(at, event),
             Event::RoomHeld { .. }
             | Event::RoomReleased { .. }
             | Event::GpusListed { .. }

@@ -45,6 +45,11 @@ pub enum InstancePhase {
     Stopping,
     /// Gone, its memory not yet seen to be free.
     Exited,
+    /// Its memory is being taken by a step of its ladder.
+    Yielding,
+    /// It lives without its GPU memory.
+    Sleeping,
+    Waking,
 }
 
 /// One life of a service's process.
@@ -59,6 +64,10 @@ pub struct InstanceView {
     /// Milliseconds from the start's request to the first good health answer.
     pub startup_ms: Option<u64>,
     pub process: Option<ProcessIdentity>,
+    /// Since when it sleeps.
+    pub asleep_since: Option<Timestamp>,
+    /// MiB of it that lie in host memory meanwhile.
+    pub host_mib: u64,
 }
 
 /// A data plane.
@@ -159,6 +168,8 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
             ready_at: None,
             startup_ms: None,
             process: None,
+            asleep_since: None,
+            host_mib: 0,
         });
         return;
     }
@@ -185,13 +196,18 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
             });
         }
         Event::InstanceReady { startup_ms, .. } => {
+            current.asleep_since = None;
+            current.host_mib = 0;
             current.phase = InstancePhase::Ready;
             current.ready_at = Some(at);
             current.startup_ms = Some(*startup_ms);
         }
         Event::InstanceAdopted { .. } => {
-            current.phase = InstancePhase::Ready;
-            current.ready_at = current.ready_at.or(Some(at));
+            // One that sleeps is found as that.
+            if current.asleep_since.is_none() && current.phase != InstancePhase::Yielding {
+                current.phase = InstancePhase::Ready;
+                current.ready_at = current.ready_at.or(Some(at));
+            }
         }
         Event::InstanceUnhealthy { .. } => current.phase = InstancePhase::Unhealthy,
         Event::InstanceDraining { .. } => current.phase = InstancePhase::Draining,
@@ -204,6 +220,31 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
             view.deaths = *deaths;
         }
         Event::InstanceReleased { .. } => view.instance = None,
+        _ => sleep(current, event, at),
+    }
+}
+
+/// Steps of ladders, sleep and waking.
+fn sleep(current: &mut InstanceView, event: &Event, at: Timestamp) {
+    match event {
+        Event::LadderStepBegan {
+            run: None, step, ..
+        } if step.takes_memory() => {
+            current.phase = InstancePhase::Yielding;
+        }
+        Event::InstanceSlept {
+            grants, host_mib, ..
+        } => {
+            current.phase = InstancePhase::Sleeping;
+            current.grants = grants.clone();
+            current.asleep_since = Some(at);
+            current.host_mib = *host_mib;
+        }
+        Event::InstanceWakeRequested { grants, cause, .. } => {
+            current.phase = InstancePhase::Waking;
+            current.grants = grants.clone();
+            current.cause = *cause;
+        }
         _ => {}
     }
 }

@@ -24,7 +24,7 @@ pub fn config() -> Config {
         .unwrap_or(CASES);
     Config {
         cases,
-        max_shrink_iters: 20_000,
+        max_shrink_iters: 1_500,
         failure_persistence: None,
         ..Config::default()
     }
