@@ -47,6 +47,7 @@ mod held;
 mod idempotency;
 mod job;
 mod json;
+mod ladder;
 mod ledger;
 mod ledger_tools;
 pub mod limits;
