@@ -105,7 +105,12 @@ fn read_step(fields: &Fields, grace_ms: u64) -> Option<Step> {
         given.unwrap_or(default)
     };
     let (members, step): (&[&str], Option<Step>) = match name.as_str() {
-        "drain" => (&["seconds"], Some(Step::Drain { ms: limit(DRAIN_MS) })),
+        "drain" => (
+            &["seconds"],
+            Some(Step::Drain {
+                ms: limit(DRAIN_MS),
+            }),
+        ),
         "checkpoint" => {
             let ms = limit(CHECKPOINT_MS);
             let ask = read_ask(fields);
@@ -121,7 +126,12 @@ fn read_step(fields: &Fields, grace_ms: u64) -> Option<Step> {
             let ms = limit(MEMORY_MS);
             (&["seconds"], Some(Step::CudaCheckpoint { ms }))
         }
-        "stop" => (&["seconds"], Some(Step::Stop { ms: limit(grace_ms) })),
+        "stop" => (
+            &["seconds"],
+            Some(Step::Stop {
+                ms: limit(grace_ms),
+            }),
+        ),
         "kill" => (&[], Some(Step::Kill)),
         "" => return None,
         _ => {
@@ -237,7 +247,10 @@ mod tests {
             assert_eq!(error.code.as_str(), "validation_failed", "{wrong}");
         }
         for wrong in ["0", "101", "\"5\"", "2.5"] {
-            assert!(read(&format!(r#""mps_percent":{wrong}"#)).is_err(), "{wrong}");
+            assert!(
+                read(&format!(r#""mps_percent":{wrong}"#)).is_err(),
+                "{wrong}"
+            );
         }
     }
 }

@@ -16,15 +16,27 @@ use super::time::Timestamp;
 #[serde(rename_all = "snake_case")]
 pub enum Step {
     /// The run may finish.
-    Drain { ms: u64 },
+    Drain {
+        ms: u64,
+    },
     /// The service is asked to save the run's checkpoint.
-    Checkpoint { ask: Ask, ms: u64 },
+    Checkpoint {
+        ask: Ask,
+        ms: u64,
+    },
     /// The service gives its GPU memory back and keeps its process.
-    Sleep { call: SleepCall, ms: u64 },
+    Sleep {
+        call: SleepCall,
+        ms: u64,
+    },
     /// The driver takes the GPU memory of its processes to the host.
-    CudaCheckpoint { ms: u64 },
+    CudaCheckpoint {
+        ms: u64,
+    },
     /// TERM, or the request to stop a run; what is left at the end is killed.
-    Stop { ms: u64 },
+    Stop {
+        ms: u64,
+    },
     Kill,
 }
 

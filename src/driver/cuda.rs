@@ -51,7 +51,9 @@ impl Driver {
         generation: Generation,
         limit: Instant,
     ) -> Result<(), CudaError> {
-        let pids = self.cuda_pids(service, generation, "running", limit).await?;
+        let pids = self
+            .cuda_pids(service, generation, "running", limit)
+            .await?;
         for &pid in &pids {
             if procfs::stat(pid).is_some_and(|stat| matches!(stat.state, 'T' | 't')) {
                 return Err(CudaError::Frozen { pid });

@@ -339,9 +339,10 @@ mod tests {
             mib: 1,
         });
         let file = Path::new("/t");
-        let seen: std::collections::HashMap<_, _> = environment(&mark, &own, 8123, (&grants, None), file)
-            .into_iter()
-            .collect();
+        let seen: std::collections::HashMap<_, _> =
+            environment(&mark, &own, 8123, (&grants, None), file)
+                .into_iter()
+                .collect();
         assert_eq!(seen["CUDA_VISIBLE_DEVICES"], "SIM-0,SIM-1");
         assert_eq!(seen["PORT"], "8123");
         assert_eq!(seen["MODEL"], "m");

@@ -13,6 +13,7 @@ use rungate::domain::identity::{
     Scope as TokenScope, TokenHash, TokenKey, UserKey,
 };
 use rungate::domain::ids::{Generation, PlaneId, RunId};
+use rungate::domain::ladder::{SleepCall, Step, StepOutcome};
 use rungate::domain::record::NewRecord;
 use rungate::domain::spec::{
     GpuFacts, GpuSource, Grant, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
@@ -357,6 +358,7 @@ pub fn one_of_each() -> Vec<Event> {
     events.extend(people());
     events.extend(logins());
     events.extend(tenants());
+    events.extend(ladders());
     events
 }
 
@@ -827,6 +829,59 @@ fn tenants() -> Vec<Event> {
                 ledger_bytes: Some(1 << 30),
                 requests_per_minute: Some(600),
             },
+        },
+    ]
+}
+
+fn ladders() -> Vec<Event> {
+    let run = run_id(1);
+    let grants = vec![Grant {
+        gpu: "GPU-1".into(),
+        mib: 1_024,
+    }];
+    vec![
+        Event::LadderStepBegan {
+            service: "svc".into(),
+            generation: Generation(2),
+            run: Some(run),
+            attempt: 2,
+            cause: Some(StopCause::Idle),
+            number: 1,
+            step: Step::Sleep {
+                call: SleepCall {
+                    level: 1,
+                    path: "/sleep?level=1".into(),
+                    wake_path: "/wake_up".into(),
+                    is_sleeping_path: Some("/is_sleeping".into()),
+                },
+                ms: 30_000,
+            },
+            deadline: START + 30_000,
+        },
+        Event::LadderStepEnded {
+            service: "svc".into(),
+            generation: Generation(2),
+            run: None,
+            number: 1,
+            step: "sleep".into(),
+            outcome: StepOutcome::Failed,
+            error: Some("it answered 500".into()),
+            took_ms: 1_500,
+            freed_mib: 1_024,
+        },
+        Event::InstanceSlept {
+            service: "svc".into(),
+            generation: Generation(2),
+            step: Step::CudaCheckpoint { ms: 10_000 },
+            grants: grants.clone(),
+            host_mib: 7_168,
+        },
+        Event::InstanceWakeRequested {
+            service: "svc".into(),
+            generation: Generation(2),
+            grants,
+            cause: StartCause::Scheduler,
+            deadline: START + 60_000,
         },
     ]
 }

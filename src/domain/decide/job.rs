@@ -283,7 +283,8 @@ impl Context<'_> {
         confirmed: bool,
     ) -> Vec<Event> {
         let ended = match &job.rung {
-            Some(rung) if rung.step.part() > 0 => StepOutcome::Done,
+            Some(rung) if rung.step.part() > 0 && self.now <= rung.deadline => StepOutcome::Done,
+            Some(rung) if rung.step.part() > 0 => StepOutcome::TimedOut,
             _ => StepOutcome::Interrupted,
         };
         let mut events = self.step_cut_off(run, job, ended);

@@ -92,9 +92,18 @@ impl Context<'_> {
     }
 
     /// A checkpoint that was asked for has come: the step is done.
-    pub(super) fn with_checkpoint(&self, run: RunId, job: &Job, saved: Event, body: Bytes) -> Decision {
+    pub(super) fn with_checkpoint(
+        &self,
+        run: RunId,
+        job: &Job,
+        saved: Event,
+        body: Bytes,
+    ) -> Decision {
         let asked = matches!(&job.phase, Phase::Stopping { .. })
-            && job.rung.as_ref().is_some_and(|rung| rung.step.name() == "checkpoint");
+            && job
+                .rung
+                .as_ref()
+                .is_some_and(|rung| rung.step.name() == "checkpoint");
         let mut decision = Decision::with(saved, body, Reply::Done);
         if asked {
             let next = self.next_step(run, job, (StepOutcome::Done, None));
@@ -150,7 +159,14 @@ impl Context<'_> {
             return events;
         }
         let of = (entry, instance);
-        events.extend(next_of_instance(self.state, self.settings, of, cause, rung.number, self.now));
+        events.extend(next_of_instance(
+            self.state,
+            self.settings,
+            of,
+            cause,
+            rung.number,
+            self.now,
+        ));
         events
     }
 

@@ -37,13 +37,7 @@ pub fn stop_job(
     match (&job.phase, &job.rung) {
         (_, Some(rung)) if is_cancelled && rung.step.part() == 0 => {
             let mut events = vec![requested(now + spec.stop_ms())];
-            events.extend(ended_of_run(
-                run,
-                job,
-                StepOutcome::Interrupted,
-                None,
-                now,
-            ));
+            events.extend(ended_of_run(run, job, StepOutcome::Interrupted, None, now));
             events.extend(began_of_run(run, job, spec.stop_step(), now));
             events
         }
@@ -124,7 +118,15 @@ pub fn leave(
     now: Timestamp,
 ) -> Option<Vec<Event>> {
     let steps = service.spec.steps_of_instance(cause);
-    descend(state, settings, (service, instance), cause, steps, now, true)
+    descend(
+        state,
+        settings,
+        (service, instance),
+        cause,
+        steps,
+        now,
+        true,
+    )
 }
 
 /// What follows a step that did not take an instance's memory.
@@ -221,7 +223,9 @@ fn host_room<'a>(
             None => on_its_way = true,
         }
     }
-    let longest = sleepers.into_iter().min_by_key(|(since, name, _)| (*since, *name));
+    let longest = sleepers
+        .into_iter()
+        .min_by_key(|(since, name, _)| (*since, *name));
     match longest {
         _ if on_its_way => HostRoom::After(None),
         Some((_, name, instance)) => HostRoom::After(Some((name, instance))),
@@ -293,13 +297,30 @@ pub fn ended_of_instance(
 }
 
 /// The same step once more.
-pub fn again(service: &Service, instance: &Instance, cause: &StopCause, now: Timestamp) -> Option<Event> {
+pub fn again(
+    service: &Service,
+    instance: &Instance,
+    cause: &StopCause,
+    now: Timestamp,
+) -> Option<Event> {
     let rung = instance.rung.as_ref()?;
-    Some(began(service, instance, cause, rung.number, rung.step.clone(), now))
+    Some(began(
+        service,
+        instance,
+        cause,
+        rung.number,
+        rung.step.clone(),
+        now,
+    ))
 }
 
 /// The last steps: TERM now, KILL when the time of `stop` is over. Where a ladder was declared they are steps of it.
-pub fn stop(service: &Service, instance: &Instance, cause: StopCause, now: Timestamp) -> Vec<Event> {
+pub fn stop(
+    service: &Service,
+    instance: &Instance,
+    cause: StopCause,
+    now: Timestamp,
+) -> Vec<Event> {
     let mut events = vec![upkeep::stop(service, instance, cause.clone(), now)];
     if !service.spec.ladder.is_empty() {
         let (number, step) = service.spec.stop_step();

@@ -275,9 +275,9 @@ fn may_start(service: &Service, now: Timestamp) -> bool {
 
 /// A sleeping instance whose own GPUs are taken, while the service would fit elsewhere: it ends, to be started there.
 fn give_up_sleep(state: &State, startable: &[&Service], now: Timestamp) -> Option<Vec<Event>> {
-    let service = startable.iter().find(|service| {
-        service.sleeping().is_some() && placement::fit_elsewhere(state, service)
-    })?;
+    let service = startable
+        .iter()
+        .find(|service| service.sleeping().is_some() && placement::fit_elsewhere(state, service))?;
     let instance = service.instance.as_ref()?;
     Some(ladder::stop(service, instance, StopCause::Idle, now))
 }

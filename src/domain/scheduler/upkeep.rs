@@ -168,7 +168,10 @@ fn instance_upkeep(
         InstancePhase::Asleep => {
             let asleep = instance.asleep.as_ref()?;
             // It takes nothing any more, or its GPUs are gone.
-            let cause = match (service.enabled, placement::could_wake(state, service, asleep)) {
+            let cause = match (
+                service.enabled,
+                placement::could_wake(state, service, asleep),
+            ) {
                 (false, _) => StopCause::Disabled,
                 (true, false) => StopCause::Idle,
                 (true, true) => return None,

@@ -69,9 +69,7 @@ impl State {
             })
             .sum();
         let remains = own.map_or(0, |own| self.remains_mib(own, gpu));
-        signed(entry.usable_mib()) + signed(remains)
-            - signed(entry.reserved_mib)
-            - signed(held)
+        signed(entry.usable_mib()) + signed(remains) - signed(entry.reserved_mib) - signed(held)
     }
 
     /// MiB of `gpu` that a hold's victims will give back: those that are leaving.

@@ -168,9 +168,7 @@ impl Instance {
     pub fn is_coming(&self) -> bool {
         matches!(
             self.phase,
-            InstancePhase::Starting { .. }
-                | InstancePhase::Finding
-                | InstancePhase::Waking { .. }
+            InstancePhase::Starting { .. } | InstancePhase::Finding | InstancePhase::Waking { .. }
         )
     }
 }

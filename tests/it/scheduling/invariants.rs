@@ -235,8 +235,10 @@ impl Watch {
                     // What one that sleeps keeps is no whole GPU any more.
                     let has_all = instance.asleep.is_none()
                         || matches!(instance.phase, InstancePhase::Waking { .. });
-                    has_all && self.whole
-                        .contains(&(service.spec.name.clone(), instance.generation))
+                    has_all
+                        && self
+                            .whole
+                            .contains(&(service.spec.name.clone(), instance.generation))
                 })
             });
             hold!(

@@ -504,7 +504,8 @@ impl Script {
                 attempt: self.attempt(line),
                 number: line.number("step").unwrap_or_else(|| {
                     let job = self.bed.state.jobs.get(&self.run(line.name()));
-                    job.and_then(|job| job.rung.as_ref()).map_or(0, |rung| rung.number)
+                    job.and_then(|job| job.rung.as_ref())
+                        .map_or(0, |rung| rung.number)
                 }),
                 outcome: step_outcome(line),
                 error: None,
@@ -613,7 +614,10 @@ fn ladder(text: &str) -> Vec<Step> {
             _ => panic!("'{name}' is no step"),
         }
     };
-    text.split(',').filter(|text| *text != "none").map(step).collect()
+    text.split(',')
+        .filter(|text| *text != "none")
+        .map(step)
+        .collect()
 }
 
 /// `acme/ann`.

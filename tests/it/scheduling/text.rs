@@ -235,9 +235,9 @@ fn ladder(name: Name, event: &Event) -> Option<String> {
             deadline,
             ..
         } => {
-            let cause = cause
-                .as_ref()
-                .map_or(String::new(), |cause| format!(", {}", stop_of_instance(cause)));
+            let cause = cause.as_ref().map_or(String::new(), |cause| {
+                format!(", {}", stop_of_instance(cause))
+            });
             format!(
                 "{}: step {number} {} begins{cause}, by {}",
                 whose(service, generation, run),
