@@ -160,7 +160,7 @@ impl ServiceSpec {
     /// The steps that end what a run does, in order and with their places; `stop` is the last.
     pub fn steps_of_run(&self, cause: &JobStopCause) -> Vec<(u32, Step)> {
         let wanted = |step: &Step| match (step, cause) {
-            // Whoever cancels or pauses it does not want to wait, and one that is cancelled needs no checkpoint.
+            // Only who gives way for another may finish; who is cancelled needs no checkpoint.
             (Step::Drain { .. }, JobStopCause::Preempt { .. } | JobStopCause::Yield) => true,
             (Step::Checkpoint { .. }, cause) => !matches!(cause, JobStopCause::Cancel { .. }),
             _ => false,
@@ -169,6 +169,12 @@ impl ServiceSpec {
         steps.retain(|(_, step)| wanted(step));
         steps.push(self.stop_step());
         steps
+    }
+
+    /// Milliseconds that the stop of a run may take at most.
+    pub fn longest_stop_ms(&self) -> u64 {
+        let steps = self.steps_of_run(&JobStopCause::Yield);
+        steps.iter().map(|(_, step)| step.limit_ms()).sum()
     }
 
     /// The steps that take an instance's memory, in order and with their places, when it leaves for that cause.
