@@ -643,8 +643,15 @@ impl Event {
             | Event::InstanceReleased {
                 service,
                 generation,
-            }
-            | Event::LadderStepBegan {
+            } => Some((service, *generation)),
+            _ => self.ladder(),
+        }
+    }
+
+    /// The service whose ladder or sleep this event is about, if any.
+    fn ladder(&self) -> Option<(&ServiceName, Generation)> {
+        match self {
+            Event::LadderStepBegan {
                 service,
                 generation,
                 ..

@@ -112,7 +112,7 @@ impl Context<'_> {
                     _ => Vec::new(),
                 }
             }
-            _ => Vec::new(),
+            of_ladder => self.ladder_outcome(of_ladder),
         }
     }
 

@@ -132,9 +132,6 @@ pub fn decide(
         Command::GatewayStarted { epoch, version } => Ok(cx.gateway_started(epoch, version)),
         Command::GatewayStopped => Ok(cx.gateway_stopped()),
         Command::Tick => Ok(Decision::done(Vec::new())),
-        step @ (Command::LadderStepTried { .. } | Command::InstanceWoken { .. }) => {
-            Ok(Decision::done(cx.ladder_outcome(step)))
-        }
         outcome => Ok(cx.instance_outcome(outcome)),
     }
 }

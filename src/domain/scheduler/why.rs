@@ -343,7 +343,7 @@ fn asleep(state: &State, service: &Service) -> Blocking {
         .unwrap_or_default();
     let missing = grants.iter().find_map(|grant| {
         let free = state.available_mib_besides(&grant.gpu, Some(name));
-        (free < grant.mib).then(|| (grant, free))
+        (free < grant.mib).then_some((grant, free))
     });
     let detail = match missing {
         Some((grant, free)) => format!(

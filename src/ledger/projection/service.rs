@@ -196,19 +196,13 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
             });
         }
         Event::InstanceReady { startup_ms, .. } => {
-            current.asleep_since = None;
-            current.host_mib = 0;
             current.phase = InstancePhase::Ready;
             current.ready_at = Some(at);
             current.startup_ms = Some(*startup_ms);
+            current.asleep_since = None;
+            current.host_mib = 0;
         }
-        Event::InstanceAdopted { .. } => {
-            // One that sleeps is found as that.
-            if current.asleep_since.is_none() && current.phase != InstancePhase::Yielding {
-                current.phase = InstancePhase::Ready;
-                current.ready_at = current.ready_at.or(Some(at));
-            }
-        }
+        Event::InstanceAdopted { .. } => adopted(current, at),
         Event::InstanceUnhealthy { .. } => current.phase = InstancePhase::Unhealthy,
         Event::InstanceDraining { .. } => current.phase = InstancePhase::Draining,
         Event::InstanceStopRequested { .. } => current.phase = InstancePhase::Stopping,
@@ -221,6 +215,14 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
         }
         Event::InstanceReleased { .. } => view.instance = None,
         _ => sleep(current, event, at),
+    }
+}
+
+/// One that sleeps, or is on its way there, is found as that.
+fn adopted(current: &mut InstanceView, at: Timestamp) {
+    if current.asleep_since.is_none() && current.phase != InstancePhase::Yielding {
+        current.phase = InstancePhase::Ready;
+        current.ready_at = current.ready_at.or(Some(at));
     }
 }
 
