@@ -331,7 +331,7 @@ dir=$(dirname "$0")
 case "$1 $2" in
     "--get-state --pid") cat "$dir/state.$3" 2>/dev/null || echo running; exit ;;
     "--action lock") state=locked ;;
-    "--action checkpoint") state=checkpointed ;;
+    "--action checkpoint") [ -e "$dir/refuses" ] && echo "out of memory" >&2 && exit 1; state=checkpointed ;;
     "--action restore") state=locked ;;
     "--action unlock") state=running ;;
     *) exit 1 ;;
@@ -340,13 +340,17 @@ echo "$2 $4" >> "$dir/calls"
 echo $state > "$dir/state.$4"
 "#;
 
+fn cuda_checkpoint(dir: &Path) -> String {
+    let program = dir.join("cuda-checkpoint");
+    std::fs::write(&program, CUDA_CHECKPOINT).unwrap();
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+    program.display().to_string()
+}
+
 #[tokio::test]
 async fn the_vendors_program_takes_memory_and_gives_it_back_process_by_process() {
     let dir = tempfile::tempdir().unwrap();
-    let program = dir.path().join("cuda-checkpoint");
-    std::fs::write(&program, CUDA_CHECKPOINT).unwrap();
-    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let program = program.display().to_string();
+    let program = cuda_checkpoint(dir.path());
     let gateway = with_gpu(&[("RUNGATE_CUDA_CHECKPOINT", &program)]).await;
     let members = json!({"vram_gb": 16, "ladder": [{"step": "cuda-checkpoint", "seconds": 20}]});
     gateway
@@ -365,6 +369,30 @@ async fn the_vendors_program_takes_memory_and_gives_it_back_process_by_process()
     let expected =
         ["lock", "checkpoint", "restore", "unlock"].map(|action| format!("{action} {pid}"));
     assert_eq!(calls, expected);
+}
+
+#[tokio::test]
+async fn a_process_whose_memory_cannot_be_taken_is_unlocked_again_and_stopped() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = cuda_checkpoint(dir.path());
+    std::fs::write(dir.path().join("refuses"), "").unwrap();
+    let gateway = with_gpu(&[("RUNGATE_CUDA_CHECKPOINT", &program)]).await;
+    let members = json!({"vram_gb": 16, "ladder": [{"step": "cuda-checkpoint", "seconds": 20}]});
+    gateway
+        .register(worker_service(&gateway, "w", "w", members))
+        .await;
+    let first = gateway.start_job(quick("w", 3)).await;
+    gateway.run_becomes(&first, "completed").await;
+    gateway.service_becomes("w", "/instance", Value::Null).await;
+    let calls = std::fs::read_to_string(dir.path().join("calls")).unwrap();
+    let actions: Vec<&str> = calls
+        .lines()
+        .filter_map(|line| line.split(' ').next())
+        .collect();
+    assert_eq!(actions, ["lock", "unlock"]);
+    let records = gateway.service_records("w").await;
+    let steps = [("cuda-checkpoint", "failed"), ("stop", "done")];
+    assert_eq!(ends(&records), pairs(&steps));
 }
 
 #[tokio::test]
