@@ -10,11 +10,9 @@ use crate::domain::state::sleep::Asleep;
 /// GPUs for an instance of `service` out of what is available now; `None` when it does not fit.
 /// Empty when it needs none. The service's own hold counts as available.
 pub fn fit(state: &State, service: &Service) -> Option<Vec<Grant>> {
-    if !service.spec.needs_gpu() {
-        return Some(Vec::new());
-    }
     match service.sleeping() {
         Some(asleep) => fit_again(state, service, asleep),
+        None if !service.spec.needs_gpu() => Some(Vec::new()),
         None => fit_anew(state, service),
     }
 }
@@ -72,6 +70,9 @@ pub fn could_wake(state: &State, service: &Service, asleep: &Asleep) -> bool {
 
 /// Whether a sleeping service would fit if it were started anew, what it still holds not being counted on.
 pub fn fit_elsewhere(state: &State, service: &Service) -> bool {
+    if !service.spec.needs_gpu() {
+        return true;
+    }
     let need = service.need_mib();
     let own = &service.spec.name;
     let free = |uuid: &GpuUuid| {

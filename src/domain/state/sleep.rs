@@ -70,11 +70,12 @@ impl State {
         asleep.map_or(0, |instance| mib_on(&instance.grants, gpu))
     }
 
-    /// Room in host memory may have come: instances that wait for it to be put to sleep are looked at.
+    /// Room in host memory may have come, or GPUs have gone: instances that may sleep, or do, are looked at.
     pub(super) fn look_at_leaving(&mut self) {
         let waits = |service: &&Service| {
             let may_sleep = service.spec.ladder.iter().any(Step::takes_memory);
-            may_sleep && service.instance.is_some()
+            let instance = service.instance.as_ref();
+            instance.is_some_and(|instance| may_sleep || instance.asleep.is_some())
         };
         let waiting = self.services.values().filter(waits);
         self.touched.extend(waiting.map(|s| s.spec.name.clone()));
