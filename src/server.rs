@@ -480,6 +480,7 @@ fn executor(
             credentials: Arc::new(InstanceTokens::new(work.clone(), &config.data_dir)),
             docker: docker_options(config),
             meter: Arc::new(Unmetered),
+            cuda_checkpoint: config.cuda_checkpoint.clone(),
         },
         outcomes.clone(),
         tasks.clone(),

@@ -97,6 +97,8 @@ fn service(n: usize) -> ServiceSpec {
         grace_ms: 5_000,
         startup_timeout_ms: 60_000,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     }
 }
 

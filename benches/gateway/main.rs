@@ -13,6 +13,7 @@ mod jobs;
 mod logins;
 mod machine;
 mod memory;
+mod preemption;
 mod replay;
 mod report;
 mod scale;
@@ -58,9 +59,10 @@ struct Arguments {
 type Measure = fn(&mut Context, &Scale) -> Result<(), Failure>;
 
 /// What is measured, in this order: what wants a quiet machine first.
-const GROUPS: [(&str, Measure); 7] = [
+const GROUPS: [(&str, Measure); 8] = [
     ("starts", starts::measure),
     ("commands", commands::measure),
+    ("preemption", preemption::measure),
     ("followers", followers::measure),
     ("logins", logins::measure),
     ("decisions", decisions::measure),

@@ -49,6 +49,7 @@ mod idempotency;
 mod image_spec;
 mod job;
 mod json;
+mod ladder;
 mod ledger;
 mod ledger_tools;
 pub mod limits;

@@ -26,7 +26,7 @@ use crate::coordinator::SubmitError;
 use crate::domain::command::{Command, Rejection, Reply};
 use crate::domain::event::{Event, Exit};
 use crate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
-use crate::ledger::{InstancePhase, Ledger, Scope, ServiceView};
+use crate::ledger::{InstancePhase, InstanceView, Ledger, Scope, ServiceView};
 
 /// The routes of this file, at the root and under `/api/gateway`.
 pub fn router() -> Routes {
@@ -205,8 +205,10 @@ pub async fn control(
         answer => return answer,
     };
     let gone = wait(app, name, app.config.service_stop_wait, |view| {
-        view.is_none_or(|view| view.instance.is_none())
-            .then_some(())
+        let instance = view.and_then(|view| view.instance.as_ref());
+        // One that has fallen asleep leaves no more.
+        let stays = |i: &InstanceView| i.phase != InstancePhase::Sleeping;
+        (!instance.is_some_and(stays)).then_some(())
     });
     match gone.await? {
         Some(()) => submit(app, caller, command).await,

@@ -5,6 +5,7 @@ use super::error::ApiError;
 use super::fields::{Fields, TextRule};
 use super::image_spec;
 use super::job::{MAX_NAME_CHARS, read_url};
+use super::ladder;
 use crate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 
 /// Longest service name, so that it fits file names with an ending.
@@ -75,6 +76,8 @@ pub fn read_new(fields: &Fields) -> Result<ServiceSpec, ApiError> {
         grace_ms: DEFAULT_GRACE_MS,
         startup_timeout_ms: DEFAULT_STARTUP_MS,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     };
     apply(fields, &mut spec);
     fields.finish()?;
@@ -178,6 +181,7 @@ fn apply_ours(fields: &Fields, spec: &mut ServiceSpec) {
     if let Some(ms) = fields.seconds_as_ms("min_runtime_seconds", 0.0..=DAY_S) {
         spec.min_runtime_ms = Some(ms);
     }
+    ladder::apply(fields, spec);
 }
 
 /// How it comes to life: `command` with `env` and `working_dir`, `image` with what goes with it, `url`, or none of them for a
@@ -322,7 +326,7 @@ fn apply_optional_path(fields: &Fields, name: &str, slot: &mut Option<String>) {
 }
 
 /// A path on the service: begins with one '/', has no white space, no '..', no fragment.
-fn read_path(fields: &Fields, name: &str) -> Option<String> {
+pub(super) fn read_path(fields: &Fields, name: &str) -> Option<String> {
     let text = fields.text(name, TextRule::name(MAX_PATH_CHARS))?;
     let before_query = text.split('?').next().unwrap_or_default();
     let sound = text.starts_with('/')

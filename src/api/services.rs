@@ -16,6 +16,7 @@ use super::error::ApiError;
 use super::examples;
 use super::fields::Fields;
 use super::guard::Caller;
+use super::ladder::LadderStep;
 use super::query::Query;
 use super::routes::Routes;
 use super::run_view::seconds;
@@ -93,6 +94,10 @@ pub struct Service {
     pub grace_seconds: f64,
     pub startup_timeout_seconds: f64,
     pub min_runtime_seconds: Option<f64>,
+    /// How its memory is got back, step by step; empty stops it at once.
+    pub ladder: Vec<LadderStep>,
+    /// Percent of a GPU's threads that it may use under MPS.
+    pub mps_percent: Option<u8>,
     /// The most that an instance was seen to use, when that is more than `vram_gb`.
     pub learned_vram_gb: Option<f64>,
     pub active_job_ids: Vec<String>,
@@ -109,7 +114,7 @@ pub struct Service {
 #[derive(Serialize, ToSchema)]
 pub struct Instance {
     pub generation: u64,
-    /// `starting`, `ready`, `unhealthy`, `draining`, `stopping` or `exited`.
+    /// `starting`, `ready`, `unhealthy`, `draining`, `yielding`, `sleeping`, `waking`, `stopping` or `exited`.
     #[schema(value_type = String)]
     pub phase: InstancePhase,
     pub pid: Option<u32>,
@@ -126,6 +131,11 @@ pub struct Instance {
     pub ready_at: Option<Timestamp>,
     pub startup_time_s: Option<f64>,
     pub gpus: Vec<GpuGrant>,
+    /// Since when it sleeps: it lives, and holds no more GPU memory than `gpus` says.
+    #[schema(value_type = Option<String>)]
+    pub asleep_since: Option<Timestamp>,
+    /// What it has in host memory meanwhile.
+    pub host_memory_mb: u64,
 }
 
 /// GPU memory that an instance holds.
@@ -159,6 +169,8 @@ impl From<&InstanceView> for Instance {
             ready_at: view.ready_at,
             startup_time_s: view.startup_ms.map(seconds),
             gpus: view.grants.iter().map(GpuGrant::from).collect(),
+            asleep_since: view.asleep_since,
+            host_memory_mb: view.host_mib,
         }
     }
 }
@@ -185,8 +197,8 @@ pub fn is_healthy(view: &ServiceView) -> bool {
 /// The contract's `scheduler_status`.
 pub fn scheduler_status(view: &ServiceView) -> &'static str {
     match view.instance.as_ref().map(|instance| instance.phase) {
-        Some(InstancePhase::Starting) => "starting",
-        Some(InstancePhase::Stopping) => "stopping",
+        Some(InstancePhase::Starting | InstancePhase::Waking) => "starting",
+        Some(InstancePhase::Stopping | InstancePhase::Yielding) => "stopping",
         Some(InstancePhase::Draining) => "draining",
         _ if !view.active_runs.is_empty() => "busy",
         _ => "idle",
@@ -252,6 +264,8 @@ impl Service {
             grace_seconds: seconds(spec.grace_ms),
             startup_timeout_seconds: seconds(spec.startup_timeout_ms),
             min_runtime_seconds: spec.min_runtime_ms.map(seconds),
+            ladder: spec.ladder.iter().map(LadderStep::from).collect(),
+            mps_percent: spec.mps_percent,
             learned_vram_gb: view.learned_mib.map(gib),
             active_job_ids,
             crash_looped: view.crash_looped.clone(),
@@ -436,6 +450,11 @@ pub struct ServiceRequest {
     pub grace_seconds: Option<f64>,
     pub startup_timeout_seconds: Option<f64>,
     pub min_runtime_seconds: Option<f64>,
+    /// How its memory is got back, step by step.
+    #[schema(value_type = Option<Vec<Object>>)]
+    pub ladder: Option<Vec<LadderStep>>,
+    /// Percent of a GPU's threads that it may use under MPS; its grant is the limit of its memory there.
+    pub mps_percent: Option<u8>,
 }
 
 /// Register a service.

@@ -141,6 +141,12 @@ pub struct Register {
     /// Seconds that a job runs before it may be preempted
     #[arg(long, value_name = "SECONDS")]
     min_runtime_seconds: Option<f64>,
+    /// How its memory is got back, as JSON: [{"step": "sleep"}, {"step": "stop"}]
+    #[arg(long, value_name = "JSON", value_parser = json_value)]
+    ladder: Option<Value>,
+    /// Percent of a GPU's threads that it may use under MPS
+    #[arg(long, value_name = "PERCENT")]
+    mps_percent: Option<u8>,
     /// Change the service of this name
     #[arg(long)]
     replace: bool,
@@ -236,6 +242,8 @@ impl Register {
             self.startup_timeout_seconds.map(number),
         );
         set("min_runtime_seconds", self.min_runtime_seconds.map(number));
+        set("ladder", self.ladder);
+        set("mps_percent", self.mps_percent.map(Value::from));
         set(
             "command",
             (!self.command.is_empty()).then(|| json!(self.command)),
@@ -254,6 +262,10 @@ fn number(seconds: f64) -> Value {
         true => Value::from(seconds as u64),
         false => Value::from(seconds),
     }
+}
+
+fn json_value(text: &str) -> Result<Value, String> {
+    serde_json::from_str(text).map_err(|error| error.to_string())
 }
 
 /// `NAME=VALUE`.
@@ -301,6 +313,9 @@ fn row(name: &str, service: &Value) -> Vec<String> {
     row.extend(COLUMNS.iter().map(|column| text(service, column)));
     if text(service, "container_running") == "false" {
         row[3] = "stopped".to_owned();
+    }
+    if service["instance"]["phase"] == "sleeping" {
+        row[3] = "sleeping".to_owned();
     }
     row
 }

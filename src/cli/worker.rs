@@ -13,8 +13,9 @@ use crate::worker::Gateway;
 
 #[derive(Args, Debug)]
 #[command(after_help = "\
-Serves GET /health, POST /process and POST /cancel on 127.0.0.1. A payload is
-  {\"files\": [PATH…], \"chunk_bytes\": N, \"delay_ms\": N}     text statistics, in chunks
+Serves GET /health, POST /process, /cancel, /checkpoint, /sleep and /wake_up, and GET /is_sleeping on
+127.0.0.1; SIGUSR1 saves a checkpoint of every job. A payload is
+  {\"files\": [PATH…], \"chunk_bytes\": N, \"delay_ms\": N, \"checkpoint_ms\": N}     text statistics, in chunks
   {\"operation\": \"sleep\", \"ms\": N}    {\"operation\": \"fail\"}    {\"operation\": \"exit\", \"code\": N}
 
 Progress and checkpoints go to RUNGATE_GATEWAY_URL with the token that each job brings along, else with

@@ -204,6 +204,10 @@ settings! {
         "Longest such delay, in milliseconds.";
     callback_give_up_ms: u64, "RUNGATE_CALLBACK_GIVE_UP_MS", &[], SPAN, defaults().callback_give_up_ms.to_string(),
         "Milliseconds after which a callback is given up.";
+    sleep_host_max_mib: u64, "RUNGATE_SLEEP_HOST_MAX_MIB", &[], (0, 1 << 30), defaults().sleep_host_max_mib.to_string(),
+        "MiB of GPU memory that sleeping services may keep in host memory, all together; 0 lets none.";
+    cuda_checkpoint: String, "RUNGATE_CUDA_CHECKPOINT", &[], ANY, "cuda-checkpoint".to_owned(),
+        "Program of the ladders' step `cuda-checkpoint`, as a path or to be found in PATH.";
     signing_key_max_age_ms: u64, "RUNGATE_SIGNING_KEY_MAX_AGE_MS", &[], SPAN, "2592000000".to_owned(),
         "Milliseconds after which job tokens are signed with a new key.";
     sso_issuer: String, "RUNGATE_SSO_ISSUER", &[], ANY, String::new(),
@@ -271,6 +275,7 @@ impl Config {
                 let url = self.ntfy_url.trim_end_matches('/');
                 (url.into(), self.ntfy_topic.as_str().into())
             }),
+            sleep_host_max_mib: self.sleep_host_max_mib,
         }
     }
 

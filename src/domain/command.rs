@@ -9,8 +9,9 @@ use super::container::{ContainerFacts, Engine};
 use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::ladder::StepOutcome;
 use super::notify::Channel;
-use super::spec::{GpuFacts, JobSpec, Priority, ServiceSpec};
+use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
 use super::tenant::{QuotaHit, Tenancy};
 use super::time::Timestamp;
 
@@ -159,6 +160,24 @@ pub enum Command {
     /// Whether the container engine answers.
     EngineSeen {
         engine: Engine,
+    },
+    /// A step of a ladder is over: of an attempt of a run, or of the instance itself (`None` and 0).
+    LadderStepTried {
+        service: ServiceName,
+        generation: Generation,
+        run: Option<RunId>,
+        attempt: Attempt,
+        number: u32,
+        outcome: StepOutcome,
+        error: Option<String>,
+        /// GPU memory that its processes hold now; `None` where that cannot be measured.
+        held: Option<Vec<Grant>>,
+    },
+    /// A sleeping instance was woken and answers; or why it does not.
+    InstanceWoken {
+        service: ServiceName,
+        generation: Generation,
+        error: Option<String>,
     },
     CallbackTried {
         run: RunId,

@@ -5,6 +5,7 @@ use smol_str::SmolStr;
 
 use super::event::{Event, JobStopCause};
 use super::ids::{Attempt, Generation, PlaneId, RunId, Seq, ServiceName};
+use super::ladder::{Ask, Step};
 use super::notify::{Destination, Notice};
 use super::spec::{Grant, ServiceSpec};
 use super::state::State;
@@ -41,6 +42,8 @@ pub enum Effect {
         container: Option<SmolStr>,
         /// It was being stopped: go on stopping it rather than adopt it.
         stop_at: Option<Timestamp>,
+        /// It sleeps, or is being put to sleep or woken: it need not be healthy.
+        asleep: bool,
     },
     /// After a restart: stop every process that bears this gateway's mark and is none of `live`.
     SweepOrphans {
@@ -64,6 +67,12 @@ pub enum Effect {
         reason: &'static str,
         deadline: Timestamp,
     },
+    /// Ask a service to save a run's checkpoint. Outcome: `LadderStepTried`, unless the checkpoint itself comes before.
+    AskCheckpoint(Box<AskCheckpoint>),
+    /// Take an instance's GPU memory and leave it alive. Outcome: `LadderStepTried`.
+    TakeMemory(Box<TakeMemory>),
+    /// Give a sleeping instance its memory again. Outcome: `InstanceWoken`.
+    WakeInstance(Box<WakeInstance>),
     /// Post the outcome of an ended run, not before `not_before`. Outcome: `CallbackTried`.
     SendCallback {
         plane: PlaneId,
@@ -109,6 +118,38 @@ pub struct Dispatch {
     /// The last checkpoint's seq, offered as `X-Rungate-Checkpoint`.
     pub checkpoint: Option<Seq>,
     pub timeout_ms: u64,
+}
+
+/// A checkpoint that is asked for, as the step `number` of a ladder.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AskCheckpoint {
+    pub run: RunId,
+    pub attempt: Attempt,
+    pub service: ServiceName,
+    pub generation: Generation,
+    pub number: u32,
+    pub ask: Ask,
+    pub deadline: Timestamp,
+}
+
+/// A step of an instance's ladder that takes what it was granted.
+#[derive(Clone, Debug, PartialEq)]
+pub struct TakeMemory {
+    pub service: ServiceName,
+    pub generation: Generation,
+    pub number: u32,
+    pub step: Step,
+    pub grants: Vec<Grant>,
+    pub deadline: Timestamp,
+}
+
+/// An instance that sleeps by `step`, to be woken.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WakeInstance {
+    pub service: ServiceName,
+    pub generation: Generation,
+    pub step: Step,
+    pub deadline: Timestamp,
 }
 
 /// What tells a process from a later one with the same pid.
@@ -173,11 +214,91 @@ pub fn implied(state: &State, event: &Event) -> Option<Effect> {
             attempt,
             cause,
             deadline,
-        } => stop_call(*run, *attempt, state.jobs.get(run)?, cause, *deadline),
+        } => {
+            let job = state.jobs.get(run)?;
+            // A declared ladder says when its call is ended.
+            let (service, _) = job.place()?;
+            let ladder = &state.services.get(service)?.spec.ladder;
+            let at_once = ladder.is_empty();
+            at_once.then(|| stop_call(*run, *attempt, job, cause, *deadline))?
+        }
+        Event::LadderStepBegan { .. } | Event::InstanceWakeRequested { .. } => {
+            of_ladder(state, event)
+        }
         Event::JobCompleted { run, .. }
         | Event::JobFailed { run, .. }
         | Event::JobCancelled { run, .. }
         | Event::CallbackAttempted { run, .. } => callback(state, *run),
+        _ => None,
+    }
+}
+
+fn of_ladder(state: &State, event: &Event) -> Option<Effect> {
+    match event {
+        Event::LadderStepBegan {
+            service,
+            generation,
+            run: Some(run),
+            attempt,
+            number,
+            step,
+            deadline,
+            ..
+        } => {
+            let job = state.jobs.get(run)?;
+            match (step, &job.phase) {
+                (Step::Checkpoint { ask, .. }, _) => {
+                    Some(Effect::AskCheckpoint(Box::new(AskCheckpoint {
+                        run: *run,
+                        attempt: *attempt,
+                        service: service.clone(),
+                        generation: *generation,
+                        number: *number,
+                        ask: ask.clone(),
+                        deadline: *deadline,
+                    })))
+                }
+                (Step::Stop { .. } | Step::Kill, Phase::Stopping { cause, .. }) => {
+                    stop_call(*run, *attempt, job, cause, *deadline)
+                }
+                _ => None,
+            }
+        }
+        Event::LadderStepBegan {
+            service,
+            generation,
+            run: None,
+            number,
+            step,
+            deadline,
+            ..
+        } => {
+            let instance = state.services.get(service)?.instance.as_ref()?;
+            step.takes_memory().then(|| {
+                Effect::TakeMemory(Box::new(TakeMemory {
+                    service: service.clone(),
+                    generation: *generation,
+                    number: *number,
+                    step: step.clone(),
+                    grants: instance.grants.clone(),
+                    deadline: *deadline,
+                }))
+            })
+        }
+        Event::InstanceWakeRequested {
+            service,
+            generation,
+            deadline,
+            ..
+        } => {
+            let instance = state.services.get(service)?.instance.as_ref()?;
+            Some(Effect::WakeInstance(Box::new(WakeInstance {
+                service: service.clone(),
+                generation: *generation,
+                step: instance.asleep.as_ref()?.step.clone(),
+                deadline: *deadline,
+            })))
+        }
         _ => None,
     }
 }
@@ -267,5 +388,9 @@ fn find_instance(service: &Service, instance: &Instance) -> Effect {
         process: instance.process.clone(),
         container: instance.container.as_ref().map(|seen| seen.id.clone()),
         stop_at,
+        asleep: matches!(
+            instance.phase,
+            InstancePhase::Yielding { .. } | InstancePhase::Asleep | InstancePhase::Waking { .. }
+        ),
     }
 }

@@ -14,6 +14,7 @@ use super::identity::{
     NewToken, PasswordHash, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
 };
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::ladder::{Step, StepOutcome};
 use super::notify::{Channel, Notify};
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
 use super::tenant::{Allowance, Quotas, TenantProfile, UserAllowance};
@@ -468,6 +469,49 @@ pub enum Event {
         pause_until: Timestamp,
         given_up_to: Option<Seq>,
     },
+
+    // --- ladders -------------------------------------------------------------------------------
+    /// A step of a service's ladder began: for the attempt of a run, or for the instance itself, which leaves for `cause`.
+    LadderStepBegan {
+        service: ServiceName,
+        generation: Generation,
+        run: Option<RunId>,
+        /// 0 where it is for the instance.
+        attempt: Attempt,
+        cause: Option<StopCause>,
+        /// Its place in the ladder, from 0.
+        number: u32,
+        step: Step,
+        deadline: Timestamp,
+    },
+    /// `freed_mib` is measured where that can be done; else what was granted counts as given back by a step that is done.
+    LadderStepEnded {
+        service: ServiceName,
+        generation: Generation,
+        run: Option<RunId>,
+        number: u32,
+        step: SmolStr,
+        outcome: StepOutcome,
+        error: Option<String>,
+        took_ms: u64,
+        freed_mib: u64,
+    },
+    /// It lives without its GPU memory since that step: `grants` are still held, and `host_mib` lie in host memory.
+    InstanceSlept {
+        service: ServiceName,
+        generation: Generation,
+        step: Step,
+        grants: Vec<Grant>,
+        host_mib: u64,
+    },
+    /// A wake-up was decided and its memory reserved; `InstanceReady` follows.
+    InstanceWakeRequested {
+        service: ServiceName,
+        generation: Generation,
+        grants: Vec<Grant>,
+        cause: StartCause,
+        deadline: Timestamp,
+    },
 }
 
 /// What a command asks for.
@@ -589,6 +633,7 @@ impl Event {
             | Event::JobOutcomeStale { run, .. }
             | Event::CallbackAttempted { run, .. }
             | Event::RunPurged { run, .. } => Some(*run),
+            Event::LadderStepBegan { run, .. } | Event::LadderStepEnded { run, .. } => *run,
             _ => None,
         }
     }
@@ -646,6 +691,33 @@ impl Event {
                 generation,
             }
             | Event::ContainerChanged {
+                service,
+                generation,
+                ..
+            } => Some((service, *generation)),
+            _ => self.ladder(),
+        }
+    }
+
+    /// The service whose ladder or sleep this event is about, if any.
+    fn ladder(&self) -> Option<(&ServiceName, Generation)> {
+        match self {
+            Event::LadderStepBegan {
+                service,
+                generation,
+                ..
+            }
+            | Event::LadderStepEnded {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceSlept {
+                service,
+                generation,
+                ..
+            }
+            | Event::InstanceWakeRequested {
                 service,
                 generation,
                 ..

@@ -14,6 +14,7 @@ pub mod engine;
 pub mod event;
 pub mod identity;
 pub mod ids;
+pub mod ladder;
 pub mod notify;
 pub mod record;
 pub mod scheduler;

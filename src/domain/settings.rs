@@ -39,6 +39,8 @@ pub struct Settings {
     pub callback_give_up_ms: u64,
     /// Server and topic of the default tenant's notifications.
     pub ntfy: Option<(SmolStr, SmolStr)>,
+    /// MiB of GPU memory that sleeping instances may keep in host memory, all together.
+    pub sleep_host_max_mib: u64,
 }
 
 impl Default for Settings {
@@ -61,6 +63,7 @@ impl Default for Settings {
             callback_max_delay_ms: 3_600_000,
             callback_give_up_ms: 24 * 3_600_000,
             ntfy: None,
+            sleep_host_max_mib: 32_768,
         }
     }
 }

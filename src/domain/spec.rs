@@ -5,6 +5,7 @@ use smol_str::SmolStr;
 
 use super::container::ImageSpec;
 use super::ids::ServiceName;
+use super::ladder::Step;
 
 /// 1 is the most urgent, 5 the least, 3 the default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -164,6 +165,10 @@ pub struct ServiceSpec {
     pub startup_timeout_ms: u64,
     /// Milliseconds that an attempt runs before it may be preempted; `None` takes the gateway's setting.
     pub min_runtime_ms: Option<u64>,
+    /// How its memory is got back, step by step; empty stops it at once.
+    pub ladder: Vec<Step>,
+    /// Percent of a GPU's threads that it may use under MPS, its grant being the limit of its memory there.
+    pub mps_percent: Option<u8>,
 }
 
 impl ServiceSpec {

@@ -39,6 +39,8 @@ pub(super) struct Found {
     pub container: Option<SmolStr>,
     /// It was being stopped.
     pub stop_at: Option<Timestamp>,
+    /// It sleeps, or is on its way to or from sleep.
+    pub asleep: bool,
 }
 
 /// What the first good health answer means.
@@ -113,7 +115,8 @@ impl Instance {
             self.slot.stop.send_replace(Some(stop_at));
         }
         if let Worker::External { url } = &spec.worker {
-            return self.external(url, &spec, First::Adopted { pid: 0 }).await;
+            let first = self.first(found.asleep, 0);
+            return self.external(url, &spec, first).await;
         }
         let body = match spec.worker.is_container() {
             true => self
@@ -132,8 +135,21 @@ impl Instance {
         if found.process.is_none() {
             self.report_spawned(&body);
         }
-        let pid = body.pid();
-        self.live(body, &spec, First::Adopted { pid }).await;
+        let first = self.first(found.asleep, body.pid());
+        self.live(body, &spec, first).await;
+    }
+
+    /// What is found asleep is adopted at once: it need not answer.
+    fn first(&self, asleep: bool, pid: u32) -> First {
+        if !asleep {
+            return First::Adopted { pid };
+        }
+        self.outcomes.report(Command::InstanceAdopted {
+            service: self.service.clone(),
+            generation: self.generation,
+            pid,
+        });
+        First::Told
     }
 
     /// Stops what bears this generation's mark, if anything does.
@@ -199,6 +215,7 @@ impl Instance {
                 working_dir,
                 port,
                 grants: &grants,
+                mps_percent: spec.mps_percent,
                 token_file: &token_file,
                 log,
             };

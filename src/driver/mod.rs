@@ -2,11 +2,12 @@
 //! requests, reports outcomes as commands, decides nothing about when.
 //!
 //! `instance` one life from start to release, `body` what it lives in, `contained` and `docker` containers, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
-//! `orphans` what nobody knows any more, `logs` their output, `meter` their GPU memory, `outcome` the seam to the coordinator, `tasks` spawning.
+//! `orphans` what nobody knows any more, `cuda` GPU memory taken to the host, `logs` their output, `meter` their GPU memory, `outcome` the seam to the coordinator, `tasks` spawning.
 
 mod body;
 mod contained;
 mod credentials;
+mod cuda;
 mod docker;
 mod health;
 mod http;
@@ -25,10 +26,12 @@ use std::sync::Arc;
 use std::time::Duration;
 use std::{fs, io};
 
+use rustix::process::Signal;
 use smol_str::SmolStr;
 use uuid::Uuid;
 
 pub use credentials::Credentials;
+pub use cuda::CudaError;
 pub use docker::{ContainerRules, Docker, DockerError, DockerOptions, Forbidden, Kept};
 pub use health::ProbeTimings;
 pub use http::{error_text, join};
@@ -45,6 +48,7 @@ use crate::domain::spec::{Grant, ServiceSpec};
 use crate::domain::time::Timestamp;
 use crate::outbound::{GuardedClient, Rules};
 use instance::{Found, Instance};
+use process::Process;
 use table::Table;
 
 /// How long the engine may take to tell that a container ended whose connection broke, and how often it is looked.
@@ -63,6 +67,8 @@ pub struct DriverOptions {
     pub credentials: Arc<dyn Credentials>,
     pub docker: DockerOptions,
     pub meter: Arc<dyn Meter>,
+    /// The program `cuda-checkpoint`, as a path or to be found in PATH.
+    pub cuda_checkpoint: String,
 }
 
 /// Why no driver could be made.
@@ -92,11 +98,8 @@ struct Shared {
     outcomes: Outcomes,
     credentials: Arc<dyn Credentials>,
     docker: Docker,
-    #[expect(
-        dead_code,
-        reason = "read by the release of an instance, which is on its way"
-    )]
     meter: Arc<dyn Meter>,
+    cuda_checkpoint: String,
     tasks: Tasks,
     table: Table,
 }
@@ -137,6 +140,7 @@ impl Driver {
             credentials: options.credentials,
             docker,
             meter: options.meter,
+            cuda_checkpoint: options.cuda_checkpoint,
             tasks,
             table: Table::default(),
         };
@@ -180,12 +184,34 @@ impl Driver {
                 process,
                 container,
                 stop_at,
+                asleep: false,
             };
             self.shared
                 .tasks
                 .spawn("instance", instance.find(Arc::new(spec), found));
         } else if let Some(stop_at) = stop_at {
             self.shared.table.stop(&spec.name, generation, stop_at);
+        }
+    }
+
+    /// Looks for an instance that slept, or was on its way to or from sleep, and adopts it as that: it need not be healthy.
+    pub fn find_asleep(
+        &self,
+        spec: ServiceSpec,
+        generation: Generation,
+        process: Option<ProcessIdentity>,
+        container: Option<SmolStr>,
+    ) {
+        if let Some(instance) = Instance::enter(&self.shared, &spec.name, generation) {
+            let found = Found {
+                process,
+                container,
+                stop_at: None,
+                asleep: true,
+            };
+            self.shared
+                .tasks
+                .spawn("instance", instance.find(Arc::new(spec), found));
         }
     }
 
@@ -228,6 +254,32 @@ impl Driver {
     /// The container engine.
     pub fn docker(&self) -> &Docker {
         &self.shared.docker
+    }
+
+    /// Sends a signal (`SIGUSR1` or `SIGUSR2`) to an instance's process group or container. Tells whether anyone was there.
+    pub async fn signal(
+        &self,
+        service: &ServiceName,
+        generation: Generation,
+        signal: &str,
+    ) -> bool {
+        let mark = self.shared.mark(service, generation);
+        // What is in a container is its engine's to reach.
+        if let Ok(Some(id)) = self.shared.docker.marked(&mark).await {
+            return self.shared.docker.signal(&id, signal).await.is_ok();
+        }
+        let signal = match signal {
+            "SIGUSR1" => Signal::USR1,
+            "SIGUSR2" => Signal::USR2,
+            _ => return false,
+        };
+        blocking(move || Process::find(&mark).is_some_and(|process| process.signal_group(signal)))
+            .await
+    }
+
+    /// What is measured of instances' GPU memory.
+    pub fn meter(&self) -> &dyn Meter {
+        &*self.shared.meter
     }
 
     /// The services' output.

@@ -35,6 +35,8 @@ pub(super) struct Spawn<'a> {
     pub working_dir: Option<&'a Path>,
     pub port: u16,
     pub grants: &'a [Grant],
+    /// Percent of a GPU's threads that it may use under MPS.
+    pub mps_percent: Option<u8>,
     /// Where its token lies.
     pub token_file: &'a Path,
     /// Open for appending: the service writes to it itself, so that it outlives the gateway.
@@ -91,7 +93,7 @@ impl Process {
             &spawn.mark,
             spawn.env,
             spawn.port,
-            spawn.grants,
+            (spawn.grants, spawn.mps_percent),
             spawn.token_file,
         ));
         let mut child = command.spawn().map_err(exec)?;
@@ -167,6 +169,11 @@ impl Process {
             }
         }
         reached
+    }
+
+    /// Sends `signal` to the leader's group alone: what left the group knows nothing of it.
+    pub fn signal_group(&self, signal: Signal) -> bool {
+        self.is_there() && kill_process_group(self.leader, signal).is_ok()
     }
 
     /// Kills what the leader left behind. To be called after its end and before `reap`, which frees its pid,
@@ -267,7 +274,7 @@ fn environment(
     mark: &Mark,
     env: &[(String, String)],
     port: u16,
-    grants: &[Grant],
+    (grants, mps_percent): (&[Grant], Option<u8>),
     token_file: &Path,
 ) -> Vec<(String, String)> {
     let gpus: Vec<&str> = grants.iter().map(|grant| grant.gpu.as_str()).collect();
@@ -288,7 +295,27 @@ fn environment(
         ("SPT_NOENV", "1".to_owned()),
     ];
     all.extend(ours.map(|(name, value)| (name.to_owned(), value)));
+    if let Some(percent) = mps_percent.filter(|_| !grants.is_empty()) {
+        all.extend(mps(grants, percent));
+    }
     all
+}
+
+/// What the vendor's MPS goes by: a share of the threads, and the grant as the limit on each GPU, which are counted as
+/// `CUDA_VISIBLE_DEVICES` has them. Source: NVIDIA, Multi-Process Service, "Environment Variables".
+fn mps(grants: &[Grant], percent: u8) -> [(String, String); 2] {
+    let limit = |(index, grant): (usize, &Grant)| format!("{index}={}M", grant.mib);
+    let limits: Vec<String> = grants.iter().enumerate().map(limit).collect();
+    [
+        (
+            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE".to_owned(),
+            percent.to_string(),
+        ),
+        (
+            "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT".to_owned(),
+            limits.join(","),
+        ),
+    ]
 }
 
 #[cfg(test)]
@@ -312,21 +339,34 @@ mod tests {
             mib: 1,
         });
         let file = Path::new("/t");
-        let seen: std::collections::HashMap<_, _> = environment(&mark, &own, 8123, &grants, file)
-            .into_iter()
-            .collect();
+        let seen: std::collections::HashMap<_, _> =
+            environment(&mark, &own, 8123, (&grants, None), file)
+                .into_iter()
+                .collect();
         assert_eq!(seen["CUDA_VISIBLE_DEVICES"], "SIM-0,SIM-1");
         assert_eq!(seen["PORT"], "8123");
         assert_eq!(seen["MODEL"], "m");
         assert_eq!(seen[MARK_VARIABLE], mark.text());
         assert!(!seen.contains_key("RUNGATE_TOKEN"));
         assert_eq!(
-            environment(&mark, &[], 1, &[], file)
+            environment(&mark, &[], 1, (&[], Some(50)), file)
                 .iter()
                 .find(|(n, _)| n == "CUDA_VISIBLE_DEVICES")
                 .unwrap()
                 .1,
             ""
         );
+        assert!(!seen.contains_key("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"));
+    }
+
+    #[test]
+    fn under_mps_the_grant_is_the_limit() {
+        let grants = [("A", 4_096), ("B", 512)].map(|(gpu, mib)| Grant {
+            gpu: gpu.into(),
+            mib,
+        });
+        let [threads, memory] = mps(&grants, 30);
+        assert_eq!(threads.1, "30");
+        assert_eq!(memory.1, "0=4096M,1=512M");
     }
 }

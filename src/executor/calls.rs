@@ -293,7 +293,7 @@ async fn exchange(
 /// Good for as long as the attempt can last: its call, and a stop at the end of it. Kept out of debug output.
 fn job_token(inner: &Inner, endpoint: &Endpoint, dispatch: &Dispatch) -> Option<HeaderValue> {
     let lasting = Duration::from_millis(dispatch.timeout_ms)
-        .saturating_add(Duration::from_millis(endpoint.spec.grace_ms))
+        .saturating_add(Duration::from_millis(endpoint.spec.longest_stop_ms()))
         .saturating_add(TOKEN_SLACK);
     let token = (inner.options.job_token)(dispatch, lasting)?;
     let mut value = HeaderValue::from_str(&token).ok()?;

@@ -1,12 +1,13 @@
 //! Performs what committed events imply and reports each outcome as a command. Decides nothing: an effect
 //! carries all that it needs, and whether an outcome still matters is the coordinator's to say.
 //!
-//! `calls` jobs' calls and their stopping, `answer` what counts as an answer, `progress` polling, `callback`
+//! `calls` jobs' calls and their stopping, `answer` what counts as an answer, `progress` polling, `ladder` checkpoints, sleep and waking, `callback`
 //! telling others how a run ended, `notify` telling tenants of their runs, `owed` when that is due, `webhook` signing it.
 
 mod answer;
 mod callback;
 mod calls;
+mod ladder;
 mod notify;
 mod owed;
 mod progress;
@@ -170,9 +171,11 @@ impl Executor {
                 process,
                 container,
                 stop_at,
-            } => {
-                driver.find(*spec, generation, process, container, stop_at);
-            }
+                asleep,
+            } => match asleep {
+                true => driver.find_asleep(*spec, generation, process, container),
+                false => driver.find(*spec, generation, process, container, stop_at),
+            },
             Effect::SweepOrphans { live } => driver.sweep_orphans(live),
             // Simulated memory is free when the processes are gone; which GPUs it was on does not matter.
             Effect::WatchRelease {
@@ -217,6 +220,9 @@ impl Executor {
                 // As above.
                 let _ = self.inner.notices.send(notice);
             }
+            Effect::AskCheckpoint(asking) => ladder::ask_checkpoint(&self.inner, *asking),
+            Effect::TakeMemory(taking) => ladder::take_memory(&self.inner, *taking),
+            Effect::WakeInstance(waking) => ladder::wake(&self.inner, *waking),
         }
     }
 

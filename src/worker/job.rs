@@ -9,6 +9,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use super::gateway::Link;
+use super::give_way::Checkpoints;
 use super::scan::Scan;
 
 /// Files of one job, so that a payload cannot make it open without end.
@@ -33,6 +34,8 @@ pub enum Operation {
         /// Milliseconds between chunks, so that a demonstration lasts.
         #[serde(default)]
         delay_ms: u64,
+        /// Milliseconds that a checkpoint takes; then none is saved unasked.
+        checkpoint_ms: Option<u64>,
     },
     /// Waits.
     Sleep { ms: u64 },
@@ -93,18 +96,25 @@ impl Operation {
     }
 
     /// Does it, until it is done or `stop` is cancelled.
-    pub async fn perform(self, link: &Link, stop: &CancellationToken) -> Outcome {
+    pub async fn perform(
+        self,
+        link: &Link,
+        stop: &CancellationToken,
+        checkpoints: &Checkpoints,
+    ) -> Outcome {
         match self {
             Operation::Stats {
                 files,
                 chunk_bytes,
                 delay_ms,
+                checkpoint_ms,
             } => {
                 let pace = Pace {
                     chunk_bytes: chunk_bytes.unwrap_or(DEFAULT_CHUNK_BYTES),
                     delay: pause(delay_ms),
+                    checkpoint: checkpoint_ms.map(pause),
                 };
-                scan(files, pace, link, stop).await
+                scan(files, pace, link, stop, checkpoints).await
             }
             Operation::Sleep { ms } => tokio::select! {
                 () = tokio::time::sleep(pause(ms)) => Outcome::Done(json!({"slept_ms": ms})),
@@ -126,9 +136,17 @@ fn pause(ms: u64) -> Duration {
 struct Pace {
     chunk_bytes: usize,
     delay: Duration,
+    /// What a checkpoint takes, where it is saved only when asked for.
+    checkpoint: Option<Duration>,
 }
 
-async fn scan(files: Vec<PathBuf>, pace: Pace, link: &Link, stop: &CancellationToken) -> Outcome {
+async fn scan(
+    files: Vec<PathBuf>,
+    pace: Pace,
+    link: &Link,
+    stop: &CancellationToken,
+    checkpoints: &Checkpoints,
+) -> Outcome {
     let mut scan = match begin(files, link).await {
         Ok(scan) => scan,
         Err(text) => return Outcome::Invalid(text),
@@ -145,17 +163,26 @@ async fn scan(files: Vec<PathBuf>, pace: Pace, link: &Link, stop: &CancellationT
             report(&scan, link).await;
             reported = Some(Instant::now());
         }
-        if stop.is_cancelled() && !scan.is_done() {
+        if let Some(number) = checkpoints.asked() {
+            tokio::time::sleep(pace.checkpoint.unwrap_or_default()).await;
             save(&scan, link).await;
+            checkpoints.saved(number);
+        }
+        if stop.is_cancelled() && !scan.is_done() {
+            if pace.checkpoint.is_none() {
+                save(&scan, link).await;
+            }
             return Outcome::Stopped;
         }
-        if saved.elapsed() >= CHECKPOINT_EVERY && !scan.is_done() {
+        let unasked = pace.checkpoint.is_none();
+        if unasked && saved.elapsed() >= CHECKPOINT_EVERY && !scan.is_done() {
             save(&scan, link).await;
             saved = Instant::now();
         }
         if !scan.is_done() {
             tokio::select! {
                 () = tokio::time::sleep(pace.delay) => {}
+                () = checkpoints.wanted() => {}
                 () = stop.cancelled() => {}
             }
         }

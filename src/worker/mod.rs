@@ -2,11 +2,13 @@
 //! checkpoints, resumption and cancellation. `rungate worker` runs it; the demo and the tests use it.
 
 mod gateway;
+mod give_way;
 mod job;
 mod scan;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -25,6 +27,7 @@ pub use gateway::{Gateway, is_loopback};
 pub use scan::{Report, scan_all};
 
 use gateway::Headers;
+use give_way::Checkpoints;
 use job::{Operation, Outcome};
 
 /// Jobs at once; the gateway keeps to the service's own `concurrency`, this is the wall behind it.
@@ -42,6 +45,7 @@ struct Active {
     attempt: Option<String>,
     stop: CancellationToken,
     ended: CancellationToken,
+    checkpoints: Checkpoints,
 }
 
 struct Shared {
@@ -49,6 +53,7 @@ struct Shared {
     jobs: Mutex<HashMap<String, Active>>,
     slots: Arc<Semaphore>,
     shutdown: CancellationToken,
+    asleep: AtomicBool,
 }
 
 /// Serves on `address` until `shutdown`; jobs in progress save a last checkpoint first.
@@ -65,11 +70,14 @@ pub async fn serve(
         jobs: Mutex::default(),
         slots: Arc::new(Semaphore::new(MAX_JOBS)),
         shutdown: shutdown.clone(),
+        asleep: AtomicBool::new(false),
     });
+    give_way::on_signal(&shared)?;
     let router = Router::new()
         .route("/health", get(health))
         .route("/process", post(process))
         .route("/cancel", post(cancel))
+        .merge(give_way::router())
         .layer(DefaultBodyLimit::max(MAX_BODY_BYTES))
         .with_state(shared);
     let listener = TcpListener::bind(address).await?;
@@ -91,6 +99,9 @@ async fn process(
     let Ok(slot) = Arc::clone(&shared.slots).try_acquire_owned() else {
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "too many jobs");
     };
+    if shared.asleep.load(Ordering::Acquire) {
+        return refuse(StatusCode::SERVICE_UNAVAILABLE, "it sleeps");
+    }
     let operation = serde_json::from_slice::<Value>(&body)
         .map_err(|error| error.to_string())
         .and_then(Operation::parse);
@@ -115,6 +126,7 @@ async fn process(
         attempt,
         stop: shared.shutdown.child_token(),
         ended: CancellationToken::new(),
+        checkpoints: Checkpoints::default(),
     };
     // A call that is dropped stops its job, which then still saves what it has: hence a task of its own.
     let _dropped = active.stop.clone().drop_guard();
@@ -123,7 +135,9 @@ async fn process(
         let _ended = active.ended.clone().drop_guard();
         supersede(&shared, &run, active.clone()).await;
         tracing::info!(run.id = run, run.attempt = active.attempt, "the job begins");
-        let outcome = operation.perform(&link, &active.stop).await;
+        let outcome = operation
+            .perform(&link, &active.stop, &active.checkpoints)
+            .await;
         forget(&shared, &run, &active);
         tracing::info!(run.id = run, outcome = outcome.name(), "the job is over");
         outcome
@@ -182,19 +196,26 @@ struct Cancel {
     attempt: Value,
 }
 
+impl Cancel {
+    /// The job that it is about, if that is here.
+    fn find(&self, shared: &Shared) -> Option<Active> {
+        let attempt = match &self.attempt {
+            Value::Null => None,
+            Value::String(text) => Some(text.clone()),
+            other => Some(other.to_string()),
+        };
+        let job = lock(shared).get(&self.run_id).cloned();
+        job.filter(|job| attempt.is_none() || attempt == job.attempt)
+    }
+}
+
 /// Stops a job after its current chunk and answers once it is at rest. A job that is not here is.
 async fn cancel(State(shared): State<Arc<Shared>>, body: axum::body::Bytes) -> Response {
     let request: Cancel = match serde_json::from_slice(&body) {
         Ok(request) => request,
         Err(error) => return refuse(StatusCode::UNPROCESSABLE_ENTITY, &error.to_string()),
     };
-    let attempt = match &request.attempt {
-        Value::Null => None,
-        Value::String(text) => Some(text.clone()),
-        other => Some(other.to_string()),
-    };
-    let job = lock(&shared).get(&request.run_id).cloned();
-    let Some(job) = job.filter(|job| attempt.is_none() || attempt == job.attempt) else {
+    let Some(job) = request.find(&shared) else {
         return axum::Json(json!({"stopped": true, "known": false})).into_response();
     };
     job.stop.cancel();

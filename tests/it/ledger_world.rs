@@ -14,6 +14,7 @@ use rungate::domain::identity::{
     Scope as TokenScope, TokenHash, TokenKey, UserKey,
 };
 use rungate::domain::ids::{Generation, PlaneId, RunId};
+use rungate::domain::ladder::{SleepCall, Step, StepOutcome};
 use rungate::domain::notify::{Channel, Notice, Notify, Ntfy, Webhook};
 use rungate::domain::record::NewRecord;
 use rungate::domain::spec::{
@@ -94,6 +95,8 @@ pub fn service(name: &str) -> ServiceSpec {
         grace_ms: 5_000,
         startup_timeout_ms: 60_000,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     }
 }
 
@@ -359,6 +362,7 @@ pub fn one_of_each() -> Vec<Event> {
     events.extend(tenants());
     events.extend(containers());
     events.extend(notifications());
+    events.extend(ladders());
     events
 }
 
@@ -886,6 +890,59 @@ fn notifications() -> Vec<Event> {
             next_at: Timestamp(START.0 + 7),
             pause_until: Timestamp(START.0 + 8),
             given_up_to: Some(299),
+        },
+    ]
+}
+
+fn ladders() -> Vec<Event> {
+    let run = run_id(1);
+    let grants = vec![Grant {
+        gpu: "GPU-1".into(),
+        mib: 1_024,
+    }];
+    vec![
+        Event::LadderStepBegan {
+            service: "svc".into(),
+            generation: Generation(2),
+            run: Some(run),
+            attempt: 2,
+            cause: Some(StopCause::Idle),
+            number: 1,
+            step: Step::Sleep {
+                call: SleepCall {
+                    level: 1,
+                    path: "/sleep?level=1".into(),
+                    wake_path: "/wake_up".into(),
+                    is_sleeping_path: Some("/is_sleeping".into()),
+                },
+                ms: 30_000,
+            },
+            deadline: START + 30_000,
+        },
+        Event::LadderStepEnded {
+            service: "svc".into(),
+            generation: Generation(2),
+            run: None,
+            number: 1,
+            step: "sleep".into(),
+            outcome: StepOutcome::Failed,
+            error: Some("it answered 500".into()),
+            took_ms: 1_500,
+            freed_mib: 1_024,
+        },
+        Event::InstanceSlept {
+            service: "svc".into(),
+            generation: Generation(2),
+            step: Step::CudaCheckpoint { ms: 10_000 },
+            grants: grants.clone(),
+            host_mib: 7_168,
+        },
+        Event::InstanceWakeRequested {
+            service: "svc".into(),
+            generation: Generation(2),
+            grants,
+            cause: StartCause::Scheduler,
+            deadline: START + 60_000,
         },
     ]
 }

@@ -17,8 +17,8 @@ use rungate::domain::notify::Notify;
 use rungate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 use rungate::domain::time::Timestamp;
 use rungate::driver::{
-    Credentials, Driver, DriverOptions, Mark, NotTaken, Outcomes, ProbeTimings, Sink, Tasks,
-    marked_by,
+    Credentials, Driver, DriverOptions, Mark, Meter, NotTaken, Outcomes, ProbeTimings, Sink, Tasks,
+    Unmetered, marked_by,
 };
 use rungate::executor::{CallbackBody, NoticeFacts, Source, SourceError};
 use rungate::outbound::{Purpose, Reach, Rules};
@@ -219,10 +219,16 @@ pub struct World {
     pub recorder: Arc<Recorder>,
     pub driver: Driver,
     probes: ProbeTimings,
+    meter: Arc<dyn Meter>,
 }
 
 impl World {
     pub fn new() -> World {
+        World::metered(Arc::new(Unmetered))
+    }
+
+    /// One in which GPU memory is measured.
+    pub fn metered(meter: Arc<dyn Meter>) -> World {
         let probes = ProbeTimings {
             startup_first: Duration::from_millis(20),
             startup_max: Duration::from_millis(100),
@@ -232,7 +238,7 @@ impl World {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("worker.py"), WORKER).unwrap();
         let ledger = Uuid::new_v4();
-        let (driver, recorder, tasks) = driver(dir.path().into(), ledger, probes);
+        let (driver, recorder, tasks) = driver(dir.path().into(), ledger, probes, meter.clone());
         World {
             dir,
             ledger,
@@ -240,6 +246,7 @@ impl World {
             recorder,
             driver,
             probes,
+            meter,
         }
     }
 
@@ -250,8 +257,9 @@ impl World {
     /// The gateway dies without a word, and another takes its place.
     pub async fn restart(&mut self) {
         self.tasks.stop().await;
+        let meter = self.meter.clone();
         (self.driver, self.recorder, self.tasks) =
-            driver(self.dir.path().into(), self.ledger, self.probes);
+            driver(self.dir.path().into(), self.ledger, self.probes, meter);
     }
 
     /// A service that runs the worker with these habits.
@@ -324,7 +332,12 @@ impl Credentials for Files {
     }
 }
 
-fn driver(data_dir: PathBuf, ledger: Uuid, probes: ProbeTimings) -> (Driver, Arc<Recorder>, Tasks) {
+fn driver(
+    data_dir: PathBuf,
+    ledger: Uuid,
+    probes: ProbeTimings,
+    meter: Arc<dyn Meter>,
+) -> (Driver, Arc<Recorder>, Tasks) {
     let recorder = Arc::new(Recorder {
         outcomes: watch::Sender::new(Vec::new()),
     });
@@ -336,7 +349,8 @@ fn driver(data_dir: PathBuf, ledger: Uuid, probes: ProbeTimings) -> (Driver, Arc
         services: service_rules(),
         credentials: Arc::new(Files(data_dir.join("tokens"))),
         docker: rungate::driver::DockerOptions::none(),
-        meter: Arc::new(rungate::driver::Unmetered),
+        meter,
+        cuda_checkpoint: "cuda-checkpoint".to_owned(),
     };
     let driver = Driver::new(options, Outcomes::new(recorder.clone()), tasks.clone()).unwrap();
     (driver, recorder, tasks)
@@ -421,5 +435,7 @@ fn spec(worker: Worker) -> ServiceSpec {
         grace_ms: 500,
         startup_timeout_ms: 20_000,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     }
 }

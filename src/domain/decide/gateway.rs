@@ -43,6 +43,7 @@ impl Context<'_> {
                 }
             }
         }
+        events.extend(self.begin_steps_anew());
         Decision::done(events)
     }
 

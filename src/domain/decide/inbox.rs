@@ -160,7 +160,7 @@ impl Context<'_> {
             None => self.first_waiting_for(plane, service),
         };
         let cause = by.map_or(JobStopCause::Yield, |by| JobStopCause::Preempt { by });
-        Ok(vec![self.request_stop(run, job, cause)])
+        Ok(self.request_stop(run, job, cause))
     }
 
     /// The run that would be served next on a service, if it is one of the plane.
@@ -197,11 +197,9 @@ fn pause(
             cause: JobStopCause::Cancel { .. },
             ..
         } => Err(Rejection::AlreadyStopping(run)),
-        Phase::Running { .. } | Phase::Stopping { .. } => Ok(vec![cx.request_stop(
-            run,
-            job,
-            JobStopCause::Pause { reason },
-        )]),
+        Phase::Running { .. } | Phase::Stopping { .. } => {
+            Ok(cx.request_stop(run, job, JobStopCause::Pause { reason }))
+        }
         Phase::Queued | Phase::Backoff { .. } | Phase::Preempted { .. } => {
             Ok(vec![Event::JobPaused { run, reason }])
         }
@@ -214,7 +212,7 @@ fn resume(cx: &Context, run: RunId, job: &Job) -> Result<Vec<Event>, Rejection> 
         Phase::Stopping {
             cause: JobStopCause::Pause { .. },
             ..
-        } => Ok(vec![cx.request_stop(run, job, JobStopCause::Yield)]),
+        } => Ok(cx.request_stop(run, job, JobStopCause::Yield)),
         _ => Err(Rejection::NotPaused(run)),
     }
 }
@@ -231,11 +229,9 @@ fn cancel(
             cause: JobStopCause::Cancel { .. },
             ..
         } => Err(Rejection::AlreadyStopping(run)),
-        Phase::Running { .. } | Phase::Stopping { .. } => Ok(vec![cx.request_stop(
-            run,
-            job,
-            JobStopCause::Cancel { reason },
-        )]),
+        Phase::Running { .. } | Phase::Stopping { .. } => {
+            Ok(cx.request_stop(run, job, JobStopCause::Cancel { reason }))
+        }
         _ => Ok(vec![cancelled(run, reason)]),
     }
 }

@@ -8,13 +8,15 @@ use crate::domain::command::{Command, JobFailure};
 use crate::domain::container::ContainerFacts;
 use crate::domain::event::{Event, Exit, StopCause};
 use crate::domain::ids::{Generation, ServiceName};
+use crate::domain::ladder::StepOutcome;
+use crate::domain::scheduler::ladder;
 use crate::domain::scheduler::upkeep::{drain, stop};
 use crate::domain::state::job::Phase;
 use crate::domain::state::service::{Instance, InstancePhase, Service};
 
 impl Context<'_> {
     /// The service and its instance, if `generation` is the current one and still there.
-    fn instance(
+    pub(super) fn instance(
         &self,
         name: &ServiceName,
         generation: Generation,
@@ -62,11 +64,7 @@ impl Context<'_> {
                 service,
                 generation,
                 signal,
-            } => self.if_current(Event::InstanceSignalled {
-                service,
-                generation,
-                signal,
-            }),
+            } => self.signalled(service, generation, signal),
             Command::InstanceExited {
                 service,
                 generation,
@@ -143,13 +141,45 @@ impl Context<'_> {
                     _ => Vec::new(),
                 }
             }
-            _ => Vec::new(),
+            of_ladder => self.ladder_outcome(of_ladder),
         }
     }
 
+    fn signalled(
+        &self,
+        service: ServiceName,
+        generation: Generation,
+        signal: SmolStr,
+    ) -> Vec<Event> {
+        let Some((entry, instance)) = self.instance(&service, generation) else {
+            return Vec::new();
+        };
+        let killed = match signal.as_str() {
+            "KILL" => ladder::killed(entry, instance, self.now),
+            _ => Vec::new(),
+        };
+        let mut events = vec![Event::InstanceSignalled {
+            service,
+            generation,
+            signal,
+        }];
+        events.extend(killed);
+        events
+    }
+
+    /// One that sleeps, or that is on its way to or from sleep, is adopted as that.
     fn adopted(&self, service: ServiceName, generation: Generation, pid: u32) -> Vec<Event> {
+        let found = |instance: &Instance| {
+            matches!(
+                instance.phase,
+                InstancePhase::Finding
+                    | InstancePhase::Asleep
+                    | InstancePhase::Yielding { .. }
+                    | InstancePhase::Waking { .. }
+            )
+        };
         match self.instance(&service, generation) {
-            Some((_, instance)) if instance.phase == InstancePhase::Finding => {
+            Some((_, instance)) if found(instance) => {
                 vec![Event::InstanceAdopted {
                     service,
                     generation,
@@ -162,7 +192,7 @@ impl Context<'_> {
 
     fn healthy(&self, service: ServiceName, generation: Generation) -> Vec<Event> {
         match self.instance(&service, generation) {
-            Some((_, instance)) if instance.is_coming() => {
+            Some((_, instance)) if instance.is_coming() && instance.asleep.is_none() => {
                 let startup_ms = self.now.millis_since(instance.started_at);
                 vec![Event::InstanceReady {
                     service,
@@ -268,17 +298,20 @@ impl Context<'_> {
     }
 
     fn released(&self, service: ServiceName, generation: Generation) -> Vec<Event> {
-        let Some((_, instance)) = self.instance(&service, generation) else {
+        let Some((entry, instance)) = self.instance(&service, generation) else {
             return Vec::new();
         };
         let InstancePhase::Exited { cause } = &instance.phase else {
             return Vec::new();
         };
         let removed = *cause == Some(StopCause::Removed);
-        let mut events = vec![Event::InstanceReleased {
+        let done = StepOutcome::Done;
+        let ended = ladder::ended_of_instance(entry, instance, done, None, &[], self.now);
+        let mut events: Vec<Event> = ended.into_iter().collect();
+        events.push(Event::InstanceReleased {
             service: service.clone(),
             generation,
-        }];
+        });
         if removed {
             events.push(Event::ServiceRemoved { service });
         }

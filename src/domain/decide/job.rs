@@ -8,7 +8,8 @@ use crate::domain::command::{JobFailure, Rejection, Reply};
 use crate::domain::event::{Event, JobStopCause, RequeueCause};
 use crate::domain::identity::{IdentityRejection, RuntimeKey};
 use crate::domain::ids::{Attempt, PlaneId, RunId};
-use crate::domain::scheduler::stop_job;
+use crate::domain::ladder::StepOutcome;
+use crate::domain::scheduler::ladder::stop_job;
 use crate::domain::spec::JobSpec;
 use crate::domain::state::job::{Job, Phase};
 use crate::domain::time::Timestamp;
@@ -146,7 +147,8 @@ impl Context<'_> {
         content_type: SmolStr,
         body: Bytes,
     ) -> Result<Decision, Rejection> {
-        let attempt = self.working(plane, run, attempt)?.attempt;
+        let job = self.working(plane, run, attempt)?;
+        let attempt = job.attempt;
         self.may_keep(plane, body.len())?;
         let size_bytes = u64::try_from(body.len()).unwrap_or(u64::MAX);
         let event = Event::CheckpointSaved {
@@ -155,7 +157,7 @@ impl Context<'_> {
             content_type,
             size_bytes,
         };
-        Ok(Decision::with(event, body, Reply::Done))
+        Ok(self.with_checkpoint(run, job, event, body))
     }
 
     /// The store refuses a run that it does not know, and fills in the numbers; a live one keeps its payloads.
@@ -194,7 +196,14 @@ impl Context<'_> {
                 outcome,
             }]);
         };
+        let is_draining = job.rung.as_ref().is_some_and(|r| r.step.name() == "drain");
         match (&job.phase, outcome) {
+            // It was to finish, and did so badly.
+            (Phase::Stopping { .. }, Err(failure)) if is_draining => {
+                let mut events = self.step_cut_off(run, job, StepOutcome::Failed);
+                events.extend(self.failed(run, job, failure, None));
+                Decision::done(events)
+            }
             // Asked to end and it has ended: the stop's cause says what it comes to.
             (Phase::Stopping { cause, .. }, Err(_)) => {
                 Decision::done(self.stopped(run, job, cause, false))
@@ -208,7 +217,11 @@ impl Context<'_> {
             ) => Decision::done(self.stopped(run, job, cause, true)),
             // It was done before it could be stopped: the work counts.
             (_, Ok(result)) => {
-                Decision::with(Event::JobCompleted { run, attempt }, result, Reply::Done)
+                let ended = self.step_cut_off(run, job, StepOutcome::Done);
+                let mut decision = Decision::done(ended);
+                let completed = Event::JobCompleted { run, attempt };
+                decision.events.push((completed, result));
+                decision
             }
             (_, Err(failure)) => Decision::done(self.failed(run, job, failure, None)),
         }
@@ -269,11 +282,17 @@ impl Context<'_> {
         cause: &JobStopCause,
         confirmed: bool,
     ) -> Vec<Event> {
-        let mut events = vec![Event::JobStopped {
+        let ended = match &job.rung {
+            Some(rung) if rung.step.part() > 0 && self.now <= rung.deadline => StepOutcome::Done,
+            Some(rung) if rung.step.part() > 0 => StepOutcome::TimedOut,
+            _ => StepOutcome::Interrupted,
+        };
+        let mut events = self.step_cut_off(run, job, ended);
+        events.push(Event::JobStopped {
             run,
             attempt: job.attempt,
             confirmed,
-        }];
+        });
         match cause {
             JobStopCause::Pause { reason } => {
                 events.push(Event::JobPaused {
@@ -309,12 +328,11 @@ impl Context<'_> {
     }
 
     /// The request to stop a job that holds a place.
-    pub(super) fn request_stop(&self, run: RunId, job: &Job, cause: JobStopCause) -> Event {
-        let grace_ms = job
-            .place()
-            .and_then(|(name, _)| self.state.services.get(name))
-            .map_or(0, |service| service.spec.grace_ms);
-        stop_job(run, job, grace_ms, cause, self.now)
+    pub(super) fn request_stop(&self, run: RunId, job: &Job, cause: JobStopCause) -> Vec<Event> {
+        match self.spec_of(job) {
+            Some(spec) => stop_job(run, job, spec, cause, self.now),
+            None => Vec::new(),
+        }
     }
 
     pub(super) fn callback_tried(

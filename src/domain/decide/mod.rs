@@ -4,6 +4,7 @@ mod gateway;
 mod inbox;
 mod instance;
 mod job;
+mod ladder;
 mod notify;
 mod service;
 mod tenant;

@@ -157,13 +157,13 @@ impl Context<'_> {
             Some(instance) if instance.is_leaving() => {
                 return Err(Rejection::ServiceStopping(name.clone()));
             }
-            Some(instance) => {
+            Some(instance) if !instance.is_asleep() => {
                 return Ok(Decision::of(
                     Vec::new(),
                     answer(Some(instance.generation), true),
                 ));
             }
-            None => {}
+            Some(_) | None => {}
         }
         let Some(grants) = placement::fit(self.state, service) else {
             let free = self
@@ -186,10 +186,11 @@ impl Context<'_> {
             });
         }
         events.push(start(service, grants, StartCause::Manual, self.now));
-        Ok(Decision::of(
-            events,
-            answer(Some(Generation(service.generation.0 + 1)), false),
-        ))
+        let generation = match service.sleeping() {
+            Some(_) => service.generation,
+            None => Generation(service.generation.0 + 1),
+        };
+        Ok(Decision::of(events, answer(Some(generation), false)))
     }
 
     pub(super) fn stop_service(
@@ -311,10 +312,10 @@ impl Context<'_> {
         let Some(victim) = self.state.jobs.get(&run) else {
             return Err(Rejection::NoActiveJob(name.clone()));
         };
-        let event = self.request_stop(run, victim, JobStopCause::Preempt { by });
+        let events = self.request_stop(run, victim, JobStopCause::Preempt { by });
         let progress_saved = victim.progress.is_some() || victim.checkpoint.is_some();
         Ok(Decision::of(
-            vec![event],
+            events,
             Reply::Preempted {
                 run,
                 progress_saved,

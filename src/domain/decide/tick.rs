@@ -5,6 +5,7 @@ use smol_str::SmolStr;
 use super::Context;
 use crate::domain::event::{Event, RequeueCause};
 use crate::domain::ids::RunId;
+use crate::domain::ladder::StepOutcome;
 use crate::domain::settings::Settings;
 use crate::domain::state::State;
 use crate::domain::state::job::Phase;
@@ -56,6 +57,9 @@ impl Context<'_> {
                 code: SmolStr::new_static("expired"),
                 error: "expired".to_owned(),
             }],
+            Phase::Stopping { .. } if job.rung.as_ref().is_some_and(|r| r.step.part() == 0) => {
+                self.next_step(run, job, (StepOutcome::TimedOut, None))
+            }
             // The executor's word is overdue: the place is given free without it.
             Phase::Stopping { cause, .. } => self.stopped(run, job, cause, false),
             _ => Vec::new(),

@@ -408,7 +408,7 @@ impl Context<'_> {
             let reason = PURGE_REASON.to_owned();
             match &job.phase {
                 Phase::Running { .. } | Phase::Stopping { .. } => {
-                    events.push(self.request_stop(*run, job, JobStopCause::Cancel { reason }));
+                    events.extend(self.request_stop(*run, job, JobStopCause::Cancel { reason }));
                 }
                 _ => events.push(cancelled(*run, reason)),
             }

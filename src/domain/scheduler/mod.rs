@@ -2,6 +2,7 @@
 //! when there is nothing to do until something changes. It changes nothing but its own parking marks.
 
 pub mod fair;
+pub mod ladder;
 pub mod placement;
 pub mod queue;
 pub mod quota;
@@ -13,6 +14,7 @@ pub mod why;
 use smol_str::SmolStr;
 
 use self::fair::Fair;
+use self::ladder::stop_job;
 use self::queue::{OrderKey, Parking};
 use self::room::{Bid, Leave, Request, Spared};
 use super::event::{Event, JobStopCause, StartCause, StopCause};
@@ -144,14 +146,19 @@ fn try_harder(
         };
         return Outcome::Park(parking, None);
     }
-    let startable: Vec<&Service> = all
+    let mut startable: Vec<&Service> = all
         .iter()
         .copied()
         .filter(|s| may_start(state, s, now) && !state.holds.contains_key(&s.spec.name))
         .collect();
+    // To wake one takes less than to start one.
+    startable.sort_by_key(|service| service.sleeping().is_none());
     if let Some((service, grants)) = best_start(state, &startable) {
         let cause = StartCause::Scheduler;
         return Outcome::Act(vec![start(service, grants, cause, now)]);
+    }
+    if let Some(events) = give_up_sleep(state, &startable, now) {
+        return Outcome::Act(events);
     }
     let bid = Bid {
         fair,
@@ -257,47 +264,52 @@ fn places_coming(state: &State, job: &Job, all: &[&Service], fair: &Fair) -> Opt
     (waiting <= enough_for).then_some(enough_for)
 }
 
-/// Whether the scheduler may bring this service up.
+/// Whether the scheduler may bring this service up: from nothing, or out of its sleep.
 fn may_start(state: &State, service: &Service, now: Timestamp) -> bool {
     service.enabled
-        && service.instance.is_none()
+        && (service.instance.is_none() || service.sleeping().is_some())
         && service.crash_looped.is_none()
         && (state.engine.up || !service.spec.worker.is_container())
         && service.retry_at.is_none_or(|at| at <= now)
 }
 
-/// The service that fits now with the smallest need.
+/// A sleeping instance whose own GPUs are taken, while the service would fit elsewhere: it ends, to be started there.
+fn give_up_sleep(state: &State, startable: &[&Service], now: Timestamp) -> Option<Vec<Event>> {
+    let service = startable
+        .iter()
+        .find(|service| service.sleeping().is_some() && placement::fit_elsewhere(state, service))?;
+    let instance = service.instance.as_ref()?;
+    Some(ladder::stop(service, instance, StopCause::Idle, now))
+}
+
+/// One that sleeps, else the service that fits now with the smallest need.
 fn best_start<'a>(state: &State, startable: &[&'a Service]) -> Option<(&'a Service, Vec<Grant>)> {
     startable
         .iter()
         .filter_map(|service| Some((*service, placement::fit(state, service)?)))
-        .min_by_key(|(_, grants)| grants.iter().map(|grant| grant.mib).sum::<u64>())
+        .min_by_key(|(service, grants)| {
+            let mib = grants.iter().map(|grant| grant.mib).sum::<u64>();
+            (service.sleeping().is_none(), mib)
+        })
 }
 
-/// The decision to start, its generation one more than the last.
+/// The decision to start, its generation one more than the last; or to wake the instance that sleeps.
 pub fn start(service: &Service, grants: Vec<Grant>, cause: StartCause, now: Timestamp) -> Event {
+    if let Some(instance) = service.instance.as_ref().filter(|i| i.is_asleep()) {
+        return Event::InstanceWakeRequested {
+            service: service.spec.name.clone(),
+            generation: instance.generation,
+            grants,
+            cause,
+            deadline: now + service.spec.startup_timeout_ms,
+        };
+    }
     Event::InstanceStartRequested {
         service: service.spec.name.clone(),
         generation: Generation(service.generation.0 + 1),
         grants,
         cause,
         deadline: now + service.spec.startup_timeout_ms,
-    }
-}
-
-/// The decision to stop a running attempt.
-pub fn stop_job(
-    run: RunId,
-    job: &Job,
-    grace_ms: u64,
-    cause: JobStopCause,
-    now: Timestamp,
-) -> Event {
-    Event::JobStopRequested {
-        run,
-        attempt: job.attempt,
-        cause,
-        deadline: now + grace_ms,
     }
 }
 
@@ -321,6 +333,10 @@ fn make_room(request: &Request, plan: room::Plan) -> Vec<Event> {
         let cause = StopCause::Room {
             service: wanted.clone(),
         };
+        if instance.is_asleep() {
+            events.extend(ladder::stop(victim, instance, cause, request.bid.now));
+            continue;
+        }
         events.push(upkeep::drain(victim, instance, cause, None));
         if *leave == Leave::Preempt {
             stops.extend(preempt_all(
@@ -344,9 +360,9 @@ fn make_room(request: &Request, plan: room::Plan) -> Vec<Event> {
 /// Preempts every job that still runs on an instance.
 fn preempt_all(state: &State, victim: &Service, by: RunId, now: Timestamp) -> Vec<Event> {
     running_on(state, victim)
-        .map(|(run, job)| {
+        .flat_map(|(run, job)| {
             let cause = JobStopCause::Preempt { by };
-            stop_job(run, job, victim.spec.grace_ms, cause, now)
+            stop_job(run, job, &victim.spec, cause, now)
         })
         .collect()
 }
@@ -394,13 +410,7 @@ fn preempt_place(all: &[&Service], bid: &Bid, run: RunId) -> Option<Vec<Event>> 
     let (service, victim) = best_victim(all, state, allowed, now)?;
     let victim_job = state.jobs.get(&victim)?;
     let cause = JobStopCause::Preempt { by: run };
-    Some(vec![stop_job(
-        victim,
-        victim_job,
-        service.spec.grace_ms,
-        cause,
-        now,
-    )])
+    Some(stop_job(victim, victim_job, &service.spec, cause, now))
 }
 
 /// The cheapest victim among the jobs running on ready instances: the least urgent, then the least

@@ -3,20 +3,90 @@
 use crate::domain::ids::{GpuUuid, ServiceName};
 use crate::domain::spec::Grant;
 use crate::domain::state::State;
+use crate::domain::state::gpu::{Gpu, signed};
 use crate::domain::state::service::Service;
+use crate::domain::state::sleep::Asleep;
 
 /// GPUs for an instance of `service` out of what is available now; `None` when it does not fit.
 /// Empty when it needs none. The service's own hold counts as available.
 pub fn fit(state: &State, service: &Service) -> Option<Vec<Grant>> {
-    if !service.spec.needs_gpu() {
-        return Some(Vec::new());
+    match service.sleeping() {
+        Some(asleep) => fit_again(state, service, asleep),
+        None if !service.spec.needs_gpu() => Some(Vec::new()),
+        None => fit_anew(state, service),
     }
+}
+
+fn fit_anew(state: &State, service: &Service) -> Option<Vec<Grant>> {
     let own = &service.spec.name;
     if service.spec.gpus == 0 {
         fit_one(state, own, service.need_mib())
     } else {
         fit_whole(state, own, service.spec.gpus, service.need_mib())
     }
+}
+
+/// What a sleeping instance needs again: the GPUs that it had, with what it is known to need by now.
+pub fn grants_again(service: &Service, asleep: &Asleep) -> Vec<Grant> {
+    let again = |grant: &Grant| Grant {
+        gpu: grant.gpu.clone(),
+        mib: match service.spec.gpus {
+            0 => grant.mib.max(service.need_mib()),
+            _ => grant.mib,
+        },
+    };
+    asleep.grants.iter().map(again).collect()
+}
+
+fn fit_again(state: &State, service: &Service, asleep: &Asleep) -> Option<Vec<Grant>> {
+    let own = &service.spec.name;
+    let grants = grants_again(service, asleep);
+    let fits = |grant: &Grant| {
+        let Some(gpu) = state.gpus.get(&grant.gpu) else {
+            return false;
+        };
+        let (whole, remains) = (gpu.usable_mib(), state.remains_mib(own, &grant.gpu));
+        let available = state.available_mib_besides(&grant.gpu, Some(own));
+        match service.spec.gpus {
+            0 => available > 0 && available >= grant.mib,
+            _ => whole > 0 && gpu.reserved_mib == remains && available == whole,
+        }
+    };
+    grants.iter().all(fits).then_some(grants)
+}
+
+/// Whether a sleeping instance can have its memory again when all others have left: its GPUs are there.
+pub fn could_wake(state: &State, service: &Service, asleep: &Asleep) -> bool {
+    let there = |grant: &Grant| {
+        let usable = state.gpus.get(&grant.gpu).map_or(0, Gpu::usable_mib);
+        let need = match service.spec.gpus {
+            0 => grant.mib,
+            _ => service.need_mib(),
+        };
+        usable > 0 && usable >= need
+    };
+    grants_again(service, asleep).iter().all(there)
+}
+
+/// Whether a sleeping service would fit if it were started anew, what it still holds not being counted on.
+pub fn fit_elsewhere(state: &State, service: &Service) -> bool {
+    if !service.spec.needs_gpu() {
+        return true;
+    }
+    let need = service.need_mib();
+    let own = &service.spec.name;
+    let free = |uuid: &GpuUuid| {
+        let available = state.balance_mib(uuid, Some(own)) - signed(state.remains_mib(own, uuid));
+        u64::try_from(available).unwrap_or(0)
+    };
+    let fitting = state.gpus.iter().filter(|(uuid, gpu)| {
+        let (free, whole) = (free(uuid), gpu.usable_mib());
+        match service.spec.gpus {
+            0 => free > 0 && free >= need,
+            _ => whole > 0 && whole >= need && gpu.reserved_mib == 0 && free == whole,
+        }
+    });
+    fitting.count() >= usize::try_from(service.spec.gpus.max(1)).unwrap_or(usize::MAX)
 }
 
 /// Best fit: the GPU with the least room left over, then the lowest index.

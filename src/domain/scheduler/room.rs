@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::fair::Fair;
+use super::placement;
 use crate::domain::ids::{GpuUuid, RunId, ServiceName};
 use crate::domain::settings::Settings;
 use crate::domain::spec::Grant;
@@ -12,6 +13,7 @@ use crate::domain::state::account::Amount;
 use crate::domain::state::gpu::{mib_on, signed};
 use crate::domain::state::job::{Job, Phase};
 use crate::domain::state::service::{Instance, InstancePhase, Service};
+use crate::domain::state::sleep::Asleep;
 use crate::domain::time::Timestamp;
 
 /// Who leaves, in the order of least harm.
@@ -62,11 +64,35 @@ pub struct Request<'a, 's> {
 impl Request<'_, '_> {
     /// The cheapest way to make room, `None` when there is none.
     pub fn plan(&self) -> Option<Plan> {
-        if self.service.spec.gpus == 0 {
+        if let Some(asleep) = self.service.sleeping() {
+            self.plan_again(asleep)
+        } else if self.service.spec.gpus == 0 {
             self.plan_one()
         } else {
             self.plan_whole()
         }
+    }
+
+    /// A sleeping instance needs the GPUs that it had.
+    fn plan_again(&self, asleep: &Asleep) -> Option<Plan> {
+        if !placement::could_wake(self.state, self.service, asleep) {
+            return None;
+        }
+        let grants = placement::grants_again(self.service, asleep);
+        let mut victims = BTreeSet::new();
+        for grant in &grants {
+            let usable = self.state.gpus.get(&grant.gpu)?.usable_mib();
+            let need = match self.service.spec.gpus {
+                0 => grant.mib,
+                _ => usable,
+            };
+            let costs = self.clear(&grant.gpu, need)?;
+            victims.extend(costs.into_iter().map(|cost| (cost.service, cost.leave)));
+        }
+        Some(Plan {
+            grants,
+            victims: victims.into_iter().collect(),
+        })
     }
 
     fn plan_one(&self) -> Option<Plan> {
@@ -138,6 +164,7 @@ impl Request<'_, '_> {
             .state
             .services
             .values()
+            .filter(|other| other.spec.name != self.service.spec.name)
             .filter_map(|other| {
                 let mib = mib_on(&other.instance.as_ref()?.grants, gpu);
                 let promised = self
@@ -205,8 +232,12 @@ impl Request<'_, '_> {
         let instance = other.instance.as_ref()?;
         match &instance.phase {
             InstancePhase::Stopping { .. } | InstancePhase::Exited { .. } => Some(Leave::Leaving),
-            InstancePhase::Draining { .. } => Some(Leave::Leaving),
-            InstancePhase::Starting { .. } | InstancePhase::Finding => None,
+            InstancePhase::Draining { .. } | InstancePhase::Yielding { .. } => Some(Leave::Leaving),
+            InstancePhase::Starting { .. }
+            | InstancePhase::Finding
+            | InstancePhase::Waking { .. } => None,
+            // What it still holds is to be had by its end.
+            InstancePhase::Asleep => self.outranks_waiting(other).then_some(Leave::Idle),
             InstancePhase::Ready => self.leave_ready(other, instance),
         }
     }

@@ -3,14 +3,16 @@
 
 use std::collections::BTreeSet;
 
-use super::{placement, start, stop_job};
+use super::ladder::{self, stop_job};
+use super::{placement, start};
 use crate::domain::event::{Event, JobStopCause, RequeueCause, StartCause, StopCause};
 use crate::domain::ids::{RunId, ServiceName};
+use crate::domain::ladder::StepOutcome;
 use crate::domain::settings::Settings;
 use crate::domain::spec::Worker;
 use crate::domain::spec::{Grant, Target};
 use crate::domain::state::State;
-use crate::domain::state::gpu::{Hold, signed};
+use crate::domain::state::gpu::{Hold, mib_on, signed};
 use crate::domain::state::job::{Job, Phase};
 use crate::domain::state::service::{Instance, InstancePhase, Service};
 use crate::domain::state::timers::TimerKey;
@@ -49,7 +51,10 @@ fn next_deadline(settings: &Settings, service: &Service) -> Option<Timestamp> {
         return service.retry_at;
     };
     match &instance.phase {
-        InstancePhase::Starting { deadline } => Some(*deadline),
+        InstancePhase::Starting { deadline } | InstancePhase::Waking { deadline } => {
+            Some(*deadline)
+        }
+        InstancePhase::Yielding { .. } => instance.rung.as_ref().map(|rung| rung.deadline),
         InstancePhase::Draining { deadline, .. } => *deadline,
         InstancePhase::Ready => idle_end(settings, service, instance),
         _ => None,
@@ -79,7 +84,8 @@ pub fn free_stranded(state: &State, now: Timestamp) -> Option<Vec<Event>> {
 fn has_prospect(state: &State, now: Timestamp, run: RunId, job: &Job) -> bool {
     let may_come = |service: &&Service| {
         let again = service.retry_at.is_some_and(|at| at > now) && service.crash_looped.is_none();
-        service.instance.is_some() || again || state.holds.contains_key(&service.spec.name)
+        let is_up = service.instance.as_ref().is_some_and(|i| !i.is_asleep());
+        is_up || again || state.holds.contains_key(&service.spec.name)
     };
     // At a quota it waits for its own tenant's or user's runs, not for a place.
     !state.is_at_quota(&state.lane_of(job.plane))
@@ -145,14 +151,32 @@ fn instance_upkeep(
     instance: &Instance,
 ) -> Option<Vec<Event>> {
     match &instance.phase {
-        InstancePhase::Starting { deadline } if *deadline <= now => {
-            let seen = Event::InstanceUnhealthy {
-                service: service.spec.name.clone(),
-                generation: instance.generation,
-                error: "it was not healthy within its start-up time".to_owned(),
+        InstancePhase::Starting { deadline } | InstancePhase::Waking { deadline }
+            if *deadline <= now =>
+        {
+            Some(not_up_in_time(service, instance, now))
+        }
+        InstancePhase::Yielding { cause } => {
+            let rung = instance.rung.as_ref().filter(|rung| rung.deadline <= now)?;
+            let held = &instance.grants;
+            let outcome = StepOutcome::TimedOut;
+            let ended = ladder::ended_of_instance(service, instance, outcome, None, held, now);
+            let of = (service, instance);
+            let next = ladder::next_of_instance(state, settings, of, cause, rung.number, now);
+            Some(ended.into_iter().chain(next).collect())
+        }
+        InstancePhase::Asleep => {
+            let asleep = instance.asleep.as_ref()?;
+            // It takes nothing any more, or its GPUs are gone.
+            let cause = match (
+                service.enabled,
+                placement::could_wake(state, service, asleep),
+            ) {
+                (false, _) => StopCause::Disabled,
+                (true, false) => StopCause::Idle,
+                (true, true) => return None,
             };
-            let stop = stop(service, instance, StopCause::StartupTimeout, now);
-            Some(vec![seen, stop])
+            Some(ladder::stop(service, instance, cause, now))
         }
         InstancePhase::Ready if !service.enabled => Some(vec![drain(
             service,
@@ -172,10 +196,11 @@ fn instance_upkeep(
                 })
             };
             let needed = service.targets().iter().any(wanted);
-            (!needed).then(|| vec![stop(service, instance, StopCause::Idle, now)])
+            let of = (service, instance);
+            (!needed).then(|| ladder::leave(state, settings, of, &StopCause::Idle, now))?
         }
         InstancePhase::Draining { cause, .. } if instance.active.is_empty() => {
-            Some(vec![stop(service, instance, cause.clone(), now)])
+            ladder::leave(state, settings, (service, instance), cause, now)
         }
         InstancePhase::Draining {
             deadline: Some(deadline),
@@ -186,6 +211,20 @@ fn instance_upkeep(
         }
         _ => None,
     }
+}
+
+fn not_up_in_time(service: &Service, instance: &Instance, now: Timestamp) -> Vec<Event> {
+    let error = match instance.asleep {
+        Some(_) => "it was not awake within its start-up time",
+        None => "it was not healthy within its start-up time",
+    };
+    let seen = Event::InstanceUnhealthy {
+        service: service.spec.name.clone(),
+        generation: instance.generation,
+        error: error.to_owned(),
+    };
+    let stop = stop(service, instance, StopCause::StartupTimeout, now);
+    vec![seen, stop]
 }
 
 /// No new work from now on.
@@ -203,13 +242,13 @@ pub fn drain(
     }
 }
 
-/// TERM now, KILL after the service's grace.
+/// TERM now, KILL when the time of its stop is over.
 pub fn stop(service: &Service, instance: &Instance, cause: StopCause, now: Timestamp) -> Event {
     Event::InstanceStopRequested {
         service: service.spec.name.clone(),
         generation: instance.generation,
         cause,
-        kill_at: now + service.spec.grace_ms,
+        kill_at: now + service.spec.stop_ms(),
     }
 }
 
@@ -225,14 +264,9 @@ pub fn stop_active(
         .iter()
         .filter_map(|run| Some((run, state.jobs.get(run)?)))
         .filter(|(_, job)| matches!(job.phase, Phase::Running { .. }))
-        .map(|(run, job)| {
-            stop_job(
-                *run,
-                job,
-                service.spec.grace_ms,
-                JobStopCause::InstanceStopping,
-                now,
-            )
+        .flat_map(|(run, job)| {
+            let cause = JobStopCause::InstanceStopping;
+            stop_job(*run, job, &service.spec, cause, now)
         })
         .collect()
 }
@@ -269,6 +303,21 @@ fn holds_upkeep(state: &State, now: Timestamp) -> Option<Vec<Event>> {
     None
 }
 
+/// Whether room that is held for another counts on what an instance, that is to give way, would still hold asleep.
+pub fn spoils_room(state: &State, leaving: &ServiceName, held: &[Grant]) -> bool {
+    state.holds.iter().any(|(name, hold)| {
+        let Some(service) = state.services.get(name) else {
+            return false;
+        };
+        let spoils = |grant: &Grant| {
+            let missing = wanted_mib(state, service, grant) - balance(state, name, grant);
+            let coming = signed(state.coming_mib(hold, &grant.gpu));
+            missing <= coming && missing > coming - signed(mib_on(held, &grant.gpu))
+        };
+        hold.victims.contains(leaving) && hold.grants.iter().any(spoils)
+    })
+}
+
 /// Whether a hold is still for a run that waits, and of what its service needs now.
 fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bool {
     let waits = state.jobs.get(&hold.run).is_some_and(|job| {
@@ -278,9 +327,13 @@ fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bo
     });
     let need = service.need_mib();
     let gpus = usize::try_from(service.spec.gpus).unwrap_or(usize::MAX);
-    let fits = match hold.grants.as_slice() {
-        [one] if gpus == 0 => one.mib == need,
-        all => {
+    let fits = match (hold.grants.as_slice(), service.sleeping()) {
+        (held, Some(asleep)) => {
+            held == placement::grants_again(service, asleep)
+                && placement::could_wake(state, service, asleep)
+        }
+        ([one], None) if gpus == 0 => one.mib == need,
+        (all, None) => {
             gpus > 0 && all.len() == gpus && all.iter().all(|grant| usable(state, grant) >= need)
         }
     };

@@ -114,7 +114,14 @@ fn stopping(state: &State, job: &Job, cause: &JobStopCause, deadline: Timestamp)
         JobStopCause::Yield => "going back to the queue".to_owned(),
         JobStopCause::InstanceStopping => "its instance is stopping".to_owned(),
     };
-    blocking("stopping", format!("{what}; its call ends by {deadline}"))
+    let step = match &job.rung {
+        Some(rung) => format!(", now by step '{}'", rung.step.name()),
+        None => String::new(),
+    };
+    blocking(
+        "stopping",
+        format!("{what}{step}; its call ends by {deadline}"),
+    )
 }
 
 fn queued(
@@ -259,6 +266,16 @@ fn of_service(
             "service_unhealthy",
             format!("service '{name}' fails its health probes and is restarted"),
         ),
+        InstancePhase::Waking { deadline } => blocking(
+            "starting",
+            format!("service '{name}' is being woken, until {deadline} at most"),
+        ),
+        InstancePhase::Asleep if state.holds.contains_key(name) => making_room(service),
+        InstancePhase::Asleep => asleep(state, service),
+        InstancePhase::Yielding { .. } => blocking(
+            "service_stopping",
+            format!("the memory of service '{name}' is being taken for others"),
+        ),
         InstancePhase::Draining { .. }
         | InstancePhase::Stopping { .. }
         | InstancePhase::Exited { .. } => {
@@ -308,6 +325,36 @@ fn concurrency(
     )
 }
 
+fn making_room(service: &Service) -> Blocking {
+    blocking(
+        "making_room",
+        format!(
+            "others are leaving to make room for service '{0}'",
+            service.spec.name
+        ),
+    )
+}
+
+fn asleep(state: &State, service: &Service) -> Blocking {
+    let name = &service.spec.name;
+    let grants = service
+        .sleeping()
+        .map(|asleep| placement::grants_again(service, asleep))
+        .unwrap_or_default();
+    let missing = grants.iter().find_map(|grant| {
+        let free = state.available_mib_besides(&grant.gpu, Some(name));
+        (free < grant.mib).then_some((grant, free))
+    });
+    let detail = match missing {
+        Some((grant, free)) => format!(
+            "service '{name}' sleeps; to wake it needs {} MiB of GPU {} and {free} MiB are free there",
+            grant.mib, grant.gpu
+        ),
+        None => format!("service '{name}' sleeps; it is woken when its GPUs are free"),
+    };
+    blocking("sleeping", detail)
+}
+
 fn absent(state: &State, service: &Service, now: Timestamp) -> Blocking {
     let name = &service.spec.name;
     if let Some(error) = &service.crash_looped {
@@ -346,10 +393,7 @@ fn absent(state: &State, service: &Service, now: Timestamp) -> Blocking {
         );
     }
     if state.holds.contains_key(name) {
-        return blocking(
-            "making_room",
-            format!("others are leaving to make room for service '{name}'"),
-        );
+        return making_room(service);
     }
     let free = state
         .gpus

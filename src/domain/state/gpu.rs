@@ -52,7 +52,8 @@ impl State {
         u64::try_from(self.balance_mib(gpu, own)).unwrap_or(0)
     }
 
-    /// MiB of `gpu` that are free less what is held, one service's own hold left out. Negative when others took
+    /// MiB of `gpu` that are free less what is held, one service's own hold left out, and what it holds asleep counted as
+    /// free. Negative when others took
     /// memory that instances of ours were given: so much has to leave before anything is free.
     pub fn balance_mib(&self, gpu: &GpuUuid, own: Option<&ServiceName>) -> i64 {
         let Some(entry) = self.gpus.get(gpu) else {
@@ -62,9 +63,13 @@ impl State {
             .holds
             .iter()
             .filter(|(name, _)| Some(*name) != own)
-            .map(|(_, hold)| mib_on(&hold.grants, gpu).saturating_sub(self.coming_mib(hold, gpu)))
+            .map(|(name, hold)| {
+                let there = self.coming_mib(hold, gpu) + self.remains_mib(name, gpu);
+                mib_on(&hold.grants, gpu).saturating_sub(there)
+            })
             .sum();
-        signed(entry.usable_mib()) - signed(entry.reserved_mib) - signed(held)
+        let remains = own.map_or(0, |own| self.remains_mib(own, gpu));
+        signed(entry.usable_mib()) + signed(remains) - signed(entry.reserved_mib) - signed(held)
     }
 
     /// MiB of `gpu` that a hold's victims will give back: those that are leaving.
@@ -113,6 +118,7 @@ impl State {
         }
         self.queue.unpark_all();
         self.look_at_absent();
+        self.look_at_leaving();
     }
 
     fn list_gpus(&mut self, listed: &[GpuFacts]) {

@@ -10,6 +10,7 @@ use super::account::Amount;
 use super::service::Service;
 use crate::domain::event::{Event, JobStopCause};
 use crate::domain::ids::{Attempt, Generation, PlaneId, RunId, Seq, ServiceName};
+use crate::domain::ladder::{Rung, Step};
 use crate::domain::scheduler::queue::{LaneKey, OrderKey};
 use crate::domain::spec::{JobSpec, Priority, Target};
 use crate::domain::time::Timestamp;
@@ -43,6 +44,8 @@ pub struct Job {
     pub charge: Amount,
     /// Milliseconds that it had waited when it was last dispatched and no other run of its tenant and shape was.
     pub waited_ms: u64,
+    /// The step of its service's ladder that is under way while it is being stopped.
+    pub rung: Option<Rung>,
 }
 
 /// Where a live run stands.
@@ -81,7 +84,11 @@ impl Job {
         match &self.phase {
             Phase::Queued if self.attempt == 0 => self.expires_at,
             Phase::Backoff { until } => Some(*until),
-            Phase::Stopping { deadline, .. } => Some(*deadline + STOP_SLACK_MS),
+            Phase::Stopping { deadline, .. } => Some(match &self.rung {
+                Some(rung) if rung.step.part() == 0 => rung.deadline,
+                Some(rung) => rung.deadline + STOP_SLACK_MS,
+                None => *deadline + STOP_SLACK_MS,
+            }),
             _ => None,
         }
     }
@@ -136,6 +143,9 @@ impl State {
         let before = std::mem::discriminant(&job.phase);
         let held = job.holds();
         edit(&mut job);
+        if !matches!(job.phase, Phase::Stopping { .. }) {
+            job.rung = None;
+        }
         if std::mem::discriminant(&job.phase) != before {
             job.since = at;
         }
@@ -417,6 +427,9 @@ impl State {
                     }
                 });
             }
+            Event::LadderStepBegan { .. } | Event::LadderStepEnded { .. } => {
+                self.step_job(at, event);
+            }
             Event::JobPaused { run, .. } => {
                 self.edit_job(*run, at, |job| job.phase = Phase::Paused)
             }
@@ -448,6 +461,36 @@ impl State {
     }
 }
 
+impl State {
+    /// Applies an event about a step of a ladder, for a run that is being stopped.
+    fn step_job(&mut self, at: Timestamp, event: &Event) {
+        match event {
+            Event::LadderStepBegan {
+                run: Some(run),
+                number,
+                step,
+                deadline,
+                ..
+            } => {
+                let rung = Rung::begun(*number, step, at, *deadline);
+                self.edit_job(*run, at, |job| {
+                    // From here on its call is being ended.
+                    if let (Phase::Stopping { deadline, .. }, Step::Stop { .. }) =
+                        (&mut job.phase, &rung.step)
+                    {
+                        *deadline = rung.deadline;
+                    }
+                    job.rung = Some(rung);
+                });
+            }
+            Event::LadderStepEnded { run: Some(run), .. } => {
+                self.edit_job(*run, at, |job| job.rung = None);
+            }
+            _ => {}
+        }
+    }
+}
+
 impl Job {
     fn queued(
         plane: PlaneId,
@@ -472,6 +515,7 @@ impl Job {
             expires_at,
             charge: Amount::default(),
             waited_ms: 0,
+            rung: None,
         }
     }
 }

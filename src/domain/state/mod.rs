@@ -6,6 +6,7 @@ pub mod gpu;
 pub mod job;
 pub mod notices;
 pub mod service;
+pub mod sleep;
 mod tenancy;
 pub mod timers;
 pub mod user;
@@ -310,7 +311,11 @@ impl State {
             | Event::JobCompleted { .. }
             | Event::JobFailed { .. }
             | Event::JobCancelled { .. }
-            | Event::JobRevived { .. } => self.apply_job(seq, at, plane, event),
+            | Event::JobRevived { .. }
+            | Event::LadderStepBegan { run: Some(_), .. }
+            | Event::LadderStepEnded { run: Some(_), .. } => {
+                self.apply_job(seq, at, plane, event);
+            }
             Event::CallbackAttempted { .. } => self.apply_callback(event),
             Event::PayloadsPurged { bytes, .. } => self.give_back(plane, *bytes),
             of_machine => self.apply_machine(at, of_machine),
@@ -337,7 +342,11 @@ impl State {
             | Event::InstanceStopRequested { .. }
             | Event::InstanceExited { .. }
             | Event::InstanceReleased { .. }
-            | Event::ContainerChanged { .. } => self.apply_instance(at, event),
+            | Event::ContainerChanged { .. }
+            | Event::LadderStepBegan { .. }
+            | Event::LadderStepEnded { .. }
+            | Event::InstanceSlept { .. }
+            | Event::InstanceWakeRequested { .. } => self.apply_instance(at, event),
             Event::EngineChanged { engine } => self.change_engine(engine),
             Event::RoomHeld { .. }
             | Event::RoomReleased { .. }

@@ -7,10 +7,12 @@ use smol_str::SmolStr;
 
 use super::State;
 use super::job::{Job, Phase};
+use super::sleep::Asleep;
 use crate::domain::container::{ContainerFacts, Engine};
 use crate::domain::effect::ProcessIdentity;
 use crate::domain::event::{Event, StartCause, StopCause};
 use crate::domain::ids::{Generation, RunId, ServiceName};
+use crate::domain::ladder::Rung;
 use crate::domain::spec::{Grant, ServiceSpec, Target};
 use crate::domain::time::Timestamp;
 
@@ -64,6 +66,10 @@ pub struct Instance {
     pub idle_since: Timestamp,
     /// Places of jobs being stopped, promised to these waiting runs.
     pub promised: BTreeSet<RunId>,
+    /// The step of its service's ladder that is under way for the instance itself.
+    pub rung: Option<Rung>,
+    /// From when it sleeps until it is awake again.
+    pub asleep: Option<Asleep>,
 }
 
 /// Where an instance stands.
@@ -88,6 +94,16 @@ pub enum InstancePhase {
     /// Gone; its memory is not yet seen free.
     Exited {
         cause: Option<StopCause>,
+    },
+    /// It has no work, and its memory is being taken by a step of its ladder.
+    Yielding {
+        cause: StopCause,
+    },
+    /// It lives without its GPU memory.
+    Asleep,
+    /// Its memory is reserved again, and it is being woken.
+    Waking {
+        deadline: Timestamp,
     },
 }
 
@@ -146,6 +162,7 @@ impl Instance {
             InstancePhase::Draining { .. }
                 | InstancePhase::Stopping { .. }
                 | InstancePhase::Exited { .. }
+                | InstancePhase::Yielding { .. }
         )
     }
 
@@ -153,7 +170,7 @@ impl Instance {
     pub fn is_coming(&self) -> bool {
         matches!(
             self.phase,
-            InstancePhase::Starting { .. } | InstancePhase::Finding
+            InstancePhase::Starting { .. } | InstancePhase::Finding | InstancePhase::Waking { .. }
         )
     }
 }
@@ -166,7 +183,7 @@ impl State {
 
     /// Changes a service and marks it for the scheduler's attention. Whatever changes of it may help any
     /// shape: its jobs' leaving makes room as well as its own.
-    fn edit_service(&mut self, name: &ServiceName, edit: impl FnOnce(&mut Service)) {
+    pub(super) fn edit_service(&mut self, name: &ServiceName, edit: impl FnOnce(&mut Service)) {
         if let Some(service) = self.services.get_mut(name) {
             edit(service);
             self.touched.insert(name.clone());
@@ -175,7 +192,7 @@ impl State {
     }
 
     /// Changes the instance of that generation; an older generation changes nothing.
-    fn edit_instance(
+    pub(super) fn edit_instance(
         &mut self,
         name: &ServiceName,
         generation: Generation,
@@ -288,7 +305,7 @@ impl State {
     }
 
     /// What was promised on an instance that will not take work, or not of this kind, is promised no more.
-    fn drop_promises_on(&mut self, name: &ServiceName) {
+    pub(super) fn drop_promises_on(&mut self, name: &ServiceName) {
         let Some(service) = self.services.get(name) else {
             return;
         };
@@ -460,6 +477,10 @@ impl State {
             } => {
                 self.release_instance(service, *generation);
             }
+            Event::LadderStepBegan { .. }
+            | Event::LadderStepEnded { .. }
+            | Event::InstanceSlept { .. }
+            | Event::InstanceWakeRequested { .. } => self.step_instance(at, event),
             _ => self.move_instance(at, event),
         }
     }
@@ -477,12 +498,21 @@ impl State {
                 generation,
                 ..
             } => {
+                let mut was_asleep = false;
                 self.edit_instance(service, *generation, |instance| {
+                    let found = matches!(event, Event::InstanceAdopted { .. });
+                    if found && instance.phase != InstancePhase::Finding {
+                        return;
+                    }
+                    was_asleep = instance.asleep.take().is_some();
                     instance.phase = InstancePhase::Ready;
                     instance.since = at;
                     instance.ready_at.get_or_insert(at);
                     instance.idle_since = at;
                 });
+                if was_asleep {
+                    self.look_at_leaving();
+                }
             }
             Event::InstanceDraining {
                 service,
@@ -527,7 +557,7 @@ impl State {
     }
 
     /// Only a stop that leads to a restart leaves the wish for an instance standing.
-    fn keep_wanted(&mut self, service: &ServiceName, cause: &StopCause) {
+    pub(super) fn keep_wanted(&mut self, service: &ServiceName, cause: &StopCause) {
         self.edit_service(service, |service| match cause {
             StopCause::Restart => service.wanted = true,
             StopCause::Unhealthy | StopCause::StartupTimeout => {}
@@ -563,6 +593,8 @@ impl State {
                 active: BTreeSet::new(),
                 idle_since: at,
                 promised: BTreeSet::new(),
+                rung: None,
+                asleep: None,
             });
         });
         for grant in grants {
@@ -622,6 +654,7 @@ impl State {
         self.gpus
             .retain(|_, gpu| gpu.present || gpu.reserved_mib > 0);
         self.look_at_absent();
+        self.look_at_leaving();
     }
 
     /// What waits for containers may go on, or has to wait.

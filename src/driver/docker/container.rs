@@ -220,6 +220,20 @@ impl Docker {
             .map(SmolStr::from))
     }
 
+    /// Sends a signal, by its name, to the first process of a container.
+    ///
+    /// # Errors
+    /// It does not run, or the engine does not answer.
+    pub async fn signal(&self, id: &str, signal: &str) -> Result<(), DockerError> {
+        let options = KillContainerOptions {
+            signal: signal.to_owned(),
+        };
+        self.call("signal a container", CHANGE, |client| async move {
+            client.kill_container(id, Some(options)).await
+        })
+        .await
+    }
+
     /// Removes one of ours, killing it if it runs, with the volumes that have no name. What cannot be removed now, the
     /// orphans' sweep removes.
     pub async fn remove(&self, id: &str) -> bool {
@@ -378,13 +392,7 @@ impl Container {
             Signal::KILL => "SIGKILL".to_owned(),
             _ => self.seen.borrow().stop_signal.clone(),
         };
-        let options = KillContainerOptions { signal: named };
-        let sent = self
-            .docker
-            .call("signal a container", CHANGE, |client| async move {
-                client.kill_container(&self.id, Some(options)).await
-            })
-            .await;
+        let sent = self.docker.signal(&self.id, &named).await;
         self.docker.look_again(&self.id).await;
         sent.is_ok()
     }

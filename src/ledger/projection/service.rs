@@ -46,6 +46,11 @@ pub enum InstancePhase {
     Stopping,
     /// Gone, its memory not yet seen to be free.
     Exited,
+    /// Its memory is being taken by a step of its ladder.
+    Yielding,
+    /// It lives without its GPU memory.
+    Sleeping,
+    Waking,
 }
 
 /// One life of a service's process.
@@ -61,6 +66,10 @@ pub struct InstanceView {
     pub startup_ms: Option<u64>,
     pub process: Option<ProcessIdentity>,
     pub container: Option<ContainerFacts>,
+    /// Since when it sleeps.
+    pub asleep_since: Option<Timestamp>,
+    /// MiB of it that lie in host memory meanwhile.
+    pub host_mib: u64,
 }
 
 /// A data plane.
@@ -162,6 +171,8 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
             startup_ms: None,
             process: None,
             container: None,
+            asleep_since: None,
+            host_mib: 0,
         });
         return;
     }
@@ -192,11 +203,10 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
             current.phase = InstancePhase::Ready;
             current.ready_at = Some(at);
             current.startup_ms = Some(*startup_ms);
+            current.asleep_since = None;
+            current.host_mib = 0;
         }
-        Event::InstanceAdopted { .. } => {
-            current.phase = InstancePhase::Ready;
-            current.ready_at = current.ready_at.or(Some(at));
-        }
+        Event::InstanceAdopted { .. } => adopted(current, at),
         Event::InstanceUnhealthy { .. } => current.phase = InstancePhase::Unhealthy,
         Event::InstanceDraining { .. } => current.phase = InstancePhase::Draining,
         Event::InstanceStopRequested { .. } => current.phase = InstancePhase::Stopping,
@@ -208,6 +218,39 @@ fn instance(view: &mut ServiceView, event: &Event, at: Timestamp) {
             view.deaths = *deaths;
         }
         Event::InstanceReleased { .. } => view.instance = None,
+        _ => sleep(current, event, at),
+    }
+}
+
+/// One that sleeps, or is on its way there, is found as that.
+fn adopted(current: &mut InstanceView, at: Timestamp) {
+    if current.asleep_since.is_none() && current.phase != InstancePhase::Yielding {
+        current.phase = InstancePhase::Ready;
+        current.ready_at = current.ready_at.or(Some(at));
+    }
+}
+
+/// Steps of ladders, sleep and waking.
+fn sleep(current: &mut InstanceView, event: &Event, at: Timestamp) {
+    match event {
+        Event::LadderStepBegan {
+            run: None, step, ..
+        } if step.takes_memory() => {
+            current.phase = InstancePhase::Yielding;
+        }
+        Event::InstanceSlept {
+            grants, host_mib, ..
+        } => {
+            current.phase = InstancePhase::Sleeping;
+            current.grants = grants.clone();
+            current.asleep_since = Some(at);
+            current.host_mib = *host_mib;
+        }
+        Event::InstanceWakeRequested { grants, cause, .. } => {
+            current.phase = InstancePhase::Waking;
+            current.grants = grants.clone();
+            current.cause = *cause;
+        }
         _ => {}
     }
 }

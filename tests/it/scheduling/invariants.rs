@@ -125,6 +125,7 @@ impl Watch {
             Event::RoomHeld { service, .. } => room_will_be_free(state, service)?,
             _ => {}
         }
+        sleep_agrees(state, settings)?;
         accounts_agree(state)?;
         places_agree(state)
     }
@@ -232,8 +233,13 @@ impl Watch {
             );
             let whole = on_it.iter().any(|(service, _)| {
                 service.instance.as_ref().is_some_and(|instance| {
-                    self.whole
-                        .contains(&(service.spec.name.clone(), instance.generation))
+                    // What one that sleeps keeps is no whole GPU any more.
+                    let has_all = instance.asleep.is_none()
+                        || matches!(instance.phase, InstancePhase::Waking { .. });
+                    has_all
+                        && self
+                            .whole
+                            .contains(&(service.spec.name.clone(), instance.generation))
                 })
             });
             hold!(
@@ -317,6 +323,34 @@ impl Watch {
     }
 }
 
+/// What sleeps has no work, takes none, and fills host memory no further than allowed.
+fn sleep_agrees(state: &State, settings: &Settings) -> Result<(), Broken> {
+    for (name, service) in &state.services {
+        let Some(instance) = &service.instance else {
+            continue;
+        };
+        let gives_memory = matches!(
+            instance.phase,
+            InstancePhase::Yielding { .. } | InstancePhase::Asleep | InstancePhase::Waking { .. }
+        );
+        hold!(
+            !gives_memory || (instance.active.is_empty() && instance.promised.is_empty()),
+            "{name} has work and no memory: {:?}",
+            instance.phase
+        );
+        hold!(
+            !instance.is_asleep() || instance.asleep.is_some(),
+            "{name} sleeps and nobody knows how"
+        );
+    }
+    let mib = state.sleeping_host_mib();
+    hold!(
+        mib <= settings.sleep_host_max_mib,
+        "{mib} MiB of what sleeps lie in host memory"
+    );
+    Ok(())
+}
+
 /// Whether an effect carries the generation or attempt of the event that implies it (invariant 3).
 pub fn is_fenced(event: &Event, effect: &Effect) -> bool {
     match (event, effect) {
@@ -326,6 +360,29 @@ pub fn is_fenced(event: &Event, effect: &Effect) -> bool {
                 spec, generation, ..
             },
         ) => event.instance() == Some((&spec.name, *generation)),
+        (
+            Event::LadderStepBegan {
+                run,
+                attempt,
+                number,
+                ..
+            },
+            Effect::AskCheckpoint(ask),
+        ) => (*run, *attempt, *number) == (Some(ask.run), ask.attempt, ask.number),
+        (
+            Event::LadderStepBegan { run, attempt, .. },
+            Effect::StopCall {
+                run: of,
+                attempt: number,
+                ..
+            },
+        ) => (*run, attempt) == (Some(*of), number),
+        (Event::LadderStepBegan { number, .. }, Effect::TakeMemory(take)) => {
+            *number == take.number && event.instance() == Some((&take.service, take.generation))
+        }
+        (Event::InstanceWakeRequested { .. }, Effect::WakeInstance(wake)) => {
+            event.instance() == Some((&wake.service, wake.generation))
+        }
         (
             Event::InstanceStopRequested { .. },
             Effect::StopInstance {
@@ -373,7 +430,21 @@ fn granted(service: &Service, gpu: &GpuUuid) -> u64 {
 
 /// MiB of a GPU that a hold needs beyond what its leaving victims will give back.
 fn still_needed(state: &State, hold: &Hold, gpu: &GpuUuid) -> u64 {
-    mib_on(&hold.grants, gpu).saturating_sub(coming(state, hold, gpu))
+    let there = coming(state, hold, gpu) + remains(owner(state, hold), gpu);
+    mib_on(&hold.grants, gpu).saturating_sub(there)
+}
+
+/// For whom room is held.
+fn owner<'a>(state: &'a State, hold: &Hold) -> Option<&'a Service> {
+    let mut holds = state.holds.iter();
+    let (name, _) = holds.find(|(_, other)| *other == hold)?;
+    state.services.get(name)
+}
+
+/// MiB of a GPU that a sleeping instance of a service still holds.
+fn remains(service: Option<&Service>, gpu: &GpuUuid) -> u64 {
+    let asleep = service.filter(|service| service.sleeping().is_some());
+    asleep.map_or(0, |service| granted(service, gpu))
 }
 
 fn coming(state: &State, hold: &Hold, gpu: &GpuUuid) -> u64 {
@@ -388,7 +459,8 @@ fn coming(state: &State, hold: &Hold, gpu: &GpuUuid) -> u64 {
 /// When the victims are gone, the held room is there: nobody is evicted in vain.
 fn room_will_be_free(state: &State, service: &ServiceName) -> Result<(), Broken> {
     let hold = state.holds.get(service).ok_or("no hold")?;
-    let whole = state.services.get(service).is_some_and(|s| s.spec.gpus > 0);
+    let entry = state.services.get(service);
+    let whole = entry.is_some_and(|s| s.spec.gpus > 0);
     for grant in &hold.grants {
         let gpu = state.gpus.get(&grant.gpu).ok_or("room on an unknown GPU")?;
         let others: u64 = state
@@ -397,7 +469,8 @@ fn room_will_be_free(state: &State, service: &ServiceName) -> Result<(), Broken>
             .filter(|(name, _)| *name != service)
             .map(|(_, other)| still_needed(state, other, &grant.gpu))
             .sum();
-        let left = gpu.reserved_mib - coming(state, hold, &grant.gpu) + others;
+        let own = remains(entry, &grant.gpu);
+        let left = gpu.reserved_mib - own - coming(state, hold, &grant.gpu) + others;
         let wanted = if whole {
             gpu.usable_mib().max(1)
         } else {
@@ -648,7 +721,7 @@ fn no_idle_place(
         return Ok(());
     }
     for service in all {
-        let may_start = service.instance.is_none()
+        let may_start = (service.instance.is_none() || service.sleeping().is_some())
             && service.crash_looped.is_none()
             && service.retry_at.is_none_or(|at| at <= now)
             && service.spec.worker != Worker::Container

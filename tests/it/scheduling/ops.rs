@@ -2,6 +2,7 @@
 
 use proptest::prelude::*;
 use rungate::domain::ids::ServiceName;
+use rungate::domain::ladder::{Ask, SleepCall, Step};
 use rungate::domain::spec::{ProgressMode, ServiceSpec, Worker};
 use smol_str::format_smolstr;
 
@@ -95,7 +96,34 @@ pub fn plain_spec(service: u8) -> ServiceSpec {
         grace_ms: 3_000,
         startup_timeout_ms: 20_000,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     }
+}
+
+/// None for half of the services; else some of the steps, in the order that they may have.
+fn ladder() -> impl Strategy<Value = Vec<Step>> {
+    let sleep = |level| Step::Sleep {
+        call: SleepCall {
+            level,
+            path: String::new(),
+            wake_path: String::new(),
+            is_sleeping_path: None,
+        },
+        ms: 3_000,
+    };
+    let ask = Ask::Path(String::new());
+    let all = vec![
+        Step::Drain { ms: 2_000 },
+        Step::Checkpoint { ask, ms: 1_000 },
+        sleep(1),
+        sleep(2),
+        Step::CudaCheckpoint { ms: 2_000 },
+        Step::Stop { ms: 2_000 },
+        Step::Kill,
+    ];
+    let steps = prop::sample::subsequence(all, 0..=7);
+    prop_oneof![Just(Vec::new()), steps]
 }
 
 pub fn spec() -> impl Strategy<Value = ServiceSpec> {
@@ -110,13 +138,17 @@ pub fn spec() -> impl Strategy<Value = ServiceSpec> {
             1..4u32,
             prop::option::of(0..8_000u64),
         ),
-        (prop::bool::weighted(0.05), prop::option::of(Just(5_000u64))),
+        (
+            prop::bool::weighted(0.05),
+            prop::option::of(Just(5_000u64)),
+            ladder(),
+        ),
     )
         .prop_map(
             |(
                 (service, of, vram_mib),
                 (gpus, concurrency, min_runtime_ms),
-                (container, idle_timeout_ms),
+                (container, idle_timeout_ms, ladder),
             )| {
                 ServiceSpec {
                     service_type: format_smolstr!("t{of}"),
@@ -130,6 +162,7 @@ pub fn spec() -> impl Strategy<Value = ServiceSpec> {
                     concurrency,
                     idle_timeout_ms,
                     min_runtime_ms,
+                    ladder,
                     ..plain_spec(service)
                 }
             },

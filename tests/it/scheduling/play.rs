@@ -23,6 +23,7 @@ pub fn settings() -> Settings {
         swap_max_wait_ms: 15_000,
         idle_timeout_ms: 10_000,
         drain_ms: 8_000,
+        sleep_host_max_mib: 30,
         ..Settings::default()
     }
 }
@@ -431,8 +432,8 @@ impl Play {
             .any(|i| i.is_leaving());
         assert!(!leaving, "{}", left("leaving instances"));
         for service in state.services.values() {
-            let idle =
-                service.instance.as_ref().is_some() && service.spec.needs_gpu() && !service.wanted;
+            let awake = service.instance.as_ref().is_some_and(|i| !i.is_asleep());
+            let idle = awake && service.spec.needs_gpu() && !service.wanted;
             assert!(!idle, "{}", left("idle instances"));
         }
     }

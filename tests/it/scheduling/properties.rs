@@ -3,8 +3,11 @@
 //! Each case checks `invariants` after every event and whenever the scheduler rests. `PROPTEST_CASES=20000 cargo
 //! test --test it scheduling::properties` looks harder than the default, which is sized for every day.
 
+use std::collections::BTreeMap;
+
 use proptest::prelude::*;
-use proptest::test_runner::Config;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::{Config, TestRunner};
 use rungate::domain::event::Event;
 use rungate::domain::ids::RunId;
 use rungate::domain::spec::ServiceSpec;
@@ -88,6 +91,50 @@ proptest! {
         prop_assert_eq!(&read, &middle);
         prop_assert_eq!(&replay(read, rest), &bed.state);
         prop_assert_eq!(&bed.replayed(), &bed.state);
+    }
+}
+
+/// What is random reaches what it is there for: instances fall asleep by each kind of step, fail to, and wake.
+#[test]
+fn sleep_and_waking_are_among_what_happens() {
+    let mut runner = TestRunner::deterministic();
+    let mut counts = BTreeMap::new();
+    for _ in 0..60 {
+        let specs = prop::collection::vec(pressing_spec(), 2..6).new_tree(&mut runner);
+        let any_op = prop_oneof![pressing_op(), op()];
+        let ops = prop::collection::vec(any_op, 100..150).new_tree(&mut runner);
+        let mut play = Play::new();
+        for spec in specs.unwrap().current() {
+            play.register(spec);
+        }
+        for op in ops.unwrap().current() {
+            play.perform(op);
+        }
+        play.finish();
+        for entry in &play.bed.log {
+            let what = match &entry.event {
+                Event::InstanceSlept { step, .. } => format!("asleep by {}", step.name()),
+                Event::InstanceWakeRequested { .. } => "waking".to_owned(),
+                Event::LadderStepEnded { step, outcome, .. } => format!("{step} {outcome:?}"),
+                _ => continue,
+            };
+            *counts.entry(what).or_insert(0) += 1;
+        }
+    }
+    println!("{counts:#?}");
+    for wanted in [
+        "asleep by sleep",
+        "asleep by cuda-checkpoint",
+        "waking",
+        "sleep Failed",
+        "sleep Skipped",
+        "sleep Interrupted",
+        "checkpoint Done",
+        "checkpoint TimedOut",
+        "drain Done",
+        "stop Done",
+    ] {
+        assert!(counts.contains_key(wanted), "no {wanted} in {counts:#?}");
     }
 }
 

@@ -10,10 +10,11 @@ use rungate::domain::identity::{
     IdentityCommand, NewToken, Profile, ProfileChange, Role, TokenHash, UserKey,
 };
 use rungate::domain::ids::{Attempt, Generation, PlaneId, RunId};
+use rungate::domain::ladder::{Ask, SleepCall, Step, StepOutcome};
 use rungate::domain::scheduler::why::why;
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{
-    GpuFacts, GpuSource, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
+    GpuFacts, GpuSource, Grant, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
 };
 use rungate::domain::tenant::{QuotasChange, TenantChange, UserAllowanceChange};
 use rungate::domain::time::Timestamp;
@@ -140,6 +141,10 @@ impl Script {
     fn settings(&mut self, line: &Line) {
         let settings = &mut self.bed.settings;
         for key in line.keyed.keys() {
+            if *key == "host" {
+                settings.sleep_host_max_mib = mib(line.keyed[key]);
+                continue;
+            }
             let field = match *key {
                 "ageing" => &mut settings.ageing_ms_per_level,
                 "min_runtime" => &mut settings.min_runtime_ms,
@@ -391,6 +396,9 @@ impl Script {
             "adopted",
             "exited",
             "freed",
+            "took",
+            "woken",
+            "killed",
         ];
         if !verbs.contains(&line.verb) {
             return None;
@@ -420,6 +428,40 @@ impl Script {
                 generation,
                 pid: 1,
             },
+            "killed" => Command::InstanceSignalled {
+                service,
+                generation,
+                signal: SmolStr::new_static("KILL"),
+            },
+            "woken" => Command::InstanceWoken {
+                service,
+                generation,
+                error: line.has("fail").then(|| "no answer".to_owned()),
+            },
+            "took" => {
+                let instance = self.bed.state.services[line.name()].instance.as_ref();
+                let rung = instance.and_then(|i| i.rung.as_ref());
+                let grants = instance.map(|i| i.grants.clone()).unwrap_or_default();
+                let held = line.keyed.get("held").map(|held| {
+                    let of = |grant: &Grant| Grant {
+                        gpu: grant.gpu.clone(),
+                        mib: mib(held),
+                    };
+                    grants.iter().map(of).collect()
+                });
+                Command::LadderStepTried {
+                    service,
+                    generation,
+                    run: None,
+                    attempt: 0,
+                    number: line
+                        .number("step")
+                        .unwrap_or_else(|| rung.map_or(0, |rung| rung.number)),
+                    outcome: step_outcome(line),
+                    error: None,
+                    held,
+                }
+            }
             "exited" => {
                 let exit = line.number("code").map_or(Exit::Unknown, |code| {
                     Exit::Code(i32::try_from(code).unwrap())
@@ -455,6 +497,20 @@ impl Script {
                     outcome,
                 }
             }
+            "asked" => Command::LadderStepTried {
+                service: SmolStr::default(),
+                generation: Generation::default(),
+                run: Some(self.run(line.name())),
+                attempt: self.attempt(line),
+                number: line.number("step").unwrap_or_else(|| {
+                    let job = self.bed.state.jobs.get(&self.run(line.name()));
+                    job.and_then(|job| job.rung.as_ref())
+                        .map_or(0, |rung| rung.number)
+                }),
+                outcome: step_outcome(line),
+                error: None,
+                held: None,
+            },
             "stopped" => Command::JobStopDone {
                 run: self.run(line.name()),
                 attempt: self.attempt(line),
@@ -522,6 +578,46 @@ impl Script {
         let told = |effect: Effect| format!("{clock}  effect: {}", text::effect(names, &effect));
         self.effects.drain(..).map(told).collect()
     }
+}
+
+/// How a step ended: `fail` or `skip`, else well.
+fn step_outcome(line: &Line) -> StepOutcome {
+    match (line.has("fail"), line.has("skip")) {
+        (true, _) => StepOutcome::Failed,
+        (_, true) => StepOutcome::Skipped,
+        _ => StepOutcome::Done,
+    }
+}
+
+/// `drain:5s,checkpoint:1s,sleep:30s,sleep2:30s,cuda:10s,stop:3s,kill`.
+fn ladder(text: &str) -> Vec<Step> {
+    let step = |text: &str| {
+        let (name, limit) = text.split_once(':').unwrap_or((text, "0s"));
+        let ms = ms(limit);
+        let call = |level| SleepCall {
+            level,
+            path: "/sleep".to_owned(),
+            wake_path: "/wake_up".to_owned(),
+            is_sleeping_path: None,
+        };
+        match name {
+            "drain" => Step::Drain { ms },
+            "checkpoint" => Step::Checkpoint {
+                ask: Ask::Path("/checkpoint".to_owned()),
+                ms,
+            },
+            "sleep" => Step::Sleep { call: call(1), ms },
+            "sleep2" => Step::Sleep { call: call(2), ms },
+            "cuda" => Step::CudaCheckpoint { ms },
+            "stop" => Step::Stop { ms },
+            "kill" => Step::Kill,
+            _ => panic!("'{name}' is no step"),
+        }
+    };
+    text.split(',')
+        .filter(|text| *text != "none")
+        .map(step)
+        .collect()
 }
 
 /// `acme/ann`.
@@ -606,6 +702,8 @@ fn spec(line: &Line, old: Option<&ServiceSpec>) -> ServiceSpec {
         grace_ms: 5_000,
         startup_timeout_ms: 60_000,
         min_runtime_ms: None,
+        ladder: Vec::new(),
+        mps_percent: None,
     });
     if let Some(of) = line.keyed.get("type") {
         spec.service_type = (*of).into();
@@ -620,5 +718,8 @@ fn spec(line: &Line, old: Option<&ServiceSpec>) -> ServiceSpec {
     spec.grace_ms = line.ms("grace").unwrap_or(spec.grace_ms);
     spec.startup_timeout_ms = line.ms("startup").unwrap_or(spec.startup_timeout_ms);
     spec.min_runtime_ms = line.ms("min_runtime").or(spec.min_runtime_ms);
+    if let Some(text) = line.keyed.get("ladder") {
+        spec.ladder = ladder(text);
+    }
     spec
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use rungate::domain::effect::Effect;
 use rungate::domain::event::{Event, Exit, JobStopCause, RequeueCause, StartCause, StopCause};
 use rungate::domain::ids::RunId;
+use rungate::domain::ladder::StepOutcome;
 use rungate::domain::spec::{Grant, Target};
 use rungate::domain::time::Timestamp;
 
@@ -58,6 +59,7 @@ pub fn event(names: &Names, event: &Event) -> Option<String> {
         .or_else(|| attempt(&name, event))
         .or_else(|| job(&name, event))
         .or_else(|| service(event))
+        .or_else(|| ladder(&name, event))
         .or_else(|| instance(event))
         .or_else(|| memory(&name, event))
 }
@@ -216,6 +218,95 @@ fn service(event: &Event) -> Option<String> {
     })
 }
 
+/// Steps of ladders, sleep and waking.
+fn ladder(name: Name, event: &Event) -> Option<String> {
+    let whose = |service: &str, generation: &dyn std::fmt::Display, run: &Option<RunId>| match run {
+        Some(run) => name(run),
+        None => format!("{service}#{generation}"),
+    };
+    Some(match event {
+        Event::LadderStepBegan {
+            service,
+            generation,
+            run,
+            cause,
+            number,
+            step,
+            deadline,
+            ..
+        } => {
+            let cause = cause.as_ref().map_or(String::new(), |cause| {
+                format!(", {}", stop_of_instance(cause))
+            });
+            format!(
+                "{}: step {number} {} begins{cause}, by {}",
+                whose(service, generation, run),
+                step.name(),
+                time(*deadline)
+            )
+        }
+        Event::LadderStepEnded {
+            service,
+            generation,
+            run,
+            number,
+            step,
+            outcome,
+            took_ms,
+            freed_mib,
+            ..
+        } => {
+            let outcome = match outcome {
+                StepOutcome::Done => "done",
+                StepOutcome::Failed => "failed",
+                StepOutcome::TimedOut => "took too long",
+                StepOutcome::Skipped => "skipped",
+                StepOutcome::Interrupted => "interrupted",
+            };
+            let freed = match freed_mib {
+                0 => String::new(),
+                freed => format!(", {} freed", mib(*freed)),
+            };
+            format!(
+                "{}: step {number} {step} {outcome} after {took_ms} ms{freed}",
+                whose(service, generation, run)
+            )
+        }
+        Event::InstanceSlept {
+            service,
+            generation,
+            grants: held,
+            host_mib,
+            ..
+        } => format!(
+            "{service}#{generation}: sleeps, holding {}, {} on the host",
+            grants(held),
+            mib(*host_mib)
+        ),
+        Event::InstanceWakeRequested {
+            service,
+            generation,
+            grants: got,
+            cause,
+            deadline,
+        } => format!(
+            "{service}#{generation}: wake {} on {}, by {}",
+            start_cause(*cause),
+            grants(got),
+            time(*deadline)
+        ),
+        _ => return None,
+    })
+}
+
+fn start_cause(cause: StartCause) -> &'static str {
+    match cause {
+        StartCause::Scheduler => "for a job",
+        StartCause::Manual => "by hand",
+        StartCause::Restart => "again",
+    }
+}
+
 fn instance(event: &Event) -> Option<String> {
     let (service, generation) = event.instance()?;
     let what = match event {
@@ -225,11 +316,7 @@ fn instance(event: &Event) -> Option<String> {
             deadline,
             ..
         } => {
-            let cause = match cause {
-                StartCause::Scheduler => "for a job",
-                StartCause::Manual => "by hand",
-                StartCause::Restart => "again",
-            };
+            let cause = start_cause(*cause);
             format!(
                 "start {cause} on {}, healthy by {}",
                 grants(got),
@@ -397,12 +484,13 @@ pub fn effect(names: &Names, effect: &Effect) -> String {
             spec,
             generation,
             stop_at,
+            asleep,
             ..
         } => {
-            let what = if stop_at.is_some() {
-                "find and stop"
-            } else {
-                "find"
+            let what = match (stop_at, asleep) {
+                (Some(_), _) => "find and stop",
+                (None, true) => "find, asleep,",
+                (None, false) => "find",
             };
             format!("{what} {}#{generation}", spec.name)
         }
@@ -412,5 +500,25 @@ pub fn effect(names: &Names, effect: &Effect) -> String {
             generation,
             ..
         } => format!("watch {service}#{generation}'s memory"),
+        Effect::AskCheckpoint(ask) => format!(
+            "ask {}#{} for a checkpoint of {}, attempt {}",
+            ask.service,
+            ask.generation,
+            name(&ask.run),
+            ask.attempt
+        ),
+        Effect::TakeMemory(take) => format!(
+            "take {} of {}#{} by {}",
+            grants(&take.grants),
+            take.service,
+            take.generation,
+            take.step.name()
+        ),
+        Effect::WakeInstance(wake) => format!(
+            "wake {}#{} from {}",
+            wake.service,
+            wake.generation,
+            wake.step.name()
+        ),
     }
 }

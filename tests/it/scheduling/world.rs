@@ -6,6 +6,8 @@ use rungate::domain::command::{Command, JobFailure};
 use rungate::domain::effect::Effect;
 use rungate::domain::event::Exit;
 use rungate::domain::ids::{Attempt, Generation, RunId, ServiceName};
+use rungate::domain::ladder::StepOutcome;
+use rungate::domain::spec::Grant;
 use smol_str::SmolStr;
 
 /// Something under way.
@@ -28,6 +30,12 @@ pub enum Pending {
         run: RunId,
         number: u32,
     },
+    /// A checkpoint was asked for.
+    Ask {
+        run: RunId,
+        attempt: Attempt,
+        number: u32,
+    },
 }
 
 /// What an instance's process is doing.
@@ -41,6 +49,9 @@ pub enum Stage {
     Stopping,
     /// Gone, its memory not yet seen free.
     Gone,
+    /// A step of its ladder takes its memory.
+    Yielding(u32),
+    Waking,
 }
 
 /// How something under way goes on.
@@ -73,11 +84,15 @@ impl World {
                     spec,
                     generation,
                     stop_at,
+                    asleep,
                     ..
-                } => {
-                    let stage = stop_at.map_or(Stage::Lost, |_| Stage::Stopping);
-                    self.enter(&spec.name, generation, stage);
-                }
+                } => match (stop_at, asleep) {
+                    (Some(_), _) => self.enter(&spec.name, generation, Stage::Stopping),
+                    (None, false) => self.enter(&spec.name, generation, Stage::Lost),
+                    // What was asked of it since the restart goes on when it is found.
+                    (None, true) if self.has(&spec.name, generation) => {}
+                    (None, true) => self.enter(&spec.name, generation, Stage::Live),
+                },
                 Effect::SweepOrphans { .. } => {}
                 Effect::WatchRelease {
                     service,
@@ -91,6 +106,18 @@ impl World {
                 Effect::StopCall { run, attempt, .. } => {
                     self.pending.push(Pending::StopCall { run, attempt });
                 }
+                Effect::AskCheckpoint(ask) => self.pending.push(Pending::Ask {
+                    run: ask.run,
+                    attempt: ask.attempt,
+                    number: ask.number,
+                }),
+                Effect::TakeMemory(take) => {
+                    let stage = Stage::Yielding(take.number);
+                    self.enter(&take.service, take.generation, stage);
+                }
+                Effect::WakeInstance(wake) => {
+                    self.enter(&wake.service, wake.generation, Stage::Waking);
+                }
                 Effect::SendCallback { run, number, .. } => {
                     self.pending.push(Pending::Callback { run, number });
                 }
@@ -103,6 +130,13 @@ impl World {
     /// The gateway's process died, and what it had under way with it.
     pub fn forget(&mut self) {
         self.pending.clear();
+    }
+
+    fn has(&self, name: &ServiceName, of: Generation) -> bool {
+        self.pending.iter().any(|pending| {
+            matches!(pending, Pending::Instance { service, generation, .. }
+                if service == name && *generation == of)
+        })
     }
 
     /// An instance has one thing under way at a time: the last asked for.
@@ -159,6 +193,20 @@ impl World {
                 attempt,
                 confirmed: luck == Luck::Good,
             },
+            Pending::Ask {
+                run,
+                attempt,
+                number,
+            } => Command::LadderStepTried {
+                service: ServiceName::default(),
+                generation: Generation::default(),
+                run: Some(run),
+                attempt,
+                number,
+                outcome: outcome_of(luck),
+                error: None,
+                held: None,
+            },
             Pending::Callback { run, number } => {
                 let status = if luck == Luck::Good { 200 } else { 503 };
                 Command::CallbackTried {
@@ -178,6 +226,39 @@ impl World {
         stage: Stage,
         luck: Luck,
     ) -> Option<Command> {
+        let tried = |number| Command::LadderStepTried {
+            service: service.clone(),
+            generation,
+            run: None,
+            attempt: 0,
+            number,
+            outcome: outcome_of(luck),
+            error: None,
+            // Some keep a little of it.
+            held: generation.0.is_multiple_of(3).then(|| {
+                let little = |gpu: &str| Grant {
+                    gpu: gpu.into(),
+                    mib: 1,
+                };
+                ["g0", "g1", "g2"].map(little).to_vec()
+            }),
+        };
+        match stage {
+            Stage::Yielding(number) => {
+                self.enter(&service, generation, Stage::Live);
+                return Some(tried(number));
+            }
+            Stage::Waking => {
+                self.enter(&service, generation, Stage::Live);
+                let error = (luck == Luck::Bad).then(|| "no answer".to_owned());
+                return Some(Command::InstanceWoken {
+                    service,
+                    generation,
+                    error,
+                });
+            }
+            _ => {}
+        }
         let next = match (stage, luck) {
             (Stage::Starting | Stage::Live | Stage::Lost, Luck::Good) => Stage::Live,
             // Half of those that fail stay up and fail their probes.
@@ -238,6 +319,13 @@ impl World {
     /// The first thing of which something has to come.
     pub fn next_due(&self) -> Option<usize> {
         self.pending.iter().position(|pending| !is_live(pending))
+    }
+}
+
+fn outcome_of(luck: Luck) -> StepOutcome {
+    match luck {
+        Luck::Good => StepOutcome::Done,
+        Luck::Bad => StepOutcome::Failed,
     }
 }
 

@@ -1,0 +1,197 @@
+//! Takes the GPU memory of an instance's processes to the host and gives it back, with the vendor's program
+//! `cuda-checkpoint` (driver 570 and up): lock, checkpoint; restore, unlock, each by pid.
+//!
+//! It cannot lock threads that are frozen, so a process that is stopped is refused.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::process::Command;
+use tokio::time::{Instant, timeout_at};
+
+use super::process;
+use super::procfs;
+use super::{Driver, blocking};
+use crate::domain::ids::{Generation, ServiceName};
+
+/// What undoing a half-done step may take for each process.
+const UNDO_LIMIT: Duration = Duration::from_secs(5);
+/// How much of the program's complaint is kept.
+const COMPLAINT_MAX_CHARS: usize = 300;
+
+/// Why GPU memory was not taken or given back.
+#[derive(Debug, thiserror::Error)]
+pub enum CudaError {
+    #[error("the program '{program}' cannot be run ({error}); set cuda_checkpoint")]
+    NoProgram { program: String, error: String },
+    #[error("none of its processes uses CUDA")]
+    NoProcess,
+    #[error("process {pid} is frozen")]
+    Frozen { pid: u32 },
+    #[error("{program} --action {action} for process {pid} took too long")]
+    TimedOut {
+        program: String,
+        action: &'static str,
+        pid: u32,
+    },
+    #[error("{program} --action {action} for process {pid}: {error}")]
+    Refused {
+        program: String,
+        action: &'static str,
+        pid: u32,
+        error: String,
+    },
+}
+
+impl Driver {
+    /// Takes the memory of every CUDA process of an instance; when one cannot be done, gives back what was taken.
+    pub async fn take_cuda(
+        &self,
+        service: &ServiceName,
+        generation: Generation,
+        limit: Instant,
+    ) -> Result<(), CudaError> {
+        let pids = self
+            .cuda_pids(service, generation, "running", limit)
+            .await?;
+        for &pid in &pids {
+            if procfs::stat(pid).is_some_and(|stat| matches!(stat.state, 'T' | 't')) {
+                return Err(CudaError::Frozen { pid });
+            }
+        }
+        let mut done = Ok(());
+        for action in ["lock", "checkpoint"] {
+            for &pid in &pids {
+                if done.is_ok() {
+                    done = self.cuda(action, pid, limit).await;
+                }
+            }
+        }
+        if done.is_err() {
+            self.undo(&pids).await;
+        }
+        done
+    }
+
+    /// Gives the memory back that `take_cuda` took.
+    pub async fn give_cuda(
+        &self,
+        service: &ServiceName,
+        generation: Generation,
+        limit: Instant,
+    ) -> Result<(), CudaError> {
+        let found = self.cuda_pids(service, generation, "checkpointed", limit);
+        let pids = found.await?;
+        for action in ["restore", "unlock"] {
+            for &pid in &pids {
+                self.cuda(action, pid, limit).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Leaves no process locked: it could not even end in good order.
+    async fn undo(&self, pids: &[u32]) {
+        for &pid in pids {
+            let limit = Instant::now() + UNDO_LIMIT;
+            let state = self.cuda_state(pid, limit).await.unwrap_or_default();
+            let actions: &[&'static str] = match state.as_str() {
+                "checkpointed" => &["restore", "unlock"],
+                "locked" => &["unlock"],
+                _ => &[],
+            };
+            for action in actions {
+                if let Err(error) = self.cuda(action, pid, limit).await {
+                    tracing::warn!(process.pid = pid, %error, "a CUDA process could not be unlocked");
+                }
+            }
+        }
+    }
+
+    /// The processes of an instance that are CUDA's in this state; those that use no CUDA have none.
+    async fn cuda_pids(
+        &self,
+        service: &ServiceName,
+        generation: Generation,
+        wanted: &str,
+        limit: Instant,
+    ) -> Result<Vec<u32>, CudaError> {
+        let mark = self.shared.mark(service, generation);
+        let members = blocking(move || process::members(&mark)).await;
+        let mut pids = Vec::new();
+        for pid in members {
+            match self.cuda_state(pid, limit).await {
+                Ok(state) if state == wanted => pids.push(pid),
+                Err(error @ CudaError::NoProgram { .. }) => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        match pids.is_empty() {
+            true => Err(CudaError::NoProcess),
+            false => Ok(pids),
+        }
+    }
+
+    async fn cuda_state(&self, pid: u32, limit: Instant) -> Result<String, CudaError> {
+        let pid_text = pid.to_string();
+        let arguments = ["--get-state", "--pid", &pid_text];
+        self.run_cuda("get-state", pid, &arguments, limit).await
+    }
+
+    async fn cuda(&self, action: &'static str, pid: u32, limit: Instant) -> Result<(), CudaError> {
+        let pid_text = pid.to_string();
+        let left = limit.saturating_duration_since(Instant::now()).as_millis();
+        let left_ms = left.max(1).to_string();
+        let mut arguments = vec!["--action", action, "--pid", &pid_text];
+        if action == "lock" {
+            // Without one it would wait for ever, and nothing could be done about it.
+            arguments.extend(["--timeout", &left_ms]);
+        }
+        self.run_cuda(action, pid, &arguments, limit).await?;
+        Ok(())
+    }
+
+    /// What the program prints, without white space around it.
+    async fn run_cuda(
+        &self,
+        action: &'static str,
+        pid: u32,
+        arguments: &[&str],
+        limit: Instant,
+    ) -> Result<String, CudaError> {
+        let program = self.shared.cuda_checkpoint.clone();
+        let mut command = Command::new(&program);
+        command
+            .args(arguments)
+            .env_clear()
+            .stdin(Stdio::null())
+            .kill_on_drop(true);
+        if let Some(path) = std::env::var_os("PATH") {
+            command.env("PATH", path);
+        }
+        let output = match timeout_at(limit, command.output()).await {
+            Ok(Ok(output)) => output,
+            Ok(Err(error)) => {
+                let error = error.to_string();
+                return Err(CudaError::NoProgram { program, error });
+            }
+            Err(_) => {
+                return Err(CudaError::TimedOut {
+                    program,
+                    action,
+                    pid,
+                });
+            }
+        };
+        if output.status.success() {
+            return Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned());
+        }
+        let complaint = String::from_utf8_lossy(&output.stderr);
+        Err(CudaError::Refused {
+            program,
+            action,
+            pid,
+            error: complaint.trim().chars().take(COMPLAINT_MAX_CHARS).collect(),
+        })
+    }
+}
