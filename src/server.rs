@@ -2,6 +2,7 @@
 //! be wrong at the start.
 
 mod checkpoint;
+mod gpus;
 mod logins;
 mod recover;
 mod seams;
@@ -20,6 +21,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use self::gpus::Gpus;
 use self::seams::{InstanceTokens, LedgerSource, ToCoordinator};
 use self::transport::TransportError;
 use crate::api::limits::{LimitConfig, quarter};
@@ -41,9 +43,9 @@ use crate::domain::command::{Command, Origin};
 use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
 use crate::domain::tenant::Tenancy;
-use crate::driver::{Driver, DriverError, DriverOptions, Outcomes, ProbeTimings, Tasks, Unmetered};
+use crate::driver::{Driver, DriverError, DriverOptions, Meter, Outcomes, ProbeTimings, Tasks};
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
-use crate::gpu::{self, InventoryError};
+use crate::gpu::{self, InventoryError, Machine};
 use crate::ledger::{CommitError, Ledger, OpenError, OpenOptions, Space, Writer};
 use crate::outbound::{Purpose, Reach, Rules};
 use crate::telemetry::Metrics;
@@ -145,6 +147,7 @@ struct Core {
     handle: Handle,
     driver: Driver,
     executor: Executor,
+    outcomes: Outcomes,
     tasks: Tasks,
     /// Resolves when the coordinator has ended.
     ended: oneshot::Receiver<Result<(), ServeError>>,
@@ -170,7 +173,8 @@ pub async fn serve(
         addr: config.listen,
         source,
     })?;
-    let inventory = gpu::inventory(Some(&config.gpus))?;
+    let machine = Machine::here(&config.nvml_library);
+    let inventory = gpu::inventory(&config.gpus, &machine)?;
     bootstrap::check(&config.data_dir)?;
     Secret::check(&config.data_dir)?;
     let sso = Sso::new(&sso_settings(&config))?;
@@ -179,7 +183,9 @@ pub async fn serve(
     let opened = patiently(locked, || open_ledger(&config)).await?;
     let keys = SigningKeys::load_or_create(&config.data_dir, crate::clock::now())?;
     let work = WorkTokens::new(keys, opened.0.instance_id());
-    let mut core = Core::start(&config, addr, opened, &work)?;
+    let gpus = Gpus::start(&config, inventory.is_measured, opened.0.instance_id());
+    let gpus = gpus.map_err(ServeError::Thread)?;
+    let mut core = Core::start(&config, addr, opened, (&work, &gpus))?;
     let token = bootstrap::load_or_create(&config.data_dir)?;
     let token_key = TokenKey::load_or_create(&config.data_dir)?;
     let logins = logins::open(&config, &token_key).await?;
@@ -190,6 +196,7 @@ pub async fn serve(
     let renewing = keep_keys_young(work.clone(), config.signing_key_max_age_ms);
     core.tasks.spawn("signing keys", renewing);
     core.begin(inventory.gpus).await;
+    gpus.watch(&core.handle, core.outcomes.clone(), &core.tasks);
 
     let app = App::new(Parts {
         config: api_config(&config, addr, inventory.reason),
@@ -201,6 +208,7 @@ pub async fn serve(
         logins: logins.clone(),
         metrics,
         logs: core.driver.logs().clone(),
+        gpus: gpus.samples.clone(),
         stopping: shutdown.child_token(),
     });
     core.tasks.spawn("logins", logins::keep_up(app.clone()));
@@ -316,7 +324,7 @@ impl Core {
         config: &Config,
         addr: SocketAddr,
         (ledger, writer): (Ledger, Writer),
-        work: &WorkTokens,
+        (work, gpus): (&WorkTokens, &Gpus),
     ) -> Result<Core, ServeError> {
         let settings = config.scheduling();
         let state = coordinator::recover(&ledger, settings.ageing_ms_per_level)?;
@@ -333,7 +341,9 @@ impl Core {
         })
         .map_err(ServeError::Thread)?;
         let tasks = Tasks::new();
-        let (executor, driver) = executor(config, addr, &ledger, (&handle, &tasks), work)?;
+        let outcomes = Outcomes::new(Arc::new(ToCoordinator(handle.clone())));
+        let seams = (&outcomes, gpus.meter(&handle));
+        let (executor, driver) = executor(config, addr, &ledger, seams, (work, &tasks))?;
         let performing = executor.clone();
         tasks.spawn("disk space", space.clone().keep_looking());
         tasks.spawn("executor", async move { performing.run(effects).await });
@@ -343,6 +353,7 @@ impl Core {
             handle,
             driver,
             executor,
+            outcomes,
             tasks,
             ended: watch_thread(thread),
             epoch,
@@ -452,10 +463,9 @@ fn executor(
     config: &Config,
     addr: SocketAddr,
     ledger: &Ledger,
-    (handle, tasks): (&Handle, &Tasks),
-    work: &WorkTokens,
+    (outcomes, meter): (&Outcomes, Arc<dyn Meter>),
+    (work, tasks): (&WorkTokens, &Tasks),
 ) -> Result<(Executor, Driver), ServeError> {
-    let outcomes = Outcomes::new(Arc::new(ToCoordinator(handle.clone())));
     let driver = Driver::new(
         DriverOptions {
             data_dir: config.data_dir.clone(),
@@ -466,7 +476,7 @@ fn executor(
             },
             services: service_rules(config),
             credentials: Arc::new(InstanceTokens::new(work.clone(), &config.data_dir)),
-            meter: Arc::new(Unmetered),
+            meter,
         },
         outcomes.clone(),
         tasks.clone(),
@@ -481,6 +491,7 @@ fn executor(
         progress_every: PROGRESS_EVERY,
     };
     let source = Arc::new(LedgerSource(ledger.clone()));
+    let outcomes = outcomes.clone();
     let executor = Executor::new(driver.clone(), outcomes, source, tasks.clone(), options)?;
     Ok((executor, driver))
 }

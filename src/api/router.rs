@@ -11,15 +11,16 @@ use super::guard::guard;
 use super::routes::Routes;
 use super::state::App;
 use super::{
-    audit, checkpoint, commands, docs, gpu, health, ledger, ledger_tools, metrics, passwords,
-    preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services, session,
-    sessions, signing_keys, tenants, tokens, users,
+    audit, checkpoint, commands, docs, gpu, gpu_use, health, ledger, ledger_tools, metrics,
+    passwords, preempt, queue, run_ledger, runs, runtimes, service_control, service_logs, services,
+    session, sessions, signing_keys, tenants, tokens, users,
 };
 
 /// The GPU dialect: the same handlers in both places.
 fn dialect() -> Routes {
     Routes::default()
         .merge(gpu::router())
+        .merge(gpu_use::router())
         .merge(services::router())
         .merge(service_control::router())
         .merge(service_logs::router())

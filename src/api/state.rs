@@ -18,6 +18,7 @@ use crate::coordinator::{Answered, Handle, Once, SubmitError};
 use crate::domain::command::{Command, Origin, Reply};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::driver::Logs;
+use crate::gpu::Samples;
 use crate::ledger::{Ledger, ReadError, RunSummary, Space};
 use crate::telemetry::Metrics;
 
@@ -34,6 +35,8 @@ pub struct Parts {
     pub metrics: Metrics,
     /// The services' output.
     pub logs: Logs,
+    /// What was measured of the GPUs lately.
+    pub gpus: Samples,
     /// Cancelled when the gateway begins to stop: streams end, `/readyz` says so.
     pub stopping: CancellationToken,
 }
@@ -54,6 +57,7 @@ pub struct Inner {
     pub logins: Logins,
     pub metrics: Metrics,
     pub logs: Logs,
+    pub gpus: Samples,
     pub stopping: CancellationToken,
     pub hosts: HostRules,
     pub limits: Limits,
@@ -94,6 +98,7 @@ impl App {
             logins: parts.logins,
             metrics: parts.metrics,
             logs: parts.logs,
+            gpus: parts.gpus,
             stopping: parts.stopping,
         }))
     }

@@ -8,6 +8,7 @@ use super::audit::AuditedWrite;
 use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
+use super::machine::Seen;
 use super::spec::{GpuFacts, JobSpec, Priority, ServiceSpec};
 use super::tenant::{QuotaHit, Tenancy};
 use super::time::Timestamp;
@@ -80,6 +81,10 @@ pub enum Command {
         attempt: Option<Attempt>,
         content_type: SmolStr,
         body: Bytes,
+    },
+    /// Lets a quarantined GPU have new instances again.
+    ReleaseGpu {
+        gpu: GpuUuid,
     },
     /// Removes the payloads of an ended run.
     PurgeRun {
@@ -165,6 +170,8 @@ pub enum Command {
         service: ServiceName,
         mib: u64,
     },
+    /// What else was seen of the GPUs.
+    Seen(Seen),
 
     // --- the gateway itself ------------------------------------------------------------------------
     /// First command of each process: interrupted calls are tried again, instances are looked for.
@@ -271,6 +278,9 @@ pub struct EndedJob {
     pub purged: bool,
 }
 
+/// Code of an attempt that failed as its service had too little GPU memory.
+pub const OUT_OF_MEMORY: &str = "out_of_memory";
+
 /// Why an attempt failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobFailure {
@@ -370,6 +380,8 @@ pub enum Rejection {
     },
     #[error("Service '{0}' has no active job")]
     NoActiveJob(ServiceName),
+    #[error("Unknown GPU: {0}")]
+    GpuNotFound(GpuUuid),
     #[error("Run '{run}' cannot run on service '{service}'")]
     WrongService { run: RunId, service: ServiceName },
     /// Same command id, other body.
@@ -415,6 +427,7 @@ impl Rejection {
             Rejection::ServiceStopping(_) => "service_stopping",
             Rejection::InsufficientVram { .. } => "insufficient_vram",
             Rejection::NoActiveJob(_) => "no_active_job",
+            Rejection::GpuNotFound(_) => "gpu_not_found",
             Rejection::WrongService { .. } => "wrong_service",
             Rejection::CommandReused(_) => "command_reused",
             Rejection::KeyReused => "idempotency_key_reused",

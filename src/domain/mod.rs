@@ -13,6 +13,7 @@ pub mod engine;
 pub mod event;
 pub mod identity;
 pub mod ids;
+pub mod machine;
 pub mod record;
 pub mod scheduler;
 pub mod settings;

@@ -10,6 +10,7 @@ use smol_str::SmolStr;
 use tokio::sync::watch;
 
 use super::health::{Prober, Verdict};
+use super::out_of_memory::ended_out_of_memory;
 use super::outcome::InOrder;
 use super::process::{self, Process, Spawn};
 use super::procfs::Mark;
@@ -21,6 +22,7 @@ use crate::domain::command::Command;
 use crate::domain::effect::ProcessIdentity;
 use crate::domain::event::Exit;
 use crate::domain::ids::{Generation, ServiceName};
+use crate::domain::machine::Seen;
 use crate::domain::spec::{Grant, ServiceSpec, Worker};
 use crate::domain::time::Timestamp;
 
@@ -117,16 +119,21 @@ impl Instance {
                 .stop
                 .send_if_modified(|stop| stop.replace(kill_at).is_none());
             self.end(&process).await;
-            return self.bury(process).await;
+            return self.bury(process, None).await;
         }
         self.report_exited(Exit::Unknown);
         self.release().await;
     }
 
-    /// Reports the release once no process bears the mark, killing what still does.
+    /// Reports the release once no process bears the mark, killing what still does, and its memory was seen free.
     pub async fn release(self) {
         process::killed_and_gone(&self.mark()).await;
         self.shared.revoke(&self.service, self.generation).await;
+        let (meter, service) = (&self.shared.meter, &self.service);
+        // Before the release, so that nothing else is started there.
+        for held in meter.freed(service, self.generation).await {
+            self.outcomes.report(held.into_outcome());
+        }
         self.report_released();
     }
 
@@ -182,6 +189,7 @@ impl Instance {
 
     /// A process from its spawn on, or from where it was found.
     async fn live(mut self, process: Process, spec: &Arc<ServiceSpec>, mut first: First) {
+        let said_before = self.shared.logs.end(&self.service).await.unwrap_or(0);
         let process = Arc::new(process);
         let base_url = format!("http://127.0.0.1:{}", process.port);
         let mut prober = self.prober(base_url, spec);
@@ -202,7 +210,7 @@ impl Instance {
         if !ended {
             self.end(&process).await;
         }
-        self.bury(process).await;
+        self.bury(process, ended.then_some(said_before)).await;
     }
 
     /// Something that runs elsewhere: there is nothing to start or kill.
@@ -293,10 +301,19 @@ impl Instance {
     }
 
     /// After the leader's end: kill its rest, take it off the process table, report, and wait for the memory.
-    async fn bury(self, process: Arc<Process>) {
+    /// `said_before` is where its output began, when it ended by itself.
+    async fn bury(self, process: Arc<Process>, said_before: Option<u64>) {
         let (killed, exit) = blocking(move || (process.kill_rest(), process.reap())).await;
         if killed {
             self.report_signalled(Signal::KILL);
+        }
+        if let Some(from) = said_before
+            && ended_out_of_memory(&self.shared.logs, &self.service, from, &exit).await
+        {
+            self.outcomes.report(Command::Seen(Seen::OutOfMemory {
+                service: self.service.clone(),
+                generation: self.generation,
+            }));
         }
         self.report_exited(exit);
         self.release().await;

@@ -143,7 +143,7 @@ impl Executor {
                 driver.find(*spec, generation, process, stop_at);
             }
             Effect::SweepOrphans { live } => driver.sweep_orphans(live),
-            // Simulated memory is free when the processes are gone; which GPUs it was on does not matter.
+            // On which GPUs it was, the meter knows.
             Effect::WatchRelease {
                 service,
                 generation,

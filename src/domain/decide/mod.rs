@@ -1,6 +1,7 @@
 //! `decide`: what a command comes to, given State and the time. Events, or a rejection that changes nothing.
 
 mod gateway;
+mod gpu;
 mod inbox;
 mod instance;
 mod job;
@@ -128,6 +129,8 @@ pub fn decide(
         Command::StartService { service } => cx.start_service(&service),
         Command::StopService { service, drain } => cx.stop_service(&service, drain),
         Command::RestartService { service, drain } => cx.restart_service(&service, drain),
+        Command::ReleaseGpu { gpu } => cx.release_gpu(gpu),
+        Command::Seen(seen) => Ok(cx.seen(seen)),
         Command::GatewayStarted { epoch, version } => Ok(cx.gateway_started(epoch, version)),
         Command::GatewayStopped => Ok(cx.gateway_stopped()),
         Command::Tick => Ok(Decision::done(Vec::new())),

@@ -143,7 +143,7 @@ struct SnapshotOwned {
 }
 
 /// What a snapshot's bytes begin with. One of another form is passed over: the events say the same.
-const SNAPSHOT_FORM: &[u8; 8] = b"rgstate3";
+const SNAPSHOT_FORM: &[u8; 8] = b"rgstate4";
 
 impl State {
     /// An empty State. `ageing_ms_per_level` orders the queue (`Settings`).
@@ -308,7 +308,8 @@ impl State {
             | Event::ServiceDisabled { .. }
             | Event::ServiceRemoved { .. }
             | Event::ServiceCrashLooped { .. }
-            | Event::ServicePeakLearned { .. } => self.apply_service(event),
+            | Event::ServicePeakLearned { .. }
+            | Event::ServiceNeedRaised { .. } => self.apply_service(event),
             Event::InstanceStartRequested { .. }
             | Event::InstanceSpawned { .. }
             | Event::InstanceReady { .. }
@@ -320,7 +321,9 @@ impl State {
             Event::RoomHeld { .. }
             | Event::RoomReleased { .. }
             | Event::GpusListed { .. }
-            | Event::GpuForeignMemoryChanged { .. } => self.apply_gpu(event),
+            | Event::GpuForeignMemoryChanged { .. }
+            | Event::GpuQuarantined { .. }
+            | Event::GpuQuarantineLifted { .. } => self.apply_gpu(at, event),
             _ => {}
         }
     }
