@@ -89,6 +89,7 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         logins: logins.clone(),
         metrics: Metrics::install(),
         logs: Logs::new(data.path().to_owned()),
+        gpus: crate::gpu::Samples::new(1),
         stopping: stopping.clone(),
     });
     Gateway {

@@ -226,9 +226,12 @@ pub fn events(nvml: &Nvml) -> Option<EventSet<'_>> {
         .try_fold(set, |set, device| device.register_events(wanted, set).ok())
 }
 
-/// The next error that a driver reports within `timeout_ms`: of which GPU, and its number. `Err` when nothing can be
-/// waited for just now.
-pub fn next_xid(set: &EventSet<'_>, timeout_ms: u32) -> Result<Option<(GpuUuid, u64)>, NvmlError> {
+/// The next error that a driver reports within `timeout_ms`: of which GPU, and its number. A GPU that the error has
+/// taken off the bus cannot say which it is. `Err` when nothing can be waited for just now.
+pub fn next_xid(
+    set: &EventSet<'_>,
+    timeout_ms: u32,
+) -> Result<Option<(Option<GpuUuid>, u64)>, NvmlError> {
     match set.wait(timeout_ms) {
         Ok(event) => {
             let xid = match event.event_data {
@@ -236,7 +239,8 @@ pub fn next_xid(set: &EventSet<'_>, timeout_ms: u32) -> Result<Option<(GpuUuid, 
                 Some(XidError::Unknown) => 999,
                 None => return Ok(None),
             };
-            Ok(Some((event.device.uuid()?.to_smolstr(), xid)))
+            let uuid = event.device.uuid().ok();
+            Ok(Some((uuid.map(|uuid| uuid.to_smolstr()), xid)))
         }
         Err(NvmlError::Timeout) => Ok(None),
         Err(error) => Err(error),

@@ -55,6 +55,7 @@ pub fn start(
         stop: stop.clone(),
         attribution: Attribution::default(),
         faults: Vec::new(),
+        unnamed: None,
         known: BTreeSet::new(),
         patience: REOPEN_FIRST,
         due: Instant::now(),
@@ -73,6 +74,8 @@ struct Work {
     attribution: Attribution,
     /// Since the last sample.
     faults: Vec<Fault>,
+    /// An error of a GPU that could not say which it is.
+    unnamed: Option<u64>,
     /// Every GPU seen so far.
     known: BTreeSet<GpuUuid>,
     /// How long a missing GPU is waited for before the library is opened anew.
@@ -121,6 +124,12 @@ impl Work {
         self.attribution.attribute(&mut gpus, &*self.owners, &proc);
         let seen: BTreeSet<GpuUuid> = gpus.iter().map(|gpu| gpu.facts.uuid.clone()).collect();
         let is_whole = !failed && self.known.is_subset(&seen);
+        if let (Some(xid), Some(before)) = (self.unnamed.take(), self.samples.newest()) {
+            let gone = before.gpus.iter().map(|gpu| &gpu.facts.uuid);
+            for gpu in gone.filter(|uuid| !seen.contains(*uuid)) {
+                self.hear(gpu, xid);
+            }
+        }
         self.known.extend(seen);
         self.samples.push(Sample {
             began,
@@ -144,7 +153,9 @@ impl Work {
                 nvml::next_xid(set, ms.max(1))
             });
             match heard {
-                Some(Ok(Some((gpu, xid)))) => self.hear(&gpu, xid),
+                Some(Ok(Some((Some(gpu), xid)))) => self.hear(&gpu, xid),
+                // Whoever is missing at the next look.
+                Some(Ok(Some((None, xid)))) => self.unnamed = Some(xid),
                 Some(Ok(None)) => {}
                 // It cannot be waited there: the time passes all the same.
                 Some(Err(_)) | None => thread::sleep(nap),

@@ -49,6 +49,8 @@ mod ledger_transfer;
 mod ledger_world;
 mod limits;
 mod logins;
+mod nvml;
+mod nvml_memory;
 mod panic_canary;
 mod preempt;
 mod purge;

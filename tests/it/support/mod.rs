@@ -2,6 +2,7 @@
 //! dropped together with every process that it started.
 
 pub mod browser;
+pub mod double;
 pub mod issuer;
 pub mod keys;
 pub mod raw;
