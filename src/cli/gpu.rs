@@ -10,6 +10,7 @@ use clap::{Args, Subcommand};
 use serde_json::Value;
 
 use super::Context;
+use super::client::segment;
 use super::error::{CliError, Exit};
 use super::output::{table, text};
 use keys::Keys;
@@ -67,9 +68,7 @@ async fn show(context: &Context) -> Result<Exit, CliError> {
 
 impl Release {
     async fn perform(self, context: &Context) -> Result<Exit, CliError> {
-        let uuid =
-            percent_encoding::utf8_percent_encode(&self.uuid, percent_encoding::NON_ALPHANUMERIC);
-        let path = format!("api/gateway/gpu/{uuid}/release");
+        let path = format!("api/gateway/gpu/{}/release", segment(&self.uuid));
         let answer = context
             .client()?
             .post(&path, &serde_json::json!({}))

@@ -376,10 +376,10 @@ async fn use_is_kept_for_minutes_in_memory_and_for_ever_in_the_ledger() {
     })
     .await;
     let answer = gateway
-        .get("/api/gateway/gpu/history?limit=1")
+        .get("/api/gateway/gpu/history?limit=2")
         .await
         .expect(200);
-    let [row] = answer["rows"].as_array().unwrap().as_slice() else {
+    let [before, row] = answer["rows"].as_array().unwrap().as_slice() else {
         panic!("{answer}");
     };
     let small = row["gpus"]
@@ -397,13 +397,13 @@ async fn use_is_kept_for_minutes_in_memory_and_for_ever_in_the_ledger() {
         json!({"min": 55.3, "mean": 55.3, "max": 55.3})
     );
     assert!(small["samples"].as_u64().unwrap() >= 2);
-    let until_first = row["until"].as_str().unwrap().replace('+', "%2B");
-    let since = row["since"].as_str().unwrap().replace('+', "%2B");
-    let path = format!("/gpu/history?after={since}&before={until_first}");
-    let again = gateway.get(&path).await.expect(200);
-    assert_eq!(again["rows"], answer["rows"]);
-    let path = format!("/gpu/history?after={until_first}&before={until_first}");
-    assert_eq!(gateway.get(&path).await.expect(200)["rows"], json!([]));
+    let instant = |row: &Value| row["until"].as_str().unwrap().replace('+', "%2B");
+    let (first, last) = (instant(before), instant(row));
+    let between = |after: &str, until: &str| format!("/gpu/history?after={after}&before={until}");
+    let again = gateway.get(&between(&first, &last)).await.expect(200);
+    assert_eq!(again["rows"], json!([row]));
+    let none = gateway.get(&between(&last, &last)).await.expect(200);
+    assert_eq!(none["rows"], json!([]));
     let samples = gateway.get("/gpu/samples?seconds=5").await.expect(200);
     let samples = samples["samples"].as_array().unwrap();
     assert!(samples.len() >= 5, "{}", samples.len());
