@@ -81,9 +81,9 @@ impl Instance {
         }
         match &spec.worker {
             Worker::Process { .. } => match self.spawn(&spec, grants).await {
-                Ok(process) => {
+                Ok((process, said_before)) => {
                     self.report_spawned(&process);
-                    self.live(process, &spec, First::Healthy).await;
+                    self.live(process, &spec, First::Healthy, said_before).await;
                 }
                 Err(error) => self.never_started(error),
             },
@@ -108,7 +108,10 @@ impl Instance {
             self.report_spawned(&process);
         }
         let pid = process.pid;
-        self.live(process, &spec, First::Adopted { pid }).await;
+        let (logs, name) = (self.shared.logs.clone(), self.service.clone());
+        let said_before = blocking(move || logs.end(&name)).await.unwrap_or(0);
+        self.live(process, &spec, First::Adopted { pid }, said_before)
+            .await;
     }
 
     /// Stops what bears this generation's mark, if anything does.
@@ -150,7 +153,12 @@ impl Instance {
         .await
     }
 
-    async fn spawn(&self, spec: &Arc<ServiceSpec>, grants: Vec<Grant>) -> Result<Process, String> {
+    /// The process, and where its output begins.
+    async fn spawn(
+        &self,
+        spec: &Arc<ServiceSpec>,
+        grants: Vec<Grant>,
+    ) -> Result<(Process, u64), String> {
         let (shared, slot) = (self.shared.clone(), self.slot.clone());
         let (spec, mark) = (spec.clone(), self.mark());
         blocking(move || {
@@ -167,6 +175,7 @@ impl Instance {
                 .logs
                 .open(&spec.name)
                 .map_err(|error| with_causes(&error))?;
+            let said_before = shared.logs.end(&spec.name).unwrap_or(0);
             let working_dir = working_dir.as_deref().map(Path::new);
             let token_file = shared
                 .credentials
@@ -182,14 +191,20 @@ impl Instance {
                 token_file: &token_file,
                 log,
             };
-            Process::spawn(spawn).map_err(|error| with_causes(&error))
+            let process = Process::spawn(spawn).map_err(|error| with_causes(&error))?;
+            Ok((process, said_before))
         })
         .await
     }
 
-    /// A process from its spawn on, or from where it was found.
-    async fn live(mut self, process: Process, spec: &Arc<ServiceSpec>, mut first: First) {
-        let said_before = self.shared.logs.end(&self.service).await.unwrap_or(0);
+    /// A process from its spawn on, or from where it was found; its output begins at `said_before`.
+    async fn live(
+        mut self,
+        process: Process,
+        spec: &Arc<ServiceSpec>,
+        mut first: First,
+        said_before: u64,
+    ) {
         let process = Arc::new(process);
         let base_url = format!("http://127.0.0.1:{}", process.port);
         let mut prober = self.prober(base_url, spec);

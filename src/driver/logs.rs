@@ -114,11 +114,9 @@ impl Logs {
         }
     }
 
-    /// Where a log ends now.
-    pub(super) async fn end(&self, service: &ServiceName) -> Result<u64, LogError> {
-        let (inner, service) = (self.inner.clone(), service.clone());
-        let end = blocking(move || inner.tail(&service, 0)).await?;
-        Ok(end.2)
+    /// Where a log ends now. Blocks.
+    pub(super) fn end(&self, service: &ServiceName) -> Result<u64, LogError> {
+        Ok(self.inner.tail(service, 0)?.2)
     }
 
     /// The last `lines` lines of what was written after `position`, as far as it is read at once.

@@ -73,7 +73,15 @@ impl Samples {
         recent.cloned().collect()
     }
 
-    /// The first sample that began after `moment`.
+    /// Those that began after `moment`, oldest first, as soon as there is one.
+    pub async fn all_after(&self, moment: Instant) -> Vec<Arc<Sample>> {
+        self.after(moment).await;
+        let ring = self.ring();
+        let later = ring.iter().filter(|sample| sample.began > moment);
+        later.cloned().collect()
+    }
+
+    /// A sample that began after `moment`: the newest, as soon as there is one.
     pub async fn after(&self, moment: Instant) -> Arc<Sample> {
         let mut newest = self.inner.newest.subscribe();
         let later = |sample: &Option<Arc<Sample>>| {
@@ -169,5 +177,18 @@ pub(super) mod tests {
         let kept: Vec<u64> = kept.iter().map(|s| s.gpus[0].facts.memory_mib).collect();
         assert_eq!(kept, [2, 3]);
         assert_eq!(samples.last(Duration::from_secs(60)).len(), 2);
+    }
+
+    #[tokio::test]
+    async fn whoever_was_slow_sees_what_it_missed() {
+        let samples = Samples::new(5);
+        samples.push(sample(Vec::new()));
+        let moment = Instant::now();
+        for memory in 1..=3 {
+            samples.push(sample(vec![gpu("a", memory, 0)]));
+        }
+        let missed = samples.all_after(moment).await;
+        assert_eq!(missed.len(), 3);
+        assert_eq!(missed[0].gpus[0].facts.memory_mib, 1);
     }
 }

@@ -23,6 +23,8 @@ pub struct Gpus {
     pub samples: Samples,
     config: Config,
     is_measured: bool,
+    /// Before the first sample.
+    since: std::time::Instant,
     /// Samples as long as it lives.
     _sampler: Option<Sampler>,
 }
@@ -30,6 +32,7 @@ pub struct Gpus {
 impl Gpus {
     /// Begins to sample if `is_measured`.
     pub fn start(config: &Config, is_measured: bool, ledger: Uuid) -> std::io::Result<Gpus> {
+        let since = std::time::Instant::now();
         let every = Duration::from_millis(config.gpu_sample_ms);
         let capacity = KEPT.as_millis() / every.as_millis().max(1);
         let samples = Samples::new(usize::try_from(capacity).unwrap_or(usize::MAX));
@@ -42,6 +45,7 @@ impl Gpus {
             samples,
             config: config.clone(),
             is_measured,
+            since,
             _sampler: sampler,
         })
     }
@@ -67,28 +71,34 @@ impl Gpus {
             self.samples.clone(),
             handle.clone(),
             outcomes,
-            Minutes::new(self.config.gpu_history_ms),
+            (self.since, Minutes::new(self.config.gpu_history_ms)),
         );
         tasks.spawn("GPU watch", watching);
     }
 }
 
-async fn watch(samples: Samples, handle: Handle, outcomes: Outcomes, mut minutes: Minutes) {
+async fn watch(
+    samples: Samples,
+    handle: Handle,
+    outcomes: Outcomes,
+    (mut last, mut minutes): (std::time::Instant, Minutes),
+) {
     let mut watch = Watch::default();
-    let mut last = std::time::Instant::now();
     loop {
-        let sample = samples.after(last).await;
-        last = sample.began;
-        // A coordinator that has too much to do is asked again with the next sample.
+        let missed = samples.all_after(last).await;
+        // A coordinator that has too much to do is asked again.
         let Ok(grants) = handle.ask(|state, _, _| grants(state)).await else {
             tokio::time::sleep(Duration::from_millis(100)).await;
             continue;
         };
-        for told in watch.look(&sample, &grants) {
-            outcomes.report(told).await;
-        }
-        if let Some(sum) = minutes.add(&sample) {
-            outcomes.report(Command::Seen(sum)).await;
+        for sample in missed {
+            last = sample.began;
+            for told in watch.look(&sample, &grants) {
+                outcomes.report(told).await;
+            }
+            if let Some(sum) = minutes.add(&sample) {
+                outcomes.report(Command::Seen(sum)).await;
+            }
         }
     }
 }

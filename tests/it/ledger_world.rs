@@ -13,6 +13,7 @@ use rungate::domain::identity::{
     Scope as TokenScope, TokenHash, TokenKey, UserKey,
 };
 use rungate::domain::ids::{Generation, PlaneId, RunId};
+use rungate::domain::machine::{GpuUse, QuarantineCause, Spread};
 use rungate::domain::record::NewRecord;
 use rungate::domain::spec::{
     GpuFacts, GpuSource, Grant, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
@@ -825,6 +826,34 @@ fn tenants() -> Vec<Event> {
                 ledger_bytes: Some(1 << 30),
                 requests_per_minute: Some(600),
             },
+        },
+        Event::GpuQuarantined {
+            gpu: "SIM-0".into(),
+            cause: QuarantineCause::Xid,
+            detail: "the driver reported XID 79".to_owned(),
+        },
+        Event::GpuQuarantineLifted {
+            gpu: "SIM-0".into(),
+        },
+        Event::GpuUseSummed {
+            since: START,
+            gpus: vec![GpuUse {
+                gpu: "SIM-0".into(),
+                samples: 60,
+                used_mib: Some(Spread {
+                    min: 1,
+                    mean: 2,
+                    max: 3,
+                }),
+                utilization_pct: None,
+                temperature_c: None,
+                power_mw: None,
+            }],
+        },
+        Event::ServiceNeedRaised {
+            service: "svc".into(),
+            generation: Generation(1),
+            mib: 10_240,
         },
     ]
 }

@@ -10,6 +10,7 @@ use rungate::domain::identity::{
     IdentityCommand, NewToken, Profile, ProfileChange, Role, TokenHash, UserKey,
 };
 use rungate::domain::ids::{Attempt, Generation, PlaneId, RunId};
+use rungate::domain::machine::{QuarantineCause, Seen};
 use rungate::domain::scheduler::why::why;
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{
@@ -198,6 +199,22 @@ impl Script {
             "foreign" => Command::GpuForeignMemory {
                 gpu: line.name().into(),
                 mib: mib(line.plain[1]),
+            },
+            "fault" => Command::Seen(Seen::Fault {
+                gpu: line.name().into(),
+                cause: QuarantineCause::Xid,
+                detail: String::new(),
+            }),
+            "starved" => {
+                let service = SmolStr::from(line.name());
+                let generation = self.bed.state.services[&service].generation;
+                Command::Seen(Seen::OutOfMemory {
+                    service,
+                    generation,
+                })
+            }
+            "lift" => Command::ReleaseGpu {
+                gpu: line.name().into(),
             },
             "peak" => Command::ServiceMemorySeen {
                 service: line.name().into(),
