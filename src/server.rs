@@ -148,6 +148,7 @@ struct Core {
     driver: Driver,
     executor: Executor,
     outcomes: Outcomes,
+    gpus: Gpus,
     tasks: Tasks,
     /// Resolves when the coordinator has ended.
     ended: oneshot::Receiver<Result<(), ServeError>>,
@@ -183,9 +184,7 @@ pub async fn serve(
     let opened = patiently(locked, || open_ledger(&config)).await?;
     let keys = SigningKeys::load_or_create(&config.data_dir, crate::clock::now())?;
     let work = WorkTokens::new(keys, opened.0.instance_id());
-    let gpus = Gpus::start(&config, inventory.is_measured, opened.0.instance_id());
-    let gpus = gpus.map_err(ServeError::Thread)?;
-    let mut core = Core::start(&config, addr, opened, (&work, &gpus))?;
+    let mut core = Core::start(&config, addr, opened, (&work, inventory.is_measured))?;
     let token = bootstrap::load_or_create(&config.data_dir)?;
     let token_key = TokenKey::load_or_create(&config.data_dir)?;
     let logins = logins::open(&config, &token_key).await?;
@@ -196,7 +195,6 @@ pub async fn serve(
     let renewing = keep_keys_young(work.clone(), config.signing_key_max_age_ms);
     core.tasks.spawn("signing keys", renewing);
     core.begin(inventory.gpus).await;
-    gpus.watch(&core.handle, core.outcomes.clone(), &core.tasks);
 
     let app = App::new(Parts {
         config: api_config(&config, addr, inventory.reason),
@@ -208,7 +206,7 @@ pub async fn serve(
         logins: logins.clone(),
         metrics,
         logs: core.driver.logs().clone(),
-        gpus: gpus.samples.clone(),
+        gpus: core.gpus.samples.clone(),
         stopping: shutdown.child_token(),
     });
     core.tasks.spawn("logins", logins::keep_up(app.clone()));
@@ -324,7 +322,7 @@ impl Core {
         config: &Config,
         addr: SocketAddr,
         (ledger, writer): (Ledger, Writer),
-        (work, gpus): (&WorkTokens, &Gpus),
+        (work, has_gpus): (&WorkTokens, bool),
     ) -> Result<Core, ServeError> {
         let settings = config.scheduling();
         let state = coordinator::recover(&ledger, settings.ageing_ms_per_level)?;
@@ -342,6 +340,8 @@ impl Core {
         .map_err(ServeError::Thread)?;
         let tasks = Tasks::new();
         let outcomes = Outcomes::new(Arc::new(ToCoordinator(handle.clone())));
+        let gpus = Gpus::start(config, has_gpus, ledger.instance_id());
+        let gpus = gpus.map_err(ServeError::Thread)?;
         let seams = (&outcomes, gpus.meter(&handle));
         let (executor, driver) = executor(config, addr, &ledger, seams, (work, &tasks))?;
         let performing = executor.clone();
@@ -354,6 +354,7 @@ impl Core {
             driver,
             executor,
             outcomes,
+            gpus,
             tasks,
             ended: watch_thread(thread),
             epoch,
@@ -371,6 +372,8 @@ impl Core {
         let listed = Command::GpusListed { gpus };
         let _ = self.handle.submit(gateway_origin(), listed).await;
         let _ = self.handle.submit(gateway_origin(), started).await;
+        self.gpus
+            .watch(&self.handle, self.outcomes.clone(), &self.tasks);
     }
 
     /// Begins nothing new, lets open calls end for at most `limit`, puts what still runs back into the queue, and

@@ -19,6 +19,7 @@ use super::services::{gib, is_healthy, is_running, source_name};
 use super::state::App;
 use crate::coordinator::GpuStatus;
 use crate::domain::tenant::DEFAULT_TENANT;
+use crate::domain::time::Timestamp;
 use crate::gpu::{GpuReading, ProcessReading, Sample};
 use crate::ledger::ServiceView;
 
@@ -80,6 +81,12 @@ impl Look {
         }
     }
 
+    /// When it was measured last.
+    fn sampled_at(&self) -> Option<Timestamp> {
+        self.reading()?;
+        self.sample.as_ref().map(|sample| sample.at)
+    }
+
     fn health(&self) -> &'static str {
         match (&self.status.quarantine, self.status.present) {
             (_, false) => "lost",
@@ -124,6 +131,7 @@ fn describe(look: &Look, services: &HashMap<&str, &ServiceView>, strangers: bool
         "name": gpu.facts.name.as_str(),
         "source": source_name(gpu.facts.source),
         "parent_uuid": reading.and_then(|r| r.parent.as_ref()).map(|uuid| uuid.as_str()),
+        "sampled_at": look.sampled_at(),
         "health": look.health(),
         "quarantine": quarantine,
         "unified_memory": reading.is_some_and(|r| r.unified),

@@ -292,7 +292,23 @@ fn environment(
         ("SPT_NOENV", "1".to_owned()),
     ];
     all.extend(ours.map(|(name, value)| (name.to_owned(), value)));
+    let has = |wanted: &str| env.iter().any(|(name, _)| name == wanted);
+    if has(MPS_PIPE) && !has(MPS_LIMIT) && !others.is_empty() {
+        all.push((MPS_LIMIT.to_owned(), mps_limit(grants)));
+    }
     all
+}
+
+/// A service that names the pipe of a CUDA multi-process server wants to share its GPU by it: then that server holds
+/// it to what it was granted.
+const MPS_PIPE: &str = "CUDA_MPS_PIPE_DIRECTORY";
+const MPS_LIMIT: &str = "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT";
+
+/// `0=4096M,1=4096M`: by place among the visible GPUs.
+fn mps_limit(grants: &[Grant]) -> String {
+    let limits = grants.iter().enumerate();
+    let limits = limits.map(|(place, grant)| format!("{place}={}M", grant.mib));
+    limits.collect::<Vec<_>>().join(",")
 }
 
 /// AMD's runtime names its GPUs by 16 digits, NVIDIA's by a UUID.
@@ -307,6 +323,34 @@ mod tests {
 
     use super::*;
     use crate::domain::ids::Generation;
+
+    #[test]
+    fn who_shares_by_a_multi_process_server_is_held_to_its_grant() {
+        let mark = Mark {
+            ledger: Uuid::nil(),
+            service: "s".into(),
+            generation: Generation(3),
+        };
+        let grants = [Grant {
+            gpu: "GPU-a".into(),
+            mib: 4_096,
+        }];
+        let limit = |own: &[(&str, &str)]| {
+            let own: Vec<_> = own
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect();
+            let all = environment(&mark, &own, 1, &grants, Path::new("/t"));
+            let found = all.into_iter().find(|(name, _)| name == MPS_LIMIT);
+            found.map(|(_, value)| value)
+        };
+        assert_eq!(limit(&[]), None);
+        assert_eq!(limit(&[(MPS_PIPE, "/p")]), Some("0=4096M".to_owned()));
+        assert_eq!(
+            limit(&[(MPS_PIPE, "/p"), (MPS_LIMIT, "0=1G")]),
+            Some("0=1G".to_owned())
+        );
+    }
 
     #[test]
     fn a_service_cannot_override_what_it_was_granted() {

@@ -432,6 +432,38 @@ async fn without_the_library_the_same_program_runs_and_says_why() {
     );
 }
 
+#[tokio::test]
+async fn the_live_view_prints_a_frame_for_each_look() {
+    let double = two();
+    let gateway = double.gateway().await;
+    let (on, pid, mib) = ("GPU-small", u64::from(std::process::id()), 700);
+    double.edit(|machine| machine.users.push(User { on, pid, mib }));
+    gpu_becomes(&gateway, "GPU-small", "memory_used_mb", json!(800)).await;
+    let top = |more: &'static [&'static str]| {
+        let mut command = std::process::Command::new(binary());
+        command
+            .args(["gpu", "top", "--interval", "0.1", "--count", "2"])
+            .args(more)
+            .env("RUNGATE_URL", gateway.url(""))
+            .env("RUNGATE_TOKEN", gateway.token());
+        let said = command.output().unwrap();
+        assert!(said.status.success(), "{said:?}");
+        String::from_utf8(said.stdout).unwrap()
+    };
+    let frames = top(&[]);
+    for part in ["Made GPU-small", "41C", "55.3W", "SERVICE  PROCESS"] {
+        assert_eq!(frames.matches(part).count(), 2, "{part} in {frames}");
+    }
+    assert!(!frames.contains('\u{1b}'), "no terminal, no escapes");
+    let documents = top(&["--json"]);
+    let documents: Vec<Value> = documents
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    assert_eq!(documents.len(), 2);
+    assert_eq!(documents[1]["gpus"][0]["processes"][0]["memory_mb"], 700);
+}
+
 #[test]
 fn doctor_names_the_gpus() {
     let double = two();

@@ -2,13 +2,21 @@
 //! little memory.
 
 use super::{Context, Decision};
-use crate::domain::command::Rejection;
+use crate::domain::command::{Command, Rejection};
 use crate::domain::event::Event;
 use crate::domain::ids::{Generation, GpuUuid, ServiceName};
 use crate::domain::machine::Seen;
 
 impl Context<'_> {
-    pub(super) fn seen(&self, seen: Seen) -> Decision {
+    pub(super) fn of_gpu(&self, command: Command) -> Result<Decision, Rejection> {
+        match command {
+            Command::ReleaseGpu { gpu } => self.release_gpu(gpu),
+            Command::Seen(seen) => Ok(self.seen(seen)),
+            _ => Ok(Decision::done(Vec::new())),
+        }
+    }
+
+    fn seen(&self, seen: Seen) -> Decision {
         let events = match seen {
             Seen::Fault { gpu, cause, detail } => match self.state.gpus.get(&gpu) {
                 Some(entry) if entry.quarantine.is_none() => {
@@ -26,7 +34,7 @@ impl Context<'_> {
     }
 
     /// One that is not quarantined is left as it is.
-    pub(super) fn release_gpu(&self, gpu: GpuUuid) -> Result<Decision, Rejection> {
+    fn release_gpu(&self, gpu: GpuUuid) -> Result<Decision, Rejection> {
         let Some(entry) = self.state.gpus.get(&gpu) else {
             return Err(Rejection::GpuNotFound(gpu));
         };

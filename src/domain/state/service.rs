@@ -408,6 +408,16 @@ impl State {
                     service.wanted = false;
                 });
             }
+            Event::ServicePeakLearned { .. } | Event::ServiceNeedRaised { .. } => {
+                self.learn_need(event);
+            }
+            _ => {}
+        }
+    }
+
+    /// How much memory a service needs was found out.
+    fn learn_need(&mut self, event: &Event) {
+        match event {
             Event::ServicePeakLearned { service, mib } => {
                 self.edit_service(service, |service| service.learned_mib = Some(*mib));
             }

@@ -512,6 +512,7 @@ impl Script {
     fn memory(&self) -> Vec<String> {
         let all = rungate::domain::scheduler::status::gpu_status(&self.bed.state);
         all.iter()
+            .filter(|gpu| gpu.present)
             .map(|gpu| {
                 let by: Vec<String> = gpu
                     .reservations
