@@ -12,7 +12,7 @@ pub type Owner = (ServiceName, Generation);
 
 /// Who knows whose a process is.
 pub trait Owners: Send + 'static {
-    /// The instance that a live process belongs to, by its environment.
+    /// The instance that a process belongs to, by its environment; `None` when it has ended.
     fn of_process(&self, pid: u32) -> Option<Owner>;
 
     /// The instance that a container belongs to; the id as the kernel's groups name it.
@@ -30,14 +30,14 @@ impl Attribution {
     pub fn attribute(&mut self, gpus: &mut [GpuReading], owners: &dyn Owners, proc: &Path) {
         let mut seen = HashMap::new();
         for process in gpus.iter_mut().flat_map(|gpu| &mut gpu.processes) {
-            let owner = match proc.join(process.pid.to_string()).exists() {
-                true => owners.of_process(process.pid).or_else(|| {
-                    let groups = proc.join(process.pid.to_string()).join("cgroup");
-                    let groups = std::fs::read_to_string(groups).ok()?;
-                    owners.of_container(super::container_of(&groups)?)
-                }),
-                false => self.known.get(&process.pid).cloned(),
-            };
+            let pid = process.pid;
+            let owner = owners.of_process(pid).or_else(|| {
+                let groups = proc.join(pid.to_string()).join("cgroup");
+                let groups = std::fs::read_to_string(groups).ok()?;
+                owners.of_container(super::container_of(&groups)?)
+            });
+            // One that is ending has no environment any more, and one that has ended may still be listed.
+            let owner = owner.or_else(|| self.known.get(&pid).cloned());
             if let Some(owner) = &owner {
                 seen.insert(process.pid, owner.clone());
             }
@@ -65,6 +65,19 @@ mod tests {
         }
     }
 
+    /// All have ended.
+    struct Gone;
+
+    impl Owners for Gone {
+        fn of_process(&self, _: u32) -> Option<Owner> {
+            None
+        }
+
+        fn of_container(&self, _: &str) -> Option<Owner> {
+            None
+        }
+    }
+
     #[test]
     fn marks_come_first_then_containers_and_the_dead_keep_their_owner() {
         let proc = tempfile::tempdir().unwrap();
@@ -78,20 +91,28 @@ mod tests {
             std::fs::write(proc.path().join(pid).join("cgroup"), groups).unwrap();
         }
         let mut attribution = Attribution::default();
-        let mut look = || {
+        let mut look = |owners: &dyn Owners, pids: &[u32]| {
             let mut gpus = [gpu("a", 100, 0)];
-            gpus[0].processes = [7, 8, 9].map(|pid| process(pid, 1)).to_vec();
-            attribution.attribute(&mut gpus, &Known, proc.path());
+            gpus[0].processes = pids.iter().map(|pid| process(*pid, 1)).collect();
+            attribution.attribute(&mut gpus, owners, proc.path());
             let [gpu] = gpus;
             let owners = gpu.processes.into_iter().map(|p| Some(p.owner?.0));
             owners.collect::<Vec<_>>()
         };
         let expected = [Some("marked".into()), Some("contained".into()), None];
-        assert_eq!(look(), expected);
-        std::fs::remove_dir_all(proc.path().join("7")).unwrap();
-        assert_eq!(look(), expected, "the driver still lists it");
-        std::fs::create_dir(proc.path().join("7")).unwrap();
+        assert_eq!(look(&Known, &[7, 8, 9]), expected);
         std::fs::remove_dir_all(proc.path().join("8")).unwrap();
-        assert_eq!(look(), expected);
+        assert_eq!(
+            look(&Gone, &[7, 8, 9]),
+            expected,
+            "the driver lists them still"
+        );
+        assert_eq!(look(&Gone, &[9]), [None]);
+        let strangers = [None, None, None];
+        assert_eq!(
+            look(&Gone, &[7, 8, 9]),
+            strangers,
+            "the numbers are others' now"
+        );
     }
 }

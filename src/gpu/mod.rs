@@ -85,10 +85,10 @@ pub fn inventory(setting: &str, machine: &Machine) -> Result<Inventory, Inventor
 fn ask(machine: &Machine) -> Inventory {
     let (mut gpus, mut answers) = (Vec::new(), false);
     let reason = match nvml::list(&machine.nvml_library) {
-        Ok(found) => {
+        Ok((found, why)) => {
             answers = true;
             gpus.extend(found);
-            "NVIDIA's driver is loaded, and it tells of no GPU.".to_owned()
+            why.to_owned()
         }
         Err(reason) => reason,
     };

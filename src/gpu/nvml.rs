@@ -41,11 +41,17 @@ pub struct Read {
     pub failed: bool,
 }
 
-/// The GPUs as they are listed.
-pub fn list(library: &str) -> Result<Vec<GpuFacts>, String> {
+/// The GPUs as they are listed, and a sentence for when there are none.
+pub fn list(library: &str) -> Result<(Vec<GpuFacts>, &'static str), String> {
     let nvml = open(library)?;
     let read = read(&nvml, Path::new("/proc"));
-    Ok(read.gpus.into_iter().map(|gpu| gpu.facts).collect())
+    let why = match read.failed {
+        true => {
+            "The NVIDIA driver is loaded, but its GPUs do not answer; see what `nvidia-smi` says."
+        }
+        false => "The NVIDIA driver is loaded, and it tells of no GPU.",
+    };
+    Ok((read.gpus.into_iter().map(|gpu| gpu.facts).collect(), why))
 }
 
 fn reason(library: &str, error: &NvmlError) -> String {
@@ -196,9 +202,12 @@ fn listed(
         tries -= 1;
         match ask() {
             Err(NvmlError::InsufficientSize(_)) if tries > 0 => {}
-            Err(NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_)) => {
-                return Ok(Vec::new());
-            }
+            // All that is taken counts as strangers' then.
+            Err(
+                NvmlError::NotSupported
+                | NvmlError::NoPermission
+                | NvmlError::FailedToLoadSymbol(_),
+            ) => return Ok(Vec::new()),
             outcome => return outcome,
         }
     }

@@ -25,8 +25,8 @@ const XIDS_OF_APPLICATIONS: [u64; 6] = [13, 31, 43, 45, 68, 109];
 const REOPEN_FIRST: Duration = Duration::from_secs(5);
 const REOPEN_MAX: Duration = Duration::from_secs(300);
 
-/// How long a stop may go unnoticed.
-const NAP: Duration = Duration::from_millis(200);
+/// How long a stop, or the wish for a sample, may go unnoticed.
+const NAP: Duration = Duration::from_millis(50);
 
 /// Ends the sampling when dropped.
 pub struct Sampler {
@@ -108,7 +108,10 @@ impl Work {
                 self.patience = (self.patience * 2).min(REOPEN_MAX);
                 return;
             }
-            self.due = (self.due + self.every).max(Instant::now());
+            let now = Instant::now();
+            if self.due <= now {
+                self.due = (self.due + self.every).max(now);
+            }
             self.listen(events);
         }
     }
@@ -140,11 +143,11 @@ impl Work {
         is_whole
     }
 
-    /// Takes in what the driver reports until the next sample is due.
+    /// Takes in what the driver reports until the next sample is due or wanted.
     fn listen(&mut self, events: Option<&EventSet<'_>>) {
         loop {
             let left = self.due.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.stopped() {
+            if left.is_zero() || self.stopped() || self.samples.take_wanted() {
                 return;
             }
             let nap = left.min(NAP);

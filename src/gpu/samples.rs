@@ -1,6 +1,7 @@
 //! The newest samples, in memory, and a way to wait for the next.
 
 use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -30,6 +31,8 @@ struct Inner {
     capacity: usize,
     ring: Mutex<VecDeque<Arc<Sample>>>,
     newest: watch::Sender<Option<Arc<Sample>>>,
+    /// Somebody does not want to wait until the next is due.
+    wanted: AtomicBool,
 }
 
 impl Samples {
@@ -40,6 +43,7 @@ impl Samples {
                 capacity: capacity.max(1),
                 ring: Mutex::default(),
                 newest: watch::Sender::new(None),
+                wanted: AtomicBool::new(false),
             }),
         }
     }
@@ -93,6 +97,18 @@ impl Samples {
             // The sender lies in the handle, which is borrowed here: it cannot be gone.
             None => std::future::pending().await,
         }
+    }
+
+    /// A sample that begins from now on, taken as soon as can be.
+    pub async fn soon(&self) -> Arc<Sample> {
+        let moment = Instant::now();
+        self.inner.wanted.store(true, Ordering::Relaxed);
+        self.after(moment).await
+    }
+
+    /// Whether one is wanted now, which it then is no more.
+    pub(super) fn take_wanted(&self) -> bool {
+        self.inner.wanted.swap(false, Ordering::Relaxed)
     }
 
     fn ring(&self) -> MutexGuard<'_, VecDeque<Arc<Sample>>> {

@@ -15,6 +15,9 @@ use crate::domain::ids::{Generation, GpuUuid, ServiceName};
 use crate::driver::{Meter, Outcomes, StillHeld, Tasks, Unmetered, mark_of};
 use crate::gpu::{self, Freed, Machine, Minutes, Owner, Owners, Sample, Sampler, Samples, Watch};
 
+/// Between two looks at whether memory has come free.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// How far back samples are kept.
 const KEPT: Duration = Duration::from_secs(600);
 
@@ -156,7 +159,7 @@ impl Meter for Measured {
 
     fn next_sample(&self) -> BoxFuture<'_, ()> {
         Box::pin(async {
-            self.samples.after(std::time::Instant::now()).await;
+            self.samples.soon().await;
         })
     }
 
@@ -193,8 +196,7 @@ impl Measured {
             })
             .collect();
         loop {
-            let next = self.samples.after(std::time::Instant::now());
-            let Ok(sample) = tokio::time::timeout_at(deadline, next).await else {
+            let Ok(sample) = tokio::time::timeout_at(deadline, self.samples.soon()).await else {
                 tracing::warn!(service.name = %owner.0, "GPU memory of an ended instance is not free");
                 return held;
             };
@@ -202,6 +204,7 @@ impl Measured {
             if held.is_empty() {
                 return held;
             }
+            tokio::time::sleep(PAUSE).await;
         }
     }
 }

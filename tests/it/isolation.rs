@@ -393,7 +393,7 @@ impl World {
                 let path = "/api/gateway/admin/tenants";
                 self.gateway.post(path, body).await.expect(200);
             }
-            "service_type" => {}
+            "service_type" | "uuid" => {}
             other => panic!("what is a '{other}'?"),
         }
         id

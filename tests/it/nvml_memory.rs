@@ -108,6 +108,22 @@ async fn a_reservation_ends_when_the_memory_is_seen_free() {
 }
 
 #[tokio::test]
+async fn a_release_does_not_wait_until_the_next_sample_is_due() {
+    let double = one();
+    let options = double.options().set("RUNGATE_GPU_SAMPLE_MS", "30000");
+    let gateway = Gateway::start(options).await;
+    register(&gateway, "ours", json!({"vram_gb": 12})).await;
+    start(&gateway, "ours").await;
+    let began = std::time::Instant::now();
+    gateway
+        .post("/services/ours/stop", json!({}))
+        .await
+        .expect(200);
+    assert_eq!(gpu(&gateway).await["memory_reserved_mb"], 0);
+    assert!(began.elapsed() < Duration::from_secs(20));
+}
+
+#[tokio::test]
 async fn memory_that_is_never_seen_free_quarantines_the_gpu() {
     let double = one();
     let options = double.options().set("RUNGATE_GPU_RELEASE_WAIT_MS", "1000");
