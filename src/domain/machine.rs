@@ -1,9 +1,8 @@
 //! What is kept of the machine's GPUs besides their list: why one is quarantined, and how they were used.
 
 use serde::{Deserialize, Serialize};
-use smol_str::SmolStr;
 
-use super::ids::GpuUuid;
+use super::ids::{Generation, GpuUuid, ServiceName};
 use super::time::Timestamp;
 
 /// What a GPU is quarantined for.
@@ -70,7 +69,7 @@ pub enum Seen {
     Use { since: Timestamp, gpus: Vec<GpuUse> },
     /// An instance died of too little GPU memory.
     OutOfMemory {
-        service: SmolStr,
-        generation: super::ids::Generation,
+        service: ServiceName,
+        generation: Generation,
     },
 }

@@ -232,3 +232,108 @@ async fn a_death_for_want_of_memory_raises_the_need_up_to_the_largest_gpu() {
     assert_eq!(raised, [&json!(15_360), &json!(16_384)]);
     assert_eq!(gpu(&gateway).await["memory_reserved_mb"], 16_384);
 }
+
+/// Takes 8 GiB of the GPU by CUDA's driver interface, says so, and waits.
+const HOLDER: &str = "
+import ctypes, sys, time
+cuda = ctypes.CDLL('libcuda.so.1')
+def ok(result):
+    if result: sys.exit(f'CUDA error {result}')
+device, context, memory = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_uint64()
+ok(cuda.cuInit(0))
+ok(cuda.cuDeviceGet(ctypes.byref(device), 0))
+ok(cuda.cuCtxCreate_v2(ctypes.byref(context), 0, device))
+ok(cuda.cuMemAlloc_v2(ctypes.byref(memory), ctypes.c_size_t(8 << 30)))
+print('held', flush=True)
+time.sleep(600)
+";
+
+const HELD_MIB: u64 = 8_192;
+
+/// Who holds memory of the GPU: a process on a machine that has one, an entry of the double elsewhere.
+enum Holder<'a> {
+    Process(std::process::Child),
+    Entry(&'a Double),
+}
+
+impl Holder<'_> {
+    /// Has it once this returns.
+    fn take(double: Option<&Double>) -> Holder<'_> {
+        use std::io::BufRead;
+        if let Some(double) = double {
+            double.edit(|machine| machine.gpu(ON).stray = HELD_MIB);
+            return Holder::Entry(double);
+        }
+        let mut child = std::process::Command::new("python3")
+            .args(["-c", HOLDER])
+            .env("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut said = String::new();
+        let output = child.stdout.take().expect("it is piped");
+        let read = std::io::BufReader::new(output).read_line(&mut said);
+        assert_eq!((read.unwrap(), said.trim()), (5, "held"));
+        Holder::Process(child)
+    }
+
+    fn give_back(self) {
+        match self {
+            Holder::Process(mut child) => {
+                child.kill().unwrap();
+                child.wait().unwrap();
+            }
+            Holder::Entry(double) => double.edit(|machine| machine.gpu(ON).stray = 0),
+        }
+    }
+}
+
+/// On a machine with one GPU it is done to that, which nobody else may use meanwhile.
+#[tokio::test]
+async fn eight_gib_are_seen_within_a_second_and_a_half_refused_and_used_when_they_are_free() {
+    let tool = std::process::Command::new("nvidia-smi").arg("-L").output();
+    let is_real = tool.is_ok_and(|said| {
+        said.status.success() && String::from_utf8_lossy(&said.stdout).lines().count() == 1
+    });
+    let double = (!is_real).then(one);
+    let options = match &double {
+        Some(double) => double.options().set("RUNGATE_GPU_SAMPLE_MS", "1000"),
+        None => crate::support::Options::gpus(""),
+    };
+    let gateway = Gateway::start(options).await;
+    until("it is measured", || async {
+        gpu(&gateway).await["sampled_at"].is_string()
+    })
+    .await;
+    let number = |gpu: &Value, member: &str| gpu[member].as_u64().expect("a number");
+    let before = gpu(&gateway).await;
+    let uuid = before["uuid"].as_str().expect("a uuid").to_owned();
+    let free_gib = number(&before, "memory_free_mb") / 1_024;
+    assert!(free_gib >= 12, "somebody else uses it: {before}");
+    let wants = json!({"vram_gb": free_gib - 4});
+    register(&gateway, "large", wants).await;
+    let began = std::time::Instant::now();
+    let holder = Holder::take(double.as_ref());
+    let held = std::time::Instant::now();
+    let foreign = number(&before, "memory_foreign_mb");
+    until("it is seen", || async {
+        number(&gpu(&gateway).await, "memory_foreign_mb") >= foreign + HELD_MIB
+    })
+    .await;
+    let took = held.elapsed();
+    eprintln!(
+        "8 GiB on {uuid}: held after {:?}, seen {took:?} later",
+        held - began
+    );
+    assert!(took < Duration::from_millis(1_500), "{took:?}");
+    let refused = gateway.post("/services/large/start", json!({})).await;
+    assert_eq!(refused.expect(409)["detail"]["error"], "insufficient_vram");
+    holder.give_back();
+    let what = "there is room for it again";
+    until(what, || async {
+        let vram = gateway.get("/vram").await.expect(200);
+        number(&vram, "available_for_new_mb") >= (free_gib - 4) * 1_024
+    })
+    .await;
+    start(&gateway, "large").await;
+}
