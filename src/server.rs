@@ -2,6 +2,7 @@
 //! be wrong at the start.
 
 mod checkpoint;
+mod gpus;
 mod logins;
 mod recover;
 mod seams;
@@ -20,6 +21,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
+use self::gpus::Gpus;
 use self::seams::{InstanceTokens, LedgerSource, ToCoordinator};
 use self::transport::TransportError;
 use crate::api::limits::{LimitConfig, quarter};
@@ -44,11 +46,11 @@ use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
 use crate::domain::tenant::Tenancy;
 use crate::driver::{
-    ContainerRules, Docker, DockerOptions, Driver, DriverError, DriverOptions, Outcomes,
-    ProbeTimings, Tasks, Unmetered,
+    ContainerRules, Docker, DockerOptions, Driver, DriverError, DriverOptions, Meter, Outcomes,
+    ProbeTimings, Tasks,
 };
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
-use crate::gpu::{self, InventoryError};
+use crate::gpu::{self, InventoryError, Machine};
 use crate::ledger::{CommitError, Ledger, OpenError, OpenOptions, Space, Writer};
 use crate::outbound::{Purpose, Reach, Rules};
 use crate::telemetry::Metrics;
@@ -150,6 +152,8 @@ struct Core {
     handle: Handle,
     driver: Driver,
     executor: Executor,
+    outcomes: Outcomes,
+    gpus: Gpus,
     tasks: Tasks,
     /// Resolves when the coordinator has ended.
     ended: oneshot::Receiver<Result<(), ServeError>>,
@@ -175,7 +179,8 @@ pub async fn serve(
         addr: config.listen,
         source,
     })?;
-    let inventory = gpu::inventory(Some(&config.gpus))?;
+    let machine = Machine::here(&config.nvml_library);
+    let inventory = gpu::inventory(&config.gpus, &machine)?;
     bootstrap::check(&config.data_dir)?;
     Secret::check(&config.data_dir)?;
     let sso = Sso::new(&sso_settings(&config))?;
@@ -184,7 +189,7 @@ pub async fn serve(
     let opened = patiently(locked, || open_ledger(&config)).await?;
     let keys = SigningKeys::load_or_create(&config.data_dir, crate::clock::now())?;
     let work = WorkTokens::new(keys, opened.0.instance_id());
-    let mut core = Core::start(&config, addr, opened, &work)?;
+    let mut core = Core::start(&config, addr, opened, (&work, inventory.is_measured))?;
     let token = bootstrap::load_or_create(&config.data_dir)?;
     let token_key = TokenKey::load_or_create(&config.data_dir)?;
     let logins = logins::open(&config, &token_key).await?;
@@ -208,6 +213,7 @@ pub async fn serve(
         metrics,
         logs: core.driver.logs().clone(),
         docker: core.driver.docker().clone(),
+        gpus: core.gpus.samples.clone(),
         stopping: shutdown.child_token(),
     });
     core.tasks.spawn("logins", logins::keep_up(app.clone()));
@@ -328,7 +334,7 @@ impl Core {
         config: &Config,
         addr: SocketAddr,
         (ledger, writer): (Ledger, Writer),
-        work: &WorkTokens,
+        (work, has_gpus): (&WorkTokens, bool),
     ) -> Result<Core, ServeError> {
         let settings = config.scheduling();
         let state = coordinator::recover(&ledger, settings.ageing_ms_per_level)?;
@@ -345,7 +351,11 @@ impl Core {
         })
         .map_err(ServeError::Thread)?;
         let tasks = Tasks::new();
-        let (executor, driver) = executor(config, addr, &ledger, (&handle, &tasks), work)?;
+        let outcomes = Outcomes::new(Arc::new(ToCoordinator(handle.clone())));
+        let gpus = Gpus::start(config, has_gpus, ledger.instance_id());
+        let gpus = gpus.map_err(ServeError::Thread)?;
+        let seams = (&outcomes, gpus.meter(&handle));
+        let (executor, driver) = executor(config, addr, &ledger, seams, (work, &tasks))?;
         let performing = executor.clone();
         tasks.spawn("disk space", space.clone().keep_looking());
         tasks.spawn("executor", async move { performing.run(effects).await });
@@ -355,6 +365,8 @@ impl Core {
             handle,
             driver,
             executor,
+            outcomes,
+            gpus,
             tasks,
             ended: watch_thread(thread),
             epoch,
@@ -372,6 +384,8 @@ impl Core {
         let listed = Command::GpusListed { gpus };
         let _ = self.handle.submit(gateway_origin(), listed).await;
         let _ = self.handle.submit(gateway_origin(), started).await;
+        self.gpus
+            .watch(&self.handle, self.outcomes.clone(), &self.tasks);
     }
 
     /// Begins nothing new, lets open calls end for at most `limit`, puts what still runs back into the queue, and
@@ -464,10 +478,9 @@ fn executor(
     config: &Config,
     addr: SocketAddr,
     ledger: &Ledger,
-    (handle, tasks): (&Handle, &Tasks),
-    work: &WorkTokens,
+    (outcomes, meter): (&Outcomes, Arc<dyn Meter>),
+    (work, tasks): (&WorkTokens, &Tasks),
 ) -> Result<(Executor, Driver), ServeError> {
-    let outcomes = Outcomes::new(Arc::new(ToCoordinator(handle.clone())));
     let driver = Driver::new(
         DriverOptions {
             data_dir: config.data_dir.clone(),
@@ -479,7 +492,7 @@ fn executor(
             services: service_rules(config),
             credentials: Arc::new(InstanceTokens::new(work.clone(), &config.data_dir)),
             docker: docker_options(config),
-            meter: Arc::new(Unmetered),
+            meter,
             cuda_checkpoint: config.cuda_checkpoint.clone(),
         },
         outcomes.clone(),
@@ -498,6 +511,7 @@ fn executor(
         progress_every: PROGRESS_EVERY,
     };
     let source = Arc::new(LedgerSource(ledger.clone()));
+    let outcomes = outcomes.clone();
     let executor = Executor::new(driver.clone(), outcomes, source, tasks.clone(), options)?;
     Ok((executor, driver))
 }

@@ -170,6 +170,23 @@ fn describe_gpus() {
         Unit::Bytes,
         "GPU memory there is"
     );
+    describe_gauge!(
+        "rungate_gpu_foreign_bytes",
+        Unit::Bytes,
+        "GPU memory in use by what is none of ours"
+    );
+    describe_gauge!("rungate_gpu_present", "Whether the GPU is there");
+    describe_gauge!(
+        "rungate_gpu_quarantined",
+        "Whether the GPU gets no new instances"
+    );
+    describe_gauge!(
+        "rungate_gpu_utilization_percent",
+        Unit::Percent,
+        "How busy the GPU is"
+    );
+    describe_gauge!("rungate_gpu_temperature_celsius", "How warm the GPU is");
+    describe_gauge!("rungate_gpu_power_watts", "What power the GPU draws");
 }
 
 #[cfg(test)]

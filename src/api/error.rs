@@ -60,6 +60,7 @@ error_codes! {
     CsrfRequired = "csrf_required", FORBIDDEN, "The session's CSRF token is missing or wrong";
     DiskReserve = "disk_reserve", INSUFFICIENT_STORAGE, "The gateway's disk is nearly full";
     DuplicateMember = "duplicate_member", BAD_REQUEST, "An object has a member twice";
+    GpuNotFound = "gpu_not_found", NOT_FOUND, "No such GPU";
     GpuRuntimeMissing = "gpu_runtime_missing", CONFLICT, "The container engine cannot give GPUs";
     HostNotAllowed = "host_not_allowed", FORBIDDEN, "The Host header is not one of ours";
     HttpsRequired = "https_required", FORBIDDEN, "Sessions need https";
@@ -417,6 +418,7 @@ fn rejection_code(rejection: &Rejection) -> ErrorCode {
         Rejection::ServiceStopping(_) => ErrorCode::ServiceStopping,
         Rejection::InsufficientVram { .. } => ErrorCode::InsufficientVram,
         Rejection::NoActiveJob(_) => ErrorCode::NoActiveJob,
+        Rejection::GpuNotFound(_) => ErrorCode::GpuNotFound,
         Rejection::WrongService { .. } => ErrorCode::WrongService,
         Rejection::CommandReused(_) => ErrorCode::CommandReused,
         Rejection::KeyReused => ErrorCode::IdempotencyKeyReused,

@@ -1,7 +1,9 @@
 //! GPUs and their memory (`contracts/gpu-gateway.md` sections 2 and 6): the dialect's one-GPU form, filled from
-//! the first, and all of them beside it.
+//! the first, and all of them beside it. What is measured comes from the newest sample; of simulated GPUs nothing is,
+//! and what is reserved counts as used.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
@@ -16,6 +18,9 @@ use super::service_owner::sees;
 use super::services::{gib, is_healthy, is_running, source_name};
 use super::state::App;
 use crate::coordinator::GpuStatus;
+use crate::domain::tenant::DEFAULT_TENANT;
+use crate::domain::time::Timestamp;
+use crate::gpu::{GpuReading, ProcessReading, Sample};
 use crate::ledger::ServiceView;
 
 /// The routes of this file, at the root and under `/api/gateway`.
@@ -26,9 +31,69 @@ pub fn router() -> Routes {
         .routes(routes!(available))
 }
 
-/// MiB in use: what our instances hold and what others were seen to use, at most all there is.
-pub fn used_mib(gpu: &GpuStatus) -> u64 {
-    (gpu.reserved_mib + gpu.foreign_mib).min(gpu.facts.memory_mib)
+/// A GPU as the scheduler and as the newest sample have it.
+pub struct Look {
+    pub status: GpuStatus,
+    sample: Option<Arc<Sample>>,
+}
+
+/// All GPUs, those that are gone last.
+pub async fn look(app: &App) -> Result<Vec<Look>, ApiError> {
+    let sample = app.gpus.newest();
+    let with_sample = |status| Look {
+        status,
+        sample: sample.clone(),
+    };
+    let all = app.handle.gpu_status().await?.into_iter();
+    Ok(all.map(with_sample).collect())
+}
+
+impl Look {
+    /// What was measured last, if anything is.
+    pub fn reading(&self) -> Option<&GpuReading> {
+        let gpus = self.sample.iter().flat_map(|sample| &sample.gpus);
+        let uuid = &self.status.facts.uuid;
+        gpus.filter(|_| self.status.present)
+            .find(|reading| reading.facts.uuid == *uuid)
+    }
+
+    /// MiB in use: as measured, or what our instances hold and others were seen to use, at most all there is.
+    pub fn used_mib(&self) -> u64 {
+        let gpu = &self.status;
+        let taken = || (gpu.reserved_mib + gpu.foreign_mib).min(gpu.facts.memory_mib);
+        self.reading()
+            .map_or_else(taken, |reading| reading.used_mib)
+    }
+
+    /// MiB that a program could have.
+    fn free_mib(&self) -> u64 {
+        let rest = || self.status.facts.memory_mib - self.used_mib();
+        self.reading().map_or_else(rest, |reading| reading.free_mib)
+    }
+
+    /// MiB that a new instance could have.
+    fn available_mib(&self) -> u64 {
+        let gpu = &self.status;
+        let taken = gpu.reserved_mib + gpu.foreign_mib + gpu.held_mib;
+        match gpu.quarantine {
+            Some(_) => 0,
+            None => gpu.facts.memory_mib.saturating_sub(taken),
+        }
+    }
+
+    /// When it was measured last.
+    fn sampled_at(&self) -> Option<Timestamp> {
+        self.reading()?;
+        self.sample.as_ref().map(|sample| sample.at)
+    }
+
+    fn health(&self) -> &'static str {
+        match (&self.status.quarantine, self.status.present) {
+            (_, false) => "lost",
+            (Some(_), true) => "quarantined",
+            (None, true) => "ok",
+        }
+    }
 }
 
 /// A part of a whole in per cent, with one decimal.
@@ -39,8 +104,9 @@ fn percent(part: u64, whole: u64) -> Value {
     }
 }
 
-fn describe(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Value {
-    let used = used_mib(gpu);
+fn describe(look: &Look, services: &HashMap<&str, &ServiceView>, strangers: bool) -> Value {
+    let (gpu, reading) = (&look.status, look.reading());
+    let used = look.used_mib();
     let total = gpu.facts.memory_mib;
     let reservations: Vec<Value> = gpu
         .reservations
@@ -48,33 +114,92 @@ fn describe(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Value {
         .filter(|(service, _)| services.contains_key(service.as_str()))
         .map(|(service, mib)| json!({"service": service.as_str(), "memory_mb": mib}))
         .collect();
+    let processes = match reading {
+        Some(reading) => measured(reading, services, strangers),
+        None => processes(gpu, services),
+    };
+    let quarantine = gpu.quarantine.as_ref().map(|quarantine| {
+        json!({
+            "cause": quarantine.cause.name(),
+            "detail": quarantine.detail,
+            "since": quarantine.since,
+        })
+    });
     json!({
         "uuid": gpu.facts.uuid.as_str(),
         "index": gpu.facts.index,
         "name": gpu.facts.name.as_str(),
         "source": source_name(gpu.facts.source),
-        "health": "ok",
+        "parent_uuid": reading.and_then(|r| r.parent.as_ref()).map(|uuid| uuid.as_str()),
+        "sampled_at": look.sampled_at(),
+        "health": look.health(),
+        "quarantine": quarantine,
+        "unified_memory": reading.is_some_and(|r| r.unified),
         "memory_total_mb": total,
         "memory_used_mb": used,
-        "memory_free_mb": total - used,
+        "memory_free_mb": look.free_mib(),
         "memory_reserved_mb": gpu.reserved_mib,
         "memory_foreign_mb": gpu.foreign_mib,
         "memory_held_mb": gpu.held_mib,
         "memory_utilization_pct": percent(used, total),
-        "gpu_utilization_pct": null,
-        "temperature_c": null,
-        "power_draw_w": null,
-        "processes": processes(gpu, services),
+        "gpu_utilization_pct": reading.and_then(|r| r.utilization_pct),
+        "temperature_c": reading.and_then(|r| r.temperature_c),
+        "power_draw_w": reading.and_then(|r| r.power_mw).map(watts),
+        "clock_mhz": reading.and_then(|r| r.clock_mhz),
+        "memory_clock_mhz": reading.and_then(|r| r.memory_clock_mhz),
+        "ecc_uncorrected": reading.and_then(|r| r.ecc_uncorrected),
+        "processes": processes,
         "reservations": reservations,
     })
 }
 
-/// The processes of these services that hold memory of a GPU.
+/// Watts with one decimal.
+pub fn watts(milliwatts: u64) -> f64 {
+    (milliwatts as f64 / 100.0).round() / 10.0
+}
+
+/// Whether a caller is told of the processes that are none of ours: those who run the machine are.
+fn sees_strangers(caller: &Caller) -> bool {
+    let tenancy = caller.tenancy();
+    tenancy
+        .tenant()
+        .is_none_or(|tenant| *tenant == DEFAULT_TENANT)
+}
+
+/// The processes that were seen on a GPU: of these services, and strangers.
+fn measured(
+    reading: &GpuReading,
+    services: &HashMap<&str, &ServiceView>,
+    strangers: bool,
+) -> Vec<Value> {
+    let told = reading
+        .processes
+        .iter()
+        .filter(|process| match &process.owner {
+            Some((service, _)) => services.contains_key(service.as_str()),
+            None => strangers,
+        });
+    let entry = |process: &ProcessReading| {
+        json!({
+            "pid": process.pid,
+            "type": process.kind(),
+            "name": process.name.as_str(),
+            "memory_mb": process.memory_mib.unwrap_or(0),
+            "service": process.owner.as_ref().map(|(service, _)| service.as_str()),
+        })
+    };
+    told.map(entry).collect()
+}
+
+/// The processes of these services that hold memory of a GPU, where none are seen.
 fn processes(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Vec<Value> {
     let entry = |(service, mib): &(crate::domain::ids::ServiceName, u64)| {
         let instance = services.get(service.as_str())?.instance.as_ref()?;
         let process = instance.process.as_ref()?;
-        Some(json!({"pid": process.pid, "type": "C", "name": service.as_str(), "memory_mb": mib}))
+        Some(json!({
+            "pid": process.pid, "type": "C", "name": service.as_str(), "memory_mb": mib,
+            "service": service.as_str(),
+        }))
     };
     gpu.reservations.iter().filter_map(entry).collect()
 }
@@ -100,12 +225,18 @@ fn by_name(views: &[ServiceView]) -> HashMap<&str, &ServiceView> {
     "power_draw_w": null, "unified_memory": false, "processes": [], "source": "simulated", "gpus": []
 }))))]
 async fn gpu(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
-    let status = app.handle.gpu_status().await?;
+    let all = look(&app).await?;
     let views = seen(&app, &caller).await?;
-    let services = by_name(&views);
-    let gpus: Vec<Value> = status.iter().map(|gpu| describe(gpu, &services)).collect();
-    let Some(first) = gpus.first() else {
-        return Ok(Json(without_gpu(app.config.no_gpu_reason.as_deref())));
+    let (services, strangers) = (by_name(&views), sees_strangers(&caller));
+    let gpus: Vec<Value> = all
+        .iter()
+        .map(|gpu| describe(gpu, &services, strangers))
+        .collect();
+    let is_there = all.first().is_some_and(|gpu| gpu.status.present);
+    let Some(first) = gpus.first().filter(|_| is_there) else {
+        let mut answer = without_gpu(app.config.no_gpu_reason.as_deref());
+        answer["gpus"] = gpus.into();
+        return Ok(Json(answer));
     };
     let mut answer = Map::new();
     answer.insert("available".into(), true.into());
@@ -120,10 +251,10 @@ async fn gpu(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiE
         "power_draw_w",
         "processes",
         "source",
+        "unified_memory",
     ] {
         answer.insert(member.into(), first[member].clone());
     }
-    answer.insert("unified_memory".into(), false.into());
     answer.insert("gpus".into(), gpus.into());
     Ok(Json(Value::Object(answer)))
 }
@@ -154,11 +285,10 @@ fn without_gpu(reason: Option<&str>) -> Value {
     "allocated_services": [{"service": "stats", "vram_gb": 8.0, "vram_mb": 8192, "container_running": true}]
 }))))]
 async fn vram(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
-    let status = app.handle.gpu_status().await?;
+    let all = look(&app).await?;
     let views = seen(&app, &caller).await?;
-    let sum = |of: fn(&GpuStatus) -> u64| status.iter().map(of).sum::<u64>();
-    let total = sum(|gpu| gpu.facts.memory_mib);
-    let used = sum(used_mib);
+    let present = || all.iter().filter(|gpu| gpu.status.present);
+    let sum = |of: fn(&Look) -> u64| present().map(of).sum::<u64>();
     let allocated: Vec<Value> = views
         .iter()
         .filter_map(|view| {
@@ -175,19 +305,16 @@ async fn vram(State(app): State<App>, caller: Caller) -> Result<Json<Value>, Api
         })
         .collect();
     Ok(Json(json!({
-        "total_mb": total,
-        "used_mb": used,
-        "free_mb": total - used,
+        "total_mb": sum(|gpu| gpu.status.facts.memory_mib),
+        "used_mb": sum(Look::used_mib),
+        "free_mb": sum(Look::free_mib),
         "allocated_services": allocated,
-        "reserved_mb": sum(|gpu| gpu.reserved_mib),
-        "available_for_new_mb": sum(|gpu| {
-            let taken = gpu.reserved_mib + gpu.foreign_mib + gpu.held_mib;
-            gpu.facts.memory_mib.saturating_sub(taken)
-        }),
+        "reserved_mb": sum(|gpu| gpu.status.reserved_mib),
+        "available_for_new_mb": sum(Look::available_mib),
     })))
 }
 
-/// GPU memory in use from which on the dialect advises to queue, in per cent.
+/// How much of the GPUs is in use from which on the dialect advises to queue, in per cent.
 const FULL_PERCENT: u64 = 90;
 
 /// Say whether work of a type is best done here, queued, or elsewhere.
@@ -200,7 +327,8 @@ async fn available(
     caller: Caller,
     PathOf(wanted): PathOf<String>,
 ) -> Result<Json<Value>, ApiError> {
-    let status = app.handle.gpu_status().await?;
+    let mut all = look(&app).await?;
+    all.retain(|gpu| gpu.status.present);
     let tenant = caller.tenancy().tenant().cloned();
     let stats = app.handle.queue_stats(tenant).await?;
     let views = seen(&app, &caller).await?;
@@ -208,16 +336,23 @@ async fn available(
         .iter()
         .filter(|view| view.enabled && view.spec.service_type == wanted.as_str())
         .collect();
-    let total: u64 = status.iter().map(|gpu| gpu.facts.memory_mib).sum();
-    let used: u64 = status.iter().map(used_mib).sum();
+    let total: u64 = all.iter().map(|gpu| gpu.status.facts.memory_mib).sum();
+    let used: u64 = all.iter().map(Look::used_mib).sum();
+    // Of several GPUs the one that does the least.
+    let busy = all
+        .iter()
+        .filter_map(|gpu| gpu.reading()?.utilization_pct)
+        .min();
+    let is_full = used * 100 > total * FULL_PERCENT
+        || busy.is_some_and(|percent| u64::from(percent) > FULL_PERCENT);
     let depth = stats.by_type.get(wanted.as_str()).copied().unwrap_or(0);
-    let mut answer = advise(&offers, depth, used * 100 > total * FULL_PERCENT);
-    answer["gpu_memory_free_mb"] = if status.is_empty() {
+    let mut answer = advise(&offers, depth, is_full);
+    answer["gpu_memory_free_mb"] = if all.is_empty() {
         Value::Null
     } else {
-        json!(total - used)
+        json!(all.iter().map(Look::free_mib).sum::<u64>())
     };
-    answer["gpu_utilization_pct"] = Value::Null;
+    answer["gpu_utilization_pct"] = json!(busy);
     Ok(Json(answer))
 }
 

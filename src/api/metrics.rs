@@ -8,7 +8,7 @@ use metrics::gauge;
 use utoipa_axum::routes;
 
 use super::error::ApiError;
-use super::gpu::used_mib;
+use super::gpu::{look, watts};
 use super::guard::Caller;
 use super::routes::Routes;
 use super::state::App;
@@ -40,13 +40,39 @@ async fn take_gauges(app: &App) -> Result<(), ApiError> {
     }
     gauge!("rungate_ledger_followers").set(app.ledger.followers() as f64);
     gauge!("rungate_ledger_seq").set(app.ledger.tail() as f64);
-    for gpu in app.handle.gpu_status().await? {
-        let uuid = gpu.facts.uuid.to_string();
+    for gpu in look(app).await? {
+        let status = &gpu.status;
+        let uuid = status.facts.uuid.to_string();
+        gauge!("rungate_gpu_present", "gpu" => uuid.clone())
+            .set(f64::from(u8::from(status.present)));
+        gauge!("rungate_gpu_quarantined", "gpu" => uuid.clone())
+            .set(f64::from(u8::from(status.quarantine.is_some())));
         gauge!("rungate_gpu_memory_bytes", "gpu" => uuid.clone())
-            .set(gpu.facts.memory_mib as f64 * MIB);
+            .set(status.facts.memory_mib as f64 * MIB);
         gauge!("rungate_gpu_reserved_bytes", "gpu" => uuid.clone())
-            .set(gpu.reserved_mib as f64 * MIB);
-        gauge!("rungate_gpu_used_bytes", "gpu" => uuid).set(used_mib(&gpu) as f64 * MIB);
+            .set(status.reserved_mib as f64 * MIB);
+        gauge!("rungate_gpu_foreign_bytes", "gpu" => uuid.clone())
+            .set(status.foreign_mib as f64 * MIB);
+        gauge!("rungate_gpu_used_bytes", "gpu" => uuid.clone()).set(gpu.used_mib() as f64 * MIB);
+        let Some(reading) = gpu.reading() else {
+            continue;
+        };
+        let measured = [
+            (
+                "rungate_gpu_utilization_percent",
+                reading.utilization_pct.map(f64::from),
+            ),
+            (
+                "rungate_gpu_temperature_celsius",
+                reading.temperature_c.map(f64::from),
+            ),
+            ("rungate_gpu_power_watts", reading.power_mw.map(watts)),
+        ];
+        for (name, value) in measured {
+            if let Some(value) = value {
+                gauge!(name, "gpu" => uuid.clone()).set(value);
+            }
+        }
     }
     Ok(())
 }

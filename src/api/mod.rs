@@ -16,7 +16,7 @@
 //! | `linger` | reading on what was refused |
 //! | `body`, `json`, `fields`, `query`, `idempotency`, `cursor` | reading requests |
 //! | `runs`, `job`, `run_view`, `run_ledger`, `checkpoint`, `commands`, `ledger`, `ledger_tools` | runs, commands, ledger |
-//! | `queue`, `services`, `service_spec`, `image_spec`, `containers`, `service_control`, `service_logs`, `preempt`, `gpu` | the GPU dialect |
+//! | `queue`, `services`, `service_spec`, `image_spec`, `containers`, `service_control`, `service_logs`, `preempt`, `gpu`, `gpu_use` | the GPU dialect |
 //! | `sse` | streams |
 //! | `health`, `metrics` | probes and numbers |
 //! | `state`, `config`, `listen`, `tls` | what handlers share; settings; the server loop and its certificate |
@@ -41,6 +41,7 @@ mod fields;
 #[cfg(fuzzing)]
 pub mod fuzzing;
 mod gpu;
+mod gpu_use;
 mod guard;
 mod headers;
 mod health;

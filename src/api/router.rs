@@ -11,9 +11,9 @@ use super::guard::guard;
 use super::routes::Routes;
 use super::state::App;
 use super::{
-    audit, checkpoint, commands, containers, docs, gpu, health, ledger, ledger_tools, metrics,
-    notify, passwords, preempt, queue, run_ledger, runs, runtimes, service_control, service_logs,
-    services, session, sessions, signing_keys, tenants, tokens, users,
+    audit, checkpoint, commands, containers, docs, gpu, gpu_use, health, ledger, ledger_tools,
+    metrics, notify, passwords, preempt, queue, run_ledger, runs, runtimes, service_control,
+    service_logs, services, session, sessions, signing_keys, tenants, tokens, users,
 };
 
 /// The GPU dialect: the same handlers in both places.
@@ -21,6 +21,7 @@ fn dialect() -> Routes {
     Routes::default()
         .merge(health::dialect_router())
         .merge(gpu::router())
+        .merge(gpu_use::router())
         .merge(services::router())
         .merge(service_control::router())
         .merge(containers::router())

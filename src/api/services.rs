@@ -560,5 +560,6 @@ pub fn source_name(source: GpuSource) -> &'static str {
     match source {
         GpuSource::Simulated => "simulated",
         GpuSource::Nvml => "nvml",
+        GpuSource::Amdgpu => "amdgpu",
     }
 }

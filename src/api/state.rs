@@ -19,6 +19,7 @@ use crate::coordinator::{Answered, Handle, Once, SubmitError};
 use crate::domain::command::{Command, Origin, Reply};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::driver::{Docker, Logs};
+use crate::gpu::Samples;
 use crate::ledger::{Ledger, ReadError, RunSummary, Space};
 use crate::telemetry::Metrics;
 
@@ -37,6 +38,8 @@ pub struct Parts {
     /// The services' output.
     pub logs: Logs,
     pub docker: Docker,
+    /// What was measured of the GPUs lately.
+    pub gpus: Samples,
     /// Cancelled when the gateway begins to stop: streams end, `/readyz` says so.
     pub stopping: CancellationToken,
 }
@@ -59,6 +62,7 @@ pub struct Inner {
     pub metrics: Metrics,
     pub logs: Logs,
     pub docker: Docker,
+    pub gpus: Samples,
     pub stopping: CancellationToken,
     pub hosts: HostRules,
     pub limits: Limits,
@@ -101,6 +105,7 @@ impl App {
             metrics: parts.metrics,
             logs: parts.logs,
             docker: parts.docker,
+            gpus: parts.gpus,
             stopping: parts.stopping,
         }))
     }

@@ -91,6 +91,7 @@ fn gateway_with(change: impl FnOnce(&mut ApiConfig)) -> Gateway {
         metrics: Metrics::install(),
         logs: Logs::new(data.path().to_owned()),
         docker: Docker::none(),
+        gpus: crate::gpu::Samples::new(1),
         stopping: stopping.clone(),
     });
     Gateway {

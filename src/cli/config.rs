@@ -78,8 +78,7 @@ fn show(context: &Context, about: bool) -> Result<Exit, CliError> {
 /// The first setting that cannot be used.
 pub(super) fn check_texts(config: &Config) -> Result<(), CliError> {
     logs::parse(&config.log)?;
-    crate::gpu::inventory(Some(&config.gpus))
-        .map_err(|error| CliError::Usage(error.to_string()))?;
+    crate::gpu::wanted(&config.gpus).map_err(|error| CliError::Usage(error.to_string()))?;
     Ok(())
 }
 

@@ -165,7 +165,8 @@ fn settings(config: &Config) -> Vec<Finding> {
 }
 
 fn gpus(config: &Config) -> Finding {
-    match crate::gpu::inventory(Some(&config.gpus)) {
+    let machine = crate::gpu::Machine::here(&config.nvml_library);
+    match crate::gpu::inventory(&config.gpus, &machine) {
         Ok(inventory) if inventory.gpus.is_empty() => Finding::warning(
             "GPUs",
             inventory
@@ -174,9 +175,11 @@ fn gpus(config: &Config) -> Finding {
             "services that need no GPU memory run all the same; --gpus sim:24GiB simulates one",
         ),
         Ok(inventory) => {
-            let mib: u64 = inventory.gpus.iter().map(|gpu| gpu.memory_mib).sum();
-            let count = inventory.gpus.len();
-            Finding::ok("GPUs", format!("{count} with {} GiB in all", mib >> 10))
+            let named = |gpu: &crate::domain::spec::GpuFacts| {
+                format!("{} ({} MiB, {})", gpu.name, gpu.memory_mib, gpu.uuid)
+            };
+            let all: Vec<String> = inventory.gpus.iter().map(named).collect();
+            Finding::ok("GPUs", format!("{}: {}", all.len(), all.join(", ")))
         }
         Err(error) => Finding::wrong("GPUs", error.to_string(), "correct RUNGATE_GPUS or --gpus"),
     }

@@ -124,8 +124,8 @@ enum Noun {
     /// Register and operate services
     #[command(subcommand)]
     Service(service::Service),
-    /// Show the GPUs
-    Gpu,
+    /// Show the GPUs, watch them, release one from quarantine
+    Gpu(gpu::Gpu),
     /// Show what waits and what runs
     Queue,
     /// Show what became of a command
@@ -262,7 +262,7 @@ async fn talk(noun: Noun, context: &Context) -> Result<Exit, CliError> {
     match noun {
         Noun::Run(verb) => verb.perform(context).await,
         Noun::Service(verb) => verb.perform(context).await,
-        Noun::Gpu => gpu::perform(context).await,
+        Noun::Gpu(gpu) => gpu.perform(context).await,
         Noun::Queue => queue::perform(context).await,
         Noun::Command(verb) => verb.perform(context).await,
         Noun::Ledger(verb) => verb.perform(context).await,

@@ -63,7 +63,7 @@ settings! {
     data_dir: PathBuf, "RUNGATE_DATA_DIR", &[], ANY, load::default_data_dir(),
         "Directory of the ledger, the logs of services and the administrator's token.";
     gpus: String, "RUNGATE_GPUS", &[], ANY, String::new(),
-        "GPUs to simulate, e.g. `sim:24GiB,24GiB`; empty takes what the machine has.";
+        "GPUs to simulate, e.g. `sim:24GiB,24GiB`; `none` for none; empty takes what the machine has.";
     allowed_hosts: Vec<String>, "RUNGATE_ALLOWED_HOSTS", &[], ANY, String::new(),
         "Host names that a request may be addressed to, besides the loopback names and the listening address.";
     allowed_origins: Vec<String>, "RUNGATE_ALLOWED_ORIGINS", &[], ANY, "http://localhost:*,http://127.0.0.1:*".to_owned(),
@@ -102,6 +102,14 @@ settings! {
         "Event streams served at once; further ones are answered 429.";
     max_streams_per_user: u64, "RUNGATE_MAX_STREAMS_PER_USER", &[], (1, 1 << 20), "512".to_owned(),
         "Event streams of one user served at once; further ones are answered 429.";
+    nvml_library: String, "RUNGATE_NVML_LIBRARY", &[], ANY, String::new(),
+        "File of NVIDIA's management library; empty finds it by its usual name.";
+    gpu_sample_ms: u64, "RUNGATE_GPU_SAMPLE_MS", &[], (50, 60_000), "1000".to_owned(),
+        "Milliseconds between two looks at the GPUs.";
+    gpu_history_ms: u64, "RUNGATE_GPU_HISTORY_MS", &[], (1_000, 86_400_000), "60000".to_owned(),
+        "Milliseconds of looks at the GPUs that are summed up in one record of the ledger.";
+    gpu_release_wait_ms: u64, "RUNGATE_GPU_RELEASE_WAIT_MS", &[], SPAN, "30000".to_owned(),
+        "Milliseconds that the GPU memory of an ended instance may stay taken before that GPU is quarantined.";
     session_idle_ms: u64, "RUNGATE_SESSION_IDLE_MS", &[], (1_000, 7 * 86_400_000), "7200000".to_owned(),
         "Milliseconds without a request after which a browser's session ends.";
     session_ttl_ms: u64, "RUNGATE_SESSION_TTL_MS", &[], (1_000, 7 * 86_400_000), "28800000".to_owned(),

@@ -9,6 +9,7 @@ use tokio::sync::oneshot;
 use crate::domain::audit::Source;
 use crate::domain::command::{Command, Origin, Rejection, Reply};
 use crate::domain::ids::{PlaneId, RunId};
+use crate::domain::machine::Seen;
 use crate::domain::scheduler::status::{self, GpuStatus, QueueStats};
 use crate::domain::scheduler::why::{self, Why};
 use crate::domain::settings::Settings;
@@ -28,6 +29,20 @@ pub(super) enum Message {
     Quiet,
     /// Write a last snapshot and end.
     Stop,
+}
+
+/// Whether they are the sum of a minute's samples of the GPUs, and nothing else but questions.
+pub(super) fn only_measured(messages: &[Message]) -> bool {
+    let is_sum = |message: &Message| match message {
+        Message::Submit(submission) => {
+            matches!(submission.command, Command::Seen(Seen::Use { .. }))
+        }
+        _ => false,
+    };
+    messages.iter().any(is_sum)
+        && messages
+            .iter()
+            .all(|message| is_sum(message) || matches!(message, Message::Ask(_)))
 }
 
 /// Called with State, the settings and the time between two commits.

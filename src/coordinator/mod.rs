@@ -116,11 +116,12 @@ impl Coordinator {
             let rest = self.inbox.try_iter().take(BATCH - 1);
             let messages: Vec<Message> = first.into_iter().chain(rest).collect();
             let before = self.state.seq;
+            let only_measured = handle::only_measured(&messages);
             if !self.work(messages)? {
                 return self.finish();
             }
-            // What appended nothing (a probe, say) is no work.
-            if self.state.seq > before {
+            // What appended nothing (a probe, say) is no work, and neither is what comes each minute in any case.
+            if self.state.seq > before && !only_measured {
                 self.last_work = Instant::now();
             }
             self.snapshot_when_due()?;
@@ -187,6 +188,7 @@ mod tests {
     use crate::domain::command::{Command, Origin, Rejection};
     use crate::domain::event::Event;
     use crate::domain::ids::PlaneId;
+    use crate::domain::machine::Seen;
     use crate::domain::record::NewRecord;
     use crate::domain::tenant::Tenancy;
     use crate::domain::time::Timestamp;
@@ -314,6 +316,26 @@ mod tests {
         });
         append(&handle).await;
         snapshot_comes(&ledger, async || handle.ask(|_, _, _| ()).await.unwrap()).await;
+    }
+
+    #[tokio::test]
+    async fn what_is_measured_each_minute_does_not_keep_a_snapshot_from_being_written() {
+        let (_data, ledger, handle) = start_with(SnapshotRules {
+            idle: Duration::from_millis(200),
+            idle_records: 1,
+            busy_records: u64::MAX,
+        });
+        append(&handle).await;
+        snapshot_comes(&ledger, async || {
+            let since = crate::clock::now();
+            let sum = Seen::Use {
+                since,
+                gpus: Vec::new(),
+            };
+            let submitted = handle.submit(origin(since), Command::Seen(sum));
+            submitted.await.unwrap();
+        })
+        .await;
     }
 
     #[tokio::test]

@@ -10,6 +10,7 @@ use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::ladder::StepOutcome;
+use super::machine::Seen;
 use super::notify::Channel;
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
 use super::tenant::{QuotaHit, Tenancy};
@@ -83,6 +84,10 @@ pub enum Command {
         attempt: Option<Attempt>,
         content_type: SmolStr,
         body: Bytes,
+    },
+    /// Lets a quarantined GPU have new instances again.
+    ReleaseGpu {
+        gpu: GpuUuid,
     },
     /// Removes the payloads of an ended run.
     PurgeRun {
@@ -198,6 +203,8 @@ pub enum Command {
         service: ServiceName,
         mib: u64,
     },
+    /// What else was seen of the GPUs.
+    Seen(Seen),
 
     // --- the gateway itself ------------------------------------------------------------------------
     /// First command of each process: interrupted calls are tried again, instances are looked for.
@@ -304,6 +311,9 @@ pub struct EndedJob {
     pub purged: bool,
 }
 
+/// Code of an attempt that failed as its service had too little GPU memory.
+pub const OUT_OF_MEMORY: &str = "out_of_memory";
+
 /// Why an attempt failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobFailure {
@@ -403,6 +413,8 @@ pub enum Rejection {
     },
     #[error("Service '{0}' has no active job")]
     NoActiveJob(ServiceName),
+    #[error("Unknown GPU: {0}")]
+    GpuNotFound(GpuUuid),
     #[error("Run '{run}' cannot run on service '{service}'")]
     WrongService { run: RunId, service: ServiceName },
     /// Same command id, other body.
@@ -448,6 +460,7 @@ impl Rejection {
             Rejection::ServiceStopping(_) => "service_stopping",
             Rejection::InsufficientVram { .. } => "insufficient_vram",
             Rejection::NoActiveJob(_) => "no_active_job",
+            Rejection::GpuNotFound(_) => "gpu_not_found",
             Rejection::WrongService { .. } => "wrong_service",
             Rejection::CommandReused(_) => "command_reused",
             Rejection::KeyReused => "idempotency_key_reused",

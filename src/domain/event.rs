@@ -15,6 +15,7 @@ use super::identity::{
 };
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
 use super::ladder::{Step, StepOutcome};
+use super::machine::{GpuUse, QuarantineCause};
 use super::notify::{Channel, Notify};
 use super::spec::{GpuFacts, Grant, JobSpec, Priority, ServiceSpec};
 use super::tenant::{Allowance, Quotas, TenantProfile, UserAllowance};
@@ -511,6 +512,29 @@ pub enum Event {
         grants: Vec<Grant>,
         cause: StartCause,
         deadline: Timestamp,
+    },
+
+    // --- GPUs, seen ----------------------------------------------------------------------------
+    /// A GPU gets no new instances from now on; what runs there goes on.
+    GpuQuarantined {
+        gpu: GpuUuid,
+        cause: QuarantineCause,
+        detail: String,
+    },
+    /// It gets new instances again.
+    GpuQuarantineLifted {
+        gpu: GpuUuid,
+    },
+    /// How the GPUs were used since then, a minute long as a rule.
+    GpuUseSummed {
+        since: Timestamp,
+        gpus: Vec<GpuUse>,
+    },
+    /// That instance ran out of GPU memory: the next one gets more.
+    ServiceNeedRaised {
+        service: ServiceName,
+        generation: Generation,
+        mib: u64,
     },
 }
 

@@ -15,6 +15,7 @@ pub mod event;
 pub mod identity;
 pub mod ids;
 pub mod ladder;
+pub mod machine;
 pub mod notify;
 pub mod record;
 pub mod scheduler;

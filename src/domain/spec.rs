@@ -205,7 +205,10 @@ pub struct GpuFacts {
 #[serde(rename_all = "snake_case")]
 pub enum GpuSource {
     Simulated,
+    /// NVIDIA's management library.
     Nvml,
+    /// The kernel's amdgpu driver.
+    Amdgpu,
 }
 
 /// A part of one GPU given to an instance.

@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::body::Body;
 use super::contained;
 use super::health::{Prober, Verdict};
+use super::out_of_memory::ended_out_of_memory;
 use super::outcome::InOrder;
 use super::process::{self, Process, Spawn};
 use super::procfs::Mark;
@@ -25,6 +26,7 @@ use crate::domain::command::Command;
 use crate::domain::effect::ProcessIdentity;
 use crate::domain::event::Exit;
 use crate::domain::ids::{Generation, ServiceName};
+use crate::domain::machine::Seen;
 use crate::domain::spec::{Grant, ServiceSpec, Worker};
 use crate::domain::time::Timestamp;
 
@@ -65,6 +67,8 @@ pub(super) struct Instance {
     pub(super) outcomes: InOrder,
     /// When its start, or the search for it, began: what making it takes is part of its start-up.
     began: Instant,
+    /// How many bytes its service's log had before it.
+    said_before: u64,
 }
 
 impl Instance {
@@ -83,6 +87,7 @@ impl Instance {
             slot,
             outcomes: shared.outcomes.in_order(&shared.tasks),
             began: Instant::now(),
+            said_before: 0,
         })
     }
 
@@ -92,6 +97,7 @@ impl Instance {
             let why = "it was stopped before it started".to_owned();
             return self.never_started(Exit::NotStarted(why));
         }
+        self.said_before = self.said().await;
         let body = match &spec.worker {
             Worker::External { url } => return self.external(url, &spec, First::Healthy).await,
             Worker::Process { .. } => {
@@ -136,7 +142,14 @@ impl Instance {
             self.report_spawned(&body);
         }
         let first = self.first(found.asleep, body.pid());
+        self.said_before = self.said().await;
         self.live(body, &spec, first).await;
+    }
+
+    /// Bytes of its service's log.
+    async fn said(&self) -> u64 {
+        let (logs, name) = (self.shared.logs.clone(), self.service.clone());
+        blocking(move || logs.end(&name)).await.unwrap_or(0)
     }
 
     /// What is found asleep is adopted at once: it need not answer.
@@ -160,16 +173,21 @@ impl Instance {
                 .stop
                 .send_if_modified(|stop| stop.replace(kill_at).is_none());
             self.end(&body).await;
-            return self.bury(body).await;
+            return self.bury(body, false).await;
         }
         self.report_exited(Exit::Unknown);
         self.release().await;
     }
 
-    /// Reports the release once no process bears the mark, killing what still does.
+    /// Reports the release once no process bears the mark, killing what still does, and its memory was seen free.
     pub async fn release(self) {
         process::killed_and_gone(&self.mark()).await;
         self.shared.revoke(&self.service, self.generation).await;
+        let (meter, service) = (&self.shared.meter, &self.service);
+        // Before the release, so that nothing else is started there.
+        for held in meter.freed(service, self.generation).await {
+            self.outcomes.report(held.into_outcome());
+        }
         self.report_released();
     }
 
@@ -249,7 +267,7 @@ impl Instance {
         if let Some(changes) = changes {
             self.report_container(&changes.borrow());
         }
-        self.bury(body).await;
+        self.bury(body, ended).await;
     }
 
     /// Something that runs elsewhere: there is nothing to start or kill.
@@ -342,10 +360,18 @@ impl Instance {
     }
 
     /// After its end: kill its rest, take it off the process table or remove it, report, and wait for the memory.
-    async fn bury(self, body: Body) {
+    /// `by_itself` tells that nobody had asked for it.
+    async fn bury(self, body: Body, by_itself: bool) {
         let (killed, exit) = body.bury().await;
         if killed {
             self.report_signalled(Signal::KILL);
+        }
+        let from = self.said_before;
+        if by_itself && ended_out_of_memory(&self.shared.logs, &self.service, from, &exit).await {
+            self.outcomes.report(Command::Seen(Seen::OutOfMemory {
+                service: self.service.clone(),
+                generation: self.generation,
+            }));
         }
         self.report_exited(exit);
         body.clear().await;

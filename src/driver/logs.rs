@@ -114,6 +114,30 @@ impl Logs {
         }
     }
 
+    /// Where a log ends now. Blocks.
+    pub(super) fn end(&self, service: &ServiceName) -> Result<u64, LogError> {
+        Ok(self.inner.tail(service, 0)?.2)
+    }
+
+    /// The last `lines` lines of what was written after `position`, as far as it is read at once.
+    pub(super) async fn tail_from(
+        &self,
+        service: &ServiceName,
+        position: u64,
+        lines: usize,
+    ) -> Result<Vec<String>, LogError> {
+        let (inner, service) = (self.inner.clone(), service.clone());
+        let read = blocking(move || {
+            let (_, _, end) = inner.tail(&service, 0)?;
+            inner.read(&service, position.max(end.saturating_sub(CHUNK_BYTES)))
+        });
+        let mut bytes = read.await?.bytes;
+        let mut whole = take_lines(&mut bytes);
+        whole.extend((!bytes.is_empty()).then(|| text(&bytes)));
+        whole.drain(..whole.len().saturating_sub(lines));
+        Ok(whole)
+    }
+
     /// Opened so that each write goes to the end, even after a cut; readable by the gateway's user only.
     pub(super) fn open(&self, service: &ServiceName) -> Result<File, LogError> {
         let path = self.inner.path(service, "log")?;

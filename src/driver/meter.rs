@@ -2,7 +2,28 @@
 
 use futures_util::future::BoxFuture;
 
+use crate::domain::command::Command;
 use crate::domain::ids::{Generation, GpuUuid, ServiceName};
+use crate::domain::machine::{QuarantineCause, Seen};
+
+/// A GPU on which an instance's memory was not seen free in time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StillHeld {
+    pub gpu: GpuUuid,
+    /// One sentence for people.
+    pub detail: String,
+}
+
+impl StillHeld {
+    /// What is reported of it.
+    pub(super) fn into_outcome(self) -> Command {
+        Command::Seen(Seen::Fault {
+            gpu: self.gpu,
+            cause: QuarantineCause::MemoryHeld,
+            detail: self.detail,
+        })
+    }
+}
 
 /// Tells how much GPU memory instances really hold, by the newest sample.
 pub trait Meter: Send + Sync + 'static {
@@ -12,6 +33,11 @@ pub trait Meter: Send + Sync + 'static {
 
     /// Returns when a sample was taken that began after this call.
     fn next_sample(&self) -> BoxFuture<'_, ()>;
+
+    /// Returns when all GPU memory of an instance whose processes are gone was seen free, or when it has been waited
+    /// for long enough: then with the GPUs on which it was not.
+    fn freed(&self, service: &ServiceName, generation: Generation)
+    -> BoxFuture<'_, Vec<StillHeld>>;
 }
 
 /// Measures nothing: what ends is taken to have given its memory back.
@@ -24,5 +50,9 @@ impl Meter for Unmetered {
 
     fn next_sample(&self) -> BoxFuture<'_, ()> {
         Box::pin(std::future::ready(()))
+    }
+
+    fn freed(&self, _: &ServiceName, _: Generation) -> BoxFuture<'_, Vec<StillHeld>> {
+        Box::pin(std::future::ready(Vec::new()))
     }
 }

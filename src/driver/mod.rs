@@ -2,7 +2,7 @@
 //! requests, reports outcomes as commands, decides nothing about when.
 //!
 //! `instance` one life from start to release, `body` what it lives in, `contained` and `docker` containers, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
-//! `orphans` what nobody knows any more, `cuda` GPU memory taken to the host, `logs` their output, `meter` their GPU memory, `outcome` the seam to the coordinator, `tasks` spawning.
+//! `orphans` what nobody knows any more, `cuda` GPU memory taken to the host, `logs` their output, `meter` their GPU memory, `out_of_memory` the want of it, `outcome` the seam to the coordinator, `tasks` spawning.
 
 mod body;
 mod contained;
@@ -15,6 +15,7 @@ mod instance;
 mod logs;
 mod meter;
 mod orphans;
+mod out_of_memory;
 mod outcome;
 mod process;
 mod procfs;
@@ -36,9 +37,10 @@ pub use docker::{ContainerRules, Docker, DockerError, DockerOptions, Forbidden, 
 pub use health::ProbeTimings;
 pub use http::{error_text, join};
 pub use logs::{LogError, LogLine, Logs};
-pub use meter::{Meter, Unmetered};
+pub use meter::{Meter, StillHeld, Unmetered};
+pub use out_of_memory::{answers_out_of_memory, tells_out_of_memory};
 pub use outcome::{NotTaken, Outcomes, Sink};
-pub use procfs::{MARK_VARIABLE, Mark, Marked, marked_by};
+pub use procfs::{MARK_VARIABLE, Mark, Marked, mark_of, marked_by};
 pub use table::Endpoint;
 pub use tasks::Tasks;
 

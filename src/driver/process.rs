@@ -233,7 +233,7 @@ pub(super) fn members(mark: &Mark) -> Vec<u32> {
         .collect()
 }
 
-/// Returns when no process bears `mark` any more, killing those that still do: simulated GPU memory is free then.
+/// Returns when no process bears `mark` any more, killing those that still do.
 pub(super) async fn killed_and_gone(mark: &Mark) {
     let mut pause = GONE_FIRST;
     loop {
@@ -277,7 +277,10 @@ fn environment(
     (grants, mps_percent): (&[Grant], Option<u8>),
     token_file: &Path,
 ) -> Vec<(String, String)> {
-    let gpus: Vec<&str> = grants.iter().map(|grant| grant.gpu.as_str()).collect();
+    let (amd, others): (Vec<&str>, Vec<&str>) = grants
+        .iter()
+        .map(|grant| grant.gpu.as_str())
+        .partition(|gpu| is_amd(gpu));
     let mut all: Vec<(String, String)> = INHERITED
         .iter()
         .filter_map(|&name| Some((name.to_owned(), std::env::var(name).ok()?)))
@@ -286,7 +289,8 @@ fn environment(
     let ours = [
         ("PORT", port.to_string()),
         // Empty hides every GPU from a service that was granted none.
-        ("CUDA_VISIBLE_DEVICES", gpus.join(",")),
+        ("CUDA_VISIBLE_DEVICES", others.join(",")),
+        ("ROCR_VISIBLE_DEVICES", amd.join(",")),
         ("RUNGATE_SERVICE", mark.service.to_string()),
         ("RUNGATE_GENERATION", mark.generation.to_string()),
         (TOKEN_FILE_VARIABLE, token_file.display().to_string()),
@@ -318,6 +322,12 @@ fn mps(grants: &[Grant], percent: u8) -> [(String, String); 2] {
     ]
 }
 
+/// AMD's runtime names its GPUs by 16 digits, NVIDIA's by a UUID.
+fn is_amd(gpu: &str) -> bool {
+    gpu.strip_prefix("GPU-")
+        .is_some_and(|id| id.len() == 16 && id.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
 #[cfg(test)]
 mod tests {
     use uuid::Uuid;
@@ -344,10 +354,21 @@ mod tests {
                 .into_iter()
                 .collect();
         assert_eq!(seen["CUDA_VISIBLE_DEVICES"], "SIM-0,SIM-1");
+        assert_eq!(seen["ROCR_VISIBLE_DEVICES"], "");
         assert_eq!(seen["PORT"], "8123");
         assert_eq!(seen["MODEL"], "m");
         assert_eq!(seen[MARK_VARIABLE], mark.text());
         assert!(!seen.contains_key("RUNGATE_TOKEN"));
+        let grants = [Grant {
+            gpu: "GPU-1a2b3c4d5e6f7081".into(),
+            mib: 1,
+        }];
+        let seen: std::collections::HashMap<_, _> =
+            environment(&mark, &own, 8123, (&grants, None), file)
+                .into_iter()
+                .collect();
+        assert_eq!(seen["ROCR_VISIBLE_DEVICES"], "GPU-1a2b3c4d5e6f7081");
+        assert_eq!(seen["CUDA_VISIBLE_DEVICES"], "");
         assert_eq!(
             environment(&mark, &[], 1, (&[], Some(50)), file)
                 .iter()

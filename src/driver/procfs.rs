@@ -127,6 +127,14 @@ pub fn marked_by(ledger: Uuid) -> Vec<Marked> {
         .collect()
 }
 
+/// The mark that a live process bears, itself or by the leader of its process group: a descendant may have wiped its
+/// environment.
+pub fn mark_of(pid: u32) -> Option<Mark> {
+    let leader = || stat(pid).map(|stat| stat.process_group);
+    let found = marked(pid).or_else(|| marked(leader().filter(|leader| *leader != pid)?));
+    found.map(|process| process.mark)
+}
+
 /// Live members of a process group.
 pub fn group_members(process_group: u32) -> Vec<u32> {
     pids()

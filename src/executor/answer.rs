@@ -5,8 +5,8 @@ use reqwest::Response;
 use serde_json::value::RawValue;
 use smol_str::SmolStr;
 
-use crate::domain::command::JobFailure;
-use crate::driver::error_text;
+use crate::domain::command::{JobFailure, OUT_OF_MEMORY};
+use crate::driver::{answers_out_of_memory, error_text};
 use crate::outbound::{Refused, refusal};
 
 /// A larger answer is a failure: it would be kept in the ledger and read whole.
@@ -45,9 +45,14 @@ pub(super) fn broken(error: reqwest::Error) -> JobFailure {
 pub(super) async fn result_of(response: Response) -> Result<Bytes, JobFailure> {
     let status = response.status().as_u16();
     if status >= 400 {
+        let said = excerpt(response).await;
+        let code = match answers_out_of_memory(&said) {
+            true => OUT_OF_MEMORY,
+            false => "http_status",
+        };
         return Err(failure(
-            "http_status",
-            format!("the service answered {status}: {}", excerpt(response).await),
+            code,
+            format!("the service answered {status}: {said}"),
         ));
     }
     // A redirect is not followed, and its body is no result.

@@ -177,7 +177,7 @@ impl Executor {
                 false => driver.find(*spec, generation, process, container, stop_at),
             },
             Effect::SweepOrphans { live } => driver.sweep_orphans(live),
-            // Simulated memory is free when the processes are gone; which GPUs it was on does not matter.
+            // On which GPUs it was, the meter knows.
             Effect::WatchRelease {
                 service,
                 generation,

@@ -350,6 +350,10 @@ impl Batch<'_> {
                 self.writes
                     .put(Table::Gpus, keys::GPUS, record_codec::encode(gpus));
             }
+            Event::GpuUseSummed { .. } => {
+                self.writes
+                    .put(Table::GpuUse, keys::instant(at), keys::seq(seq));
+            }
             Event::PlaneOpened {
                 plane,
                 tenant,

@@ -3,6 +3,7 @@
 use uuid::Uuid;
 
 use crate::domain::ids::{Cursor, PlaneId, RunId, Seq};
+use crate::domain::time::Timestamp;
 
 use super::projection::run::RunStatus;
 
@@ -94,6 +95,11 @@ pub fn snapshot_chunk(seq: Seq, chunk: u32) -> [u8; 12] {
     key[..8].copy_from_slice(&seq.to_be_bytes());
     key[8..].copy_from_slice(&chunk.to_be_bytes());
     key
+}
+
+/// Key of `gpu_use`: an instant, those before the epoch left out.
+pub fn instant(at: Timestamp) -> [u8; 8] {
+    at.0.max(0).to_be_bytes()
 }
 
 /// The one key of `gpus`.

@@ -8,7 +8,7 @@
 //! | `record_codec` | a record's bytes and the hash chain |
 //! | `open` | opening, creating, and why not |
 //! | `batch`, `projection/`, `purge` | appending, what each event changes, and removing what is purged |
-//! | `read`, `people`, `listing`, `audit`, `replay`, `snapshot` | reading |
+//! | `read`, `people`, `listing`, `audit`, `gpu_use`, `replay`, `snapshot` | reading |
 //! | `row_cache` | what each request reads, kept in memory |
 //! | `hub`, `follow`, `view` | live followers and the JSON they see |
 //! | `counts`, `expiry` | how many runs stand in each status; forgetting Idempotency-Keys |
@@ -22,6 +22,7 @@ mod counts;
 pub mod error;
 mod expiry;
 pub mod follow;
+mod gpu_use;
 mod hub;
 mod keys;
 pub mod listing;
@@ -59,6 +60,7 @@ pub use batch::{Appended, Batch, MAX_PAYLOAD_BYTES, StoredReply, Writer};
 pub use error::{CommitError, OpenError, ReadError, StoreError};
 pub use expiry::KEY_LIFE_MS;
 pub use follow::{Follower, Frame};
+pub use gpu_use::GpuUseView;
 pub use hub::Topic;
 pub use listing::{RunFilter, RunPage};
 pub use open::{FILE_NAME, FORMAT, OpenOptions};

@@ -50,10 +50,12 @@ pub enum Table {
     UserQuotas,
     /// (plane) or (plane, run) → what a purge of it still has to remove.
     Purges,
+    /// When it was summed → seq of a `gpu_use_summed`.
+    GpuUse,
 }
 
 impl Table {
-    pub const ALL: [Table; 21] = [
+    pub const ALL: [Table; 22] = [
         Table::Events,
         Table::RunRecords,
         Table::Runs,
@@ -75,6 +77,7 @@ impl Table {
         Table::Tenants,
         Table::UserQuotas,
         Table::Purges,
+        Table::GpuUse,
     ];
 
     /// Its name on disk.
@@ -101,6 +104,7 @@ impl Table {
             Table::Tenants => "tenants",
             Table::UserQuotas => "user_quotas",
             Table::Purges => "purges",
+            Table::GpuUse => "gpu_use",
         }
     }
 }

@@ -124,6 +124,8 @@ struct Fold {
     /// Which service each live attempt occupies.
     occupied: HashMap<(PlaneId, RunId), ServiceName>,
     gpus: Option<Vec<u8>>,
+    /// When the use of GPUs was summed, and by which record.
+    gpu_use: BTreeMap<[u8; 8], Seq>,
     planes: BTreeMap<u32, PlaneView>,
     people: People,
     /// What is right in a purged plane only: the first such fault of each plane, and the last record that has one.
@@ -312,6 +314,9 @@ impl Fold {
                 self.planes_purged.insert(*plane, self.seq);
             }
             Event::GpusListed { gpus } => self.gpus = Some(record_codec::encode(gpus)),
+            Event::GpuUseSummed { .. } => {
+                self.gpu_use.insert(keys::instant(raw.at), self.seq);
+            }
             Event::PlaneOpened {
                 plane,
                 tenant,
@@ -380,6 +385,7 @@ impl Fold {
             let detail = "it differs from the last one recorded".to_owned();
             return Err(wrong(Table::Gpus, "the list".into(), detail));
         }
+        self.check_gpu_use(snapshot)?;
         let planes: Vec<PlaneView> = read::all(snapshot, Table::Planes)?;
         let planes = planes.iter().filter(|view| !self.is_purged(view.plane));
         let expected = self.planes.values();
@@ -388,6 +394,22 @@ impl Fold {
             return Err(wrong(Table::Planes, "the list".into(), detail));
         }
         Ok(())
+    }
+
+    fn check_gpu_use(&self, snapshot: &dyn Snapshot) -> Result<(), VerifyError> {
+        let mut expected = self.gpu_use.iter();
+        walk(
+            snapshot,
+            Table::GpuUse,
+            &mut |key, value| match expected.next() {
+                Some((at, seq)) if key == at && value == keys::seq(*seq) => Ok(()),
+                _ => Err(differs(Table::GpuUse)),
+            },
+        )?;
+        match expected.next() {
+            Some(_) => Err(differs(Table::GpuUse)),
+            None => Ok(()),
+        }
     }
 
     /// That what a purge removes is lacking only where there was one, and that nothing is left of a plane that is

@@ -317,6 +317,7 @@ async fn no_path_trick_names_anything() {
                     "token_not_found",
                     "runtime_not_found",
                     "session_not_found",
+                    "gpu_not_found",
                     "not_found",
                 ];
                 // `..` and `%2e%2e` in a bare segment may hit a route of fewer parameters, never a resource.

@@ -785,6 +785,16 @@ fn service_routes() -> Vec<Case> {
         rows.push(Case::new("POST", template, &path).fails(503, "no_engine"));
     }
     rows.push(Case::new("GET", "/containers", "/containers").fails(503, "no_engine"));
+    let release = "/gpu/{uuid}/release";
+    rows.extend([
+        Case::new("POST", release, "/gpu/nope/release").fails(404, "gpu_not_found"),
+        Case::new("POST", release, "/gpu/%ff/release").fails(404, "not_found"),
+        Case::new("GET", "/gpu/samples", "/gpu/samples?seconds=0").fails(INVALID.0, INVALID.1),
+        Case::new("GET", "/gpu/samples", "/gpu/samples?seconds=601").fails(INVALID.0, INVALID.1),
+        Case::new("GET", "/gpu/history", "/gpu/history?after=yesterday")
+            .fails(INVALID.0, INVALID.1),
+        Case::new("GET", "/gpu/history", "/gpu/history?limit=1441").fails(INVALID.0, INVALID.1),
+    ]);
     for path in ["/gpu", "/vram", "/queue/stats"] {
         rows.push(
             Case::new("GET", path, path)

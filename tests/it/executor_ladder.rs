@@ -15,7 +15,7 @@ use rungate::domain::effect::{AskCheckpoint, Effect, TakeMemory, WakeInstance};
 use rungate::domain::ids::{Generation, GpuUuid, RunId, ServiceName};
 use rungate::domain::ladder::{Ask, SleepCall, Step, StepOutcome};
 use rungate::domain::spec::Grant;
-use rungate::driver::Meter;
+use rungate::driver::{Meter, StillHeld};
 use rungate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret};
 use rungate::outbound::{Purpose, Reach, Rules};
 use uuid::Uuid;
@@ -43,6 +43,10 @@ impl Meter for Watching {
 
     fn next_sample(&self) -> BoxFuture<'_, ()> {
         Box::pin(tokio::time::sleep(Duration::from_millis(10)))
+    }
+
+    fn freed(&self, _: &ServiceName, _: Generation) -> BoxFuture<'_, Vec<StillHeld>> {
+        Box::pin(std::future::ready(Vec::new()))
     }
 }
 

@@ -108,6 +108,9 @@ const ROWS: &[Row] = &[
     ("GET", "/gpu", ALL),
     ("GET", "/vram", ALL),
     ("GET", "/containers", admin(503)),
+    ("GET", "/gpu/samples", ALL),
+    ("GET", "/gpu/history", ALL),
+    ("POST", "/gpu/{uuid}/release", admin(404)),
     ("GET", "/available/{service_type}", ALL),
     ("GET", "/services", ALL),
     ("GET", "/services/{name}", FOREIGN),
@@ -407,7 +410,7 @@ impl World {
                 let path = "/api/gateway/admin/tenants";
                 self.gateway.post(path, body).await.expect(200);
             }
-            "service_type" => {}
+            "service_type" | "uuid" => {}
             other => panic!("what is a '{other}'?"),
         }
         id

@@ -15,6 +15,7 @@ use rungate::domain::identity::{
 };
 use rungate::domain::ids::{Generation, PlaneId, RunId};
 use rungate::domain::ladder::{SleepCall, Step, StepOutcome};
+use rungate::domain::machine::{GpuUse, QuarantineCause, Spread};
 use rungate::domain::notify::{Channel, Notice, Notify, Ntfy, Webhook};
 use rungate::domain::record::NewRecord;
 use rungate::domain::spec::{
@@ -853,6 +854,34 @@ fn tenants() -> Vec<Event> {
                 ledger_bytes: Some(1 << 30),
                 requests_per_minute: Some(600),
             },
+        },
+        Event::GpuQuarantined {
+            gpu: "SIM-0".into(),
+            cause: QuarantineCause::Xid,
+            detail: "the driver reported XID 79".to_owned(),
+        },
+        Event::GpuQuarantineLifted {
+            gpu: "SIM-0".into(),
+        },
+        Event::GpuUseSummed {
+            since: START,
+            gpus: vec![GpuUse {
+                gpu: "SIM-0".into(),
+                samples: 60,
+                used_mib: Some(Spread {
+                    min: 1,
+                    mean: 2,
+                    max: 3,
+                }),
+                utilization_pct: None,
+                temperature_c: None,
+                power_mw: None,
+            }],
+        },
+        Event::ServiceNeedRaised {
+            service: "svc".into(),
+            generation: Generation(1),
+            mib: 10_240,
         },
     ]
 }

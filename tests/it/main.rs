@@ -57,6 +57,8 @@ mod limits;
 mod logins;
 mod notices;
 mod notify;
+mod nvml;
+mod nvml_memory;
 mod panic_canary;
 mod preempt;
 mod purge;

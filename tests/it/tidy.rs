@@ -19,7 +19,7 @@ const ARROWS: &[(&str, &[&str])] = &[
     ("ledger", &["domain", "hex"]),
     ("outbound", &[]),
     ("driver", &["causes", "clock", "domain", "outbound"]),
-    ("gpu", &["domain"]),
+    ("gpu", &["clock", "domain"]),
     ("coordinator", &["clock", "domain", "ledger"]),
     (
         "executor",
@@ -53,6 +53,7 @@ const ARROWS: &[(&str, &[&str])] = &[
             "coordinator",
             "domain",
             "driver",
+            "gpu",
             "ledger",
             "outbound",
             "telemetry",

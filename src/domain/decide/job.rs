@@ -4,7 +4,7 @@ use bytes::Bytes;
 use smol_str::SmolStr;
 
 use super::{Context, Decision};
-use crate::domain::command::{JobFailure, Rejection, Reply};
+use crate::domain::command::{JobFailure, OUT_OF_MEMORY, Rejection, Reply};
 use crate::domain::event::{Event, JobStopCause, RequeueCause};
 use crate::domain::identity::{IdentityRejection, RuntimeKey};
 use crate::domain::ids::{Attempt, PlaneId, RunId};
@@ -223,7 +223,13 @@ impl Context<'_> {
                 decision.events.push((completed, result));
                 decision
             }
-            (_, Err(failure)) => Decision::done(self.failed(run, job, failure, None)),
+            (_, Err(failure)) => {
+                let place = job.place().filter(|_| failure.code == OUT_OF_MEMORY);
+                let raised =
+                    place.and_then(|(name, generation)| self.need_raised(name, generation));
+                let failed = self.failed(run, job, failure, None);
+                Decision::done(raised.into_iter().chain(failed).collect())
+            }
         }
     }
 

@@ -1,6 +1,7 @@
 //! `decide`: what a command comes to, given State and the time. Events, or a rejection that changes nothing.
 
 mod gateway;
+mod gpu;
 mod inbox;
 mod instance;
 mod job;
@@ -131,6 +132,7 @@ pub fn decide(
         Command::StartService { service } => cx.start_service(&service),
         Command::StopService { service, drain } => cx.stop_service(&service, drain),
         Command::RestartService { service, drain } => cx.restart_service(&service, drain),
+        of_gpu @ (Command::ReleaseGpu { .. } | Command::Seen(_)) => cx.of_gpu(of_gpu),
         Command::GatewayStarted { epoch, version } => Ok(cx.gateway_started(epoch, version)),
         Command::GatewayStopped => Ok(cx.gateway_stopped()),
         Command::Tick => Ok(Decision::done(Vec::new())),

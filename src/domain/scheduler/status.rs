@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use smol_str::SmolStr;
 
 use crate::domain::ids::ServiceName;
+use crate::domain::machine::Quarantine;
 use crate::domain::spec::{GpuFacts, Target};
 use crate::domain::state::State;
 use crate::domain::state::gpu::mib_on;
@@ -31,6 +32,10 @@ pub struct GpuStatus {
     /// Promised to services that wait for others to leave.
     pub held_mib: u64,
     pub reservations: Vec<(ServiceName, u64)>,
+    /// Seen when the GPUs were last listed; of one that is gone only reservations and its quarantine are left.
+    pub present: bool,
+    /// Why it gets no new instances, if so.
+    pub quarantine: Option<Quarantine>,
 }
 
 /// Of one tenant's jobs, or of all.
@@ -88,7 +93,6 @@ pub fn gpu_status(state: &State) -> Vec<GpuStatus> {
     let mut all: Vec<GpuStatus> = state
         .gpus
         .iter()
-        .filter(|(_, gpu)| gpu.present)
         .map(|(uuid, gpu)| GpuStatus {
             facts: gpu.facts.clone(),
             reserved_mib: gpu.reserved_mib,
@@ -104,8 +108,10 @@ pub fn gpu_status(state: &State) -> Vec<GpuStatus> {
                 .map(|name| (name.clone(), state.reserved_by(name, uuid)))
                 .filter(|(_, mib)| *mib > 0)
                 .collect(),
+            present: gpu.present,
+            quarantine: gpu.quarantine.clone(),
         })
         .collect();
-    all.sort_by_key(|gpu| gpu.facts.index);
+    all.sort_by_key(|gpu| (!gpu.present, gpu.facts.index));
     all
 }

@@ -11,6 +11,7 @@ use crate::domain::settings::Settings;
 use crate::domain::spec::Target;
 use crate::domain::state::State;
 use crate::domain::state::account::Amount;
+use crate::domain::state::gpu::Gpu;
 use crate::domain::state::job::{Job, Phase};
 use crate::domain::state::service::{InstancePhase, Service};
 use crate::domain::tenant::QuotaHit;
@@ -376,6 +377,9 @@ fn absent(state: &State, service: &Service, now: Timestamp) -> Blocking {
             format!("service '{name}' died and is started again at {at}"),
         );
     }
+    if let Some(blocking) = quarantined(state, service) {
+        return blocking;
+    }
     let need = service.need_mib();
     if !placement::could_fit(state, service) {
         let largest = state
@@ -407,4 +411,25 @@ fn absent(state: &State, service: &Service, now: Timestamp) -> Blocking {
             "service '{name}' needs {need} MiB of GPU memory and at most {free} MiB are free on one GPU"
         ),
     )
+}
+
+/// A GPU that would do and does not count, when the service does not fit without it.
+fn quarantined(state: &State, service: &Service) -> Option<Blocking> {
+    if placement::fit(state, service).is_some() {
+        return None;
+    }
+    let would_do = |gpu: &&Gpu| gpu.present && gpu.facts.memory_mib >= service.need_mib();
+    let gpu = state
+        .gpus
+        .values()
+        .filter(would_do)
+        .find(|gpu| gpu.quarantine.is_some())?;
+    let why = gpu.quarantine.as_ref().map_or("", |q| q.detail.as_str());
+    Some(blocking(
+        "gpu_quarantined",
+        format!(
+            "GPU {} is quarantined ({why}); see to it and release it",
+            gpu.facts.uuid
+        ),
+    ))
 }

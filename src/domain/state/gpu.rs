@@ -5,7 +5,9 @@ use serde::{Deserialize, Serialize};
 use super::State;
 use crate::domain::event::Event;
 use crate::domain::ids::{GpuUuid, RunId, ServiceName};
+use crate::domain::machine::Quarantine;
 use crate::domain::spec::{GpuFacts, Grant};
+use crate::domain::time::Timestamp;
 
 /// One GPU. **Invariant**: `reserved_mib` is the sum of the grants of all instances on it, those starting
 /// and stopping included, and never more than the GPU has. A whole GPU is granted with all of its memory, so that
@@ -18,6 +20,8 @@ pub struct Gpu {
     pub foreign_mib: u64,
     /// Seen when the GPUs were last listed.
     pub present: bool,
+    /// Why it gets no new instances, if so.
+    pub quarantine: Option<Quarantine>,
 }
 
 /// Room promised to a service: when the victims are gone it starts there, and nobody else gets it.
@@ -30,9 +34,9 @@ pub struct Hold {
 }
 
 impl Gpu {
-    /// What instances may use at most.
+    /// What instances may use at most; nothing of one that is gone or quarantined, so that nothing is started there.
     pub fn usable_mib(&self) -> u64 {
-        if self.present {
+        if self.present && self.quarantine.is_none() {
             self.facts.memory_mib.saturating_sub(self.foreign_mib)
         } else {
             0
@@ -90,7 +94,7 @@ impl State {
             .map_or(0, |instance| mib_on(&instance.grants, gpu))
     }
 
-    pub(super) fn apply_gpu(&mut self, event: &Event) {
+    pub(super) fn apply_gpu(&mut self, at: Timestamp, event: &Event) {
         match event {
             Event::RoomHeld {
                 service,
@@ -114,6 +118,21 @@ impl State {
                     gpu.foreign_mib = *mib;
                 }
             }
+            Event::GpuQuarantined { gpu, cause, detail } => {
+                if let Some(gpu) = self.gpus.get_mut(gpu) {
+                    gpu.quarantine = Some(Quarantine {
+                        cause: *cause,
+                        detail: detail.clone(),
+                        since: at,
+                    });
+                }
+            }
+            Event::GpuQuarantineLifted { gpu } => {
+                if let Some(gpu) = self.gpus.get_mut(gpu) {
+                    gpu.quarantine = None;
+                }
+                self.forget_absent_gpus();
+            }
             _ => {}
         }
         self.queue.unpark_all();
@@ -131,12 +150,18 @@ impl State {
                 reserved_mib: 0,
                 foreign_mib: 0,
                 present: true,
+                quarantine: None,
             });
             entry.facts = facts.clone();
             entry.present = true;
         }
+        self.forget_absent_gpus();
+    }
+
+    /// Of a GPU that is gone only what still matters is kept: reservations, and that it was not to be trusted.
+    pub(super) fn forget_absent_gpus(&mut self) {
         self.gpus
-            .retain(|_, gpu| gpu.present || gpu.reserved_mib > 0);
+            .retain(|_, gpu| gpu.present || gpu.reserved_mib > 0 || gpu.quarantine.is_some());
     }
 }
 

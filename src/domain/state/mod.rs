@@ -333,7 +333,8 @@ impl State {
             | Event::ServiceDisabled { .. }
             | Event::ServiceRemoved { .. }
             | Event::ServiceCrashLooped { .. }
-            | Event::ServicePeakLearned { .. } => self.apply_service(event),
+            | Event::ServicePeakLearned { .. }
+            | Event::ServiceNeedRaised { .. } => self.apply_service(event),
             Event::InstanceStartRequested { .. }
             | Event::InstanceSpawned { .. }
             | Event::InstanceReady { .. }
@@ -351,7 +352,9 @@ impl State {
             Event::RoomHeld { .. }
             | Event::RoomReleased { .. }
             | Event::GpusListed { .. }
-            | Event::GpuForeignMemoryChanged { .. } => self.apply_gpu(event),
+            | Event::GpuForeignMemoryChanged { .. }
+            | Event::GpuQuarantined { .. }
+            | Event::GpuQuarantineLifted { .. } => self.apply_gpu(at, event),
             _ => {}
         }
     }

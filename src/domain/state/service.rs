@@ -36,6 +36,8 @@ pub struct Service {
     pub crash_looped: Option<String>,
     /// The most GPU memory that an instance was seen to use, when more than declared.
     pub learned_mib: Option<u64>,
+    /// The instance whose death raised the need: each raises it once.
+    pub raised_by: Option<Generation>,
 }
 
 /// What is kept of a removed service.
@@ -378,6 +380,7 @@ impl State {
                     retry_at: None,
                     crash_looped: None,
                     learned_mib: None,
+                    raised_by: None,
                 };
                 self.services.insert(spec.name.clone(), service);
                 self.touched.insert(spec.name.clone());
@@ -424,8 +427,28 @@ impl State {
                     service.wanted = false;
                 });
             }
+            Event::ServicePeakLearned { .. } | Event::ServiceNeedRaised { .. } => {
+                self.learn_need(event);
+            }
+            _ => {}
+        }
+    }
+
+    /// How much memory a service needs was found out.
+    fn learn_need(&mut self, event: &Event) {
+        match event {
             Event::ServicePeakLearned { service, mib } => {
                 self.edit_service(service, |service| service.learned_mib = Some(*mib));
+            }
+            Event::ServiceNeedRaised {
+                service,
+                generation,
+                mib,
+            } => {
+                self.edit_service(service, |service| {
+                    service.learned_mib = Some(*mib);
+                    service.raised_by = Some(*generation);
+                });
             }
             _ => {}
         }
@@ -651,8 +674,7 @@ impl State {
                 gpu.reserved_mib = gpu.reserved_mib.saturating_sub(grant.mib);
             }
         }
-        self.gpus
-            .retain(|_, gpu| gpu.present || gpu.reserved_mib > 0);
+        self.forget_absent_gpus();
         self.look_at_absent();
         self.look_at_leaving();
     }

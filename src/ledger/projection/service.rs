@@ -90,7 +90,8 @@ pub fn service_of(event: &Event) -> Option<&ServiceName> {
         | Event::ServiceRemoved { service }
         | Event::ServiceAssigned { service, .. }
         | Event::ServiceCrashLooped { service, .. }
-        | Event::ServicePeakLearned { service, .. } => Some(service),
+        | Event::ServicePeakLearned { service, .. }
+        | Event::ServiceNeedRaised { service, .. } => Some(service),
         event => event.instance().map(|(service, _)| service),
     }
 }
@@ -136,7 +137,9 @@ pub fn apply(view: Option<ServiceView>, event: &Event, at: Timestamp) -> Option<
             view.retry_at = None;
         }
         Event::ServiceAssigned { tenant, .. } => view.tenant = Some(tenant.clone()),
-        Event::ServicePeakLearned { mib, .. } => view.learned_mib = Some(*mib),
+        Event::ServicePeakLearned { mib, .. } | Event::ServiceNeedRaised { mib, .. } => {
+            view.learned_mib = Some(*mib);
+        }
         event => instance(&mut view, event, at),
     }
     Some(view)

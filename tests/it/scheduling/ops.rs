@@ -46,6 +46,15 @@ pub enum Op {
         gpu: u8,
         mib: u64,
     },
+    /// A GPU is quarantined, or released.
+    Fault {
+        gpu: u8,
+        good: bool,
+    },
+    /// A service's instance ran out of GPU memory.
+    Starved {
+        service: u8,
+    },
     List {
         mask: u8,
     },
@@ -186,6 +195,8 @@ pub fn op() -> impl Strategy<Value = Op> {
         8 => prop_oneof![Just(1u64), Just(400), Just(1_000), Just(5_000), Just(30_000), Just(600_000)]
             .prop_map(Op::Wait),
         1 => (0..3u8, prop_oneof![Just(0u64), Just(4), Just(20)]).prop_map(|(gpu, mib)| Op::Foreign { gpu, mib }),
+        1 => (0..3u8, any::<bool>()).prop_map(|(gpu, good)| Op::Fault { gpu, good }),
+        1 => (0..SERVICES).prop_map(|service| Op::Starved { service }),
         1 => (1..8u8).prop_map(|mask| Op::List { mask }),
         1 => (0..SERVICES, 1..24u64).prop_map(|(service, mib)| Op::Peak { service, mib }),
         1 => Just(Op::Crash),
@@ -209,6 +220,7 @@ pub fn pressing_op() -> impl Strategy<Value = Op> {
         1 => prop_oneof![
             1 => (0..3u8, prop_oneof![Just(0u64), Just(4), Just(20)])
                 .prop_map(|(gpu, mib)| Op::Foreign { gpu, mib }),
+            1 => (0..3u8, any::<bool>()).prop_map(|(gpu, good)| Op::Fault { gpu, good }),
             1 => (1..8u8).prop_map(|mask| Op::List { mask }),
             1 => (0..SERVICES, 1..24u64).prop_map(|(service, mib)| Op::Peak { service, mib }),
             1 => (0..SERVICES, 0..9u8).prop_map(|(service, action)| Op::Service { service, action }),

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use rungate::domain::command::{Command, InboxAction, InboxCommand};
 use rungate::domain::ids::{PlaneId, RunId, ServiceName};
+use rungate::domain::machine::{QuarantineCause, Seen};
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{GpuFacts, GpuSource, JobSpec, Priority, ServiceSpec, Target, Worker};
 use rungate::domain::state::job::Phase;
@@ -331,6 +332,16 @@ impl Play {
                 gpu: format_smolstr!("g{gpu}"),
                 mib,
             }),
+            Op::Fault { gpu, good } => self.fault(gpu, good),
+            Op::Starved { service } => {
+                let service = name(service);
+                let known = self.bed.state.services.get(&service);
+                let generation = known.map(|known| known.generation).unwrap_or_default();
+                self.submit(Command::Seen(Seen::OutOfMemory {
+                    service,
+                    generation,
+                }));
+            }
             Op::List { mask } => self.list(mask),
             Op::Peak { service, mib } => self.submit(Command::ServiceMemorySeen {
                 service: name(service),
@@ -346,6 +357,18 @@ impl Play {
         }
     }
 
+    fn fault(&mut self, gpu: u8, good: bool) {
+        let gpu = format_smolstr!("g{gpu}");
+        self.submit(match good {
+            true => Command::ReleaseGpu { gpu },
+            false => Command::Seen(Seen::Fault {
+                gpu,
+                cause: QuarantineCause::Xid,
+                detail: String::new(),
+            }),
+        });
+    }
+
     /// Everybody helps from now on: every job that can run must end, and nothing may be left behind.
     pub fn finish(&mut self) {
         self.list(7);
@@ -354,6 +377,7 @@ impl Play {
                 gpu: format_smolstr!("g{gpu}"),
                 mib: 0,
             });
+            self.fault(gpu, true);
         }
         for service in self.bed.state.services.keys().cloned().collect::<Vec<_>>() {
             self.submit(Command::EnableService {

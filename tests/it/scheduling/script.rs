@@ -11,6 +11,7 @@ use rungate::domain::identity::{
 };
 use rungate::domain::ids::{Attempt, Generation, PlaneId, RunId};
 use rungate::domain::ladder::{Ask, SleepCall, Step, StepOutcome};
+use rungate::domain::machine::{QuarantineCause, Seen};
 use rungate::domain::scheduler::why::why;
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{
@@ -203,6 +204,22 @@ impl Script {
             "foreign" => Command::GpuForeignMemory {
                 gpu: line.name().into(),
                 mib: mib(line.plain[1]),
+            },
+            "fault" => Command::Seen(Seen::Fault {
+                gpu: line.name().into(),
+                cause: QuarantineCause::Xid,
+                detail: String::new(),
+            }),
+            "starved" => {
+                let service = SmolStr::from(line.name());
+                let generation = self.bed.state.services[&service].generation;
+                Command::Seen(Seen::OutOfMemory {
+                    service,
+                    generation,
+                })
+            }
+            "lift" => Command::ReleaseGpu {
+                gpu: line.name().into(),
             },
             "peak" => Command::ServiceMemorySeen {
                 service: line.name().into(),
@@ -551,6 +568,7 @@ impl Script {
     fn memory(&self) -> Vec<String> {
         let all = rungate::domain::scheduler::status::gpu_status(&self.bed.state);
         all.iter()
+            .filter(|gpu| gpu.present)
             .map(|gpu| {
                 let by: Vec<String> = gpu
                     .reservations

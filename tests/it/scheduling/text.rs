@@ -214,6 +214,9 @@ fn service(event: &Event) -> Option<String> {
         Event::ServicePeakLearned { service, mib: seen } => {
             format!("{service}: seen to use {}", mib(*seen))
         }
+        Event::ServiceNeedRaised {
+            service, mib: need, ..
+        } => format!("{service}: needs {} from now on", mib(*need)),
         _ => return None,
     })
 }
@@ -381,6 +384,8 @@ fn memory(name: Name, event: &Event) -> Option<String> {
                 .collect();
             format!("GPUs: {}", all.join(" "))
         }
+        Event::GpuQuarantined { gpu, .. } => format!("{gpu} is quarantined"),
+        Event::GpuQuarantineLifted { gpu } => format!("{gpu} is released"),
         Event::GpuForeignMemoryChanged { gpu, mib: used } => {
             format!("{gpu}: others use {}", mib(*used))
         }

@@ -2,6 +2,7 @@
 //! dropped together with every process that it started.
 
 pub mod browser;
+pub mod double;
 pub mod issuer;
 pub mod keys;
 pub mod raw;
@@ -24,7 +25,7 @@ use self::wait::until;
 /// How a gateway under test is started.
 #[derive(Clone, Default)]
 pub struct Options {
-    /// Value of `RUNGATE_GPUS`.
+    /// Value of `RUNGATE_GPUS`; none when it is not said.
     pub gpus: Option<String>,
     /// Further environment, such as settings.
     pub env: Vec<(String, String)>,
@@ -144,9 +145,9 @@ impl Gateway {
             .stdin(Stdio::null())
             .stdout(log.try_clone().unwrap())
             .stderr(log);
-        if let Some(gpus) = &self.options.gpus {
-            command.env("RUNGATE_GPUS", gpus);
-        }
+        // Those of the machine only where a test asks for them.
+        let gpus = self.options.gpus.as_deref().unwrap_or("none");
+        command.env("RUNGATE_GPUS", gpus);
         for (name, value) in &self.options.env {
             command.env(name, value);
         }
