@@ -46,8 +46,8 @@ use crate::domain::ids::PlaneId;
 use crate::domain::spec::GpuFacts;
 use crate::domain::tenant::Tenancy;
 use crate::driver::{
-    ContainerRules, Docker, DockerOptions, Driver, DriverError, DriverOptions, Meter, Outcomes,
-    ProbeTimings, Tasks,
+    ContainerOwners, ContainerRules, Docker, DockerOptions, Driver, DriverError, DriverOptions,
+    Meter, Outcomes, ProbeTimings, Tasks,
 };
 use crate::executor::{Executor, ExecutorOptions, PROGRESS_EVERY, Secret, SecretError};
 use crate::gpu::{self, InventoryError, Machine};
@@ -216,10 +216,7 @@ pub async fn serve(
         gpus: core.gpus.samples.clone(),
         stopping: shutdown.child_token(),
     });
-    core.tasks.spawn("logins", logins::keep_up(app.clone()));
-    let audit = app.clone();
-    core.tasks
-        .spawn("audit", async move { audit.audit.keep_telling().await });
+    core.keep_up(&app);
     let http = Http::start(listener, app.clone(), listen_config(&config, tls));
     if let Some(ready) = ready {
         // A caller that does not care has dropped it.
@@ -354,7 +351,7 @@ impl Core {
         let outcomes = Outcomes::new(Arc::new(ToCoordinator(handle.clone())));
         let gpus = Gpus::start(config, has_gpus, ledger.instance_id());
         let gpus = gpus.map_err(ServeError::Thread)?;
-        let seams = (&outcomes, gpus.meter(&handle));
+        let seams = (&outcomes, gpus.meter(&handle), gpus.containers.clone());
         let (executor, driver) = executor(config, addr, &ledger, seams, (work, &tasks))?;
         let performing = executor.clone();
         tasks.spawn("disk space", space.clone().keep_looking());
@@ -371,6 +368,14 @@ impl Core {
             ended: watch_thread(thread),
             epoch,
         })
+    }
+
+    /// What is done now and then for those who ask over HTTP.
+    fn keep_up(&self, app: &App) {
+        let (logins, audit) = (app.clone(), app.clone());
+        self.tasks.spawn("logins", logins::keep_up(logins));
+        self.tasks
+            .spawn("audit", async move { audit.audit.keep_telling().await });
     }
 
     /// The first commands of a process: which GPUs there are, and what a restart left open.
@@ -478,7 +483,7 @@ fn executor(
     config: &Config,
     addr: SocketAddr,
     ledger: &Ledger,
-    (outcomes, meter): (&Outcomes, Arc<dyn Meter>),
+    (outcomes, meter, container_owners): (&Outcomes, Arc<dyn Meter>, ContainerOwners),
     (work, tasks): (&WorkTokens, &Tasks),
 ) -> Result<(Executor, Driver), ServeError> {
     let driver = Driver::new(
@@ -492,6 +497,7 @@ fn executor(
             services: service_rules(config),
             credentials: Arc::new(InstanceTokens::new(work.clone(), &config.data_dir)),
             docker: docker_options(config),
+            container_owners,
             meter,
             cuda_checkpoint: config.cuda_checkpoint.clone(),
         },

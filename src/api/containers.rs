@@ -94,22 +94,33 @@ pub struct Container {
     pub orphan: bool,
 }
 
+/// The container engine.
+#[derive(Serialize, ToSchema)]
+pub struct Engine {
+    /// It answered when last asked.
+    pub up: bool,
+    /// Why it is not up.
+    pub error: Option<String>,
+}
+
 /// The containers of this gateway.
 #[derive(Serialize, ToSchema)]
 pub struct ContainerList {
+    pub engine: Engine,
+    /// None while the engine does not answer.
     pub containers: Vec<Container>,
 }
 
 /// List the containers that bear this gateway's label, and tell which are orphans.
 #[utoipa::path(get, path = "/containers", tag = "services",
-    responses((status = 200, body = ContainerList, example = json!({"containers": [{
+    responses((status = 200, body = ContainerList, example = json!({"engine": {"up": true, "error": null}, "containers": [{
         "id": "4c01db0b339c", "name": "rungate-0199a7c2-stats-3", "service": "stats", "generation": 3, "state": "running", "orphan": false
-    }]})), (status = 503, description = "Docker not available")))]
+    }]}))))]
 async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<ContainerList>, ApiError> {
-    let kept = app.docker.kept().await.map_err(|error| {
-        let refused = ApiError::new(ErrorCode::NoEngine, "Docker not available");
-        refused.with("hint", error.to_string())
-    })?;
+    let (kept, error) = match app.docker.kept().await {
+        Ok(kept) => (kept, None),
+        Err(error) => (Vec::new(), Some(error.to_string())),
+    };
     let services = app.scan(|ledger| ledger.services()).await?;
     let containers = kept.into_iter().map(|kept| {
         let lives = services.iter().any(|view| {
@@ -126,6 +137,10 @@ async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<ContainerL
         }
     });
     Ok(Json(ContainerList {
+        engine: Engine {
+            up: error.is_none(),
+            error,
+        },
         containers: containers.collect(),
     }))
 }

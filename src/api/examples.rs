@@ -130,7 +130,7 @@ pub fn service() -> Value {
     });
     let ours = json!({
         "driver": "process", "command": ["/usr/local/bin/stats-worker"], "env": ["MODEL_DIR"],
-        "working_dir": null, "url": null, "gpus": 0, "concurrency": 1, "dispatch_path": "/process",
+        "working_dir": null, "url": null, "image": null, "gpus": 0, "concurrency": 1, "dispatch_path": "/process",
         "cancel_path": "/cancel", "idle_timeout_seconds": null, "grace_seconds": 10.0,
         "startup_timeout_seconds": 120.0, "min_runtime_seconds": null, "ladder": [{"step": "sleep", "seconds": 60.0, "level": 1, "path": "/sleep?level=1",
         "wake_path": "/wake_up", "is_sleeping_path": "/is_sleeping"}, {"step": "stop", "seconds": 10.0}],
@@ -139,7 +139,7 @@ pub fn service() -> Value {
     let state = json!({
         "active_job_ids": [], "crash_looped": null, "deaths": 0, "retry_at": null,
         "instance": {
-            "generation": 1, "phase": "ready", "pid": 4711, "port": 40123, "started_at": AT, "ready_at": AT,
+            "generation": 1, "phase": "ready", "pid": 4711, "port": 40123, "container_id": null, "container_name": null, "container_status": null, "started_at": AT, "ready_at": AT,
             "startup_time_s": 0.4, "gpus": [{"gpu": "GPU-sim-0", "memory_mb": 4096}], "asleep_since": null,
             "host_memory_mb": 0
         }

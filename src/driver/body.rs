@@ -86,6 +86,14 @@ impl Body {
         }
     }
 
+    /// The engine's id of a container.
+    pub fn container(&self) -> Option<&str> {
+        match self {
+            Body::Process(_) => None,
+            Body::Container(container) => Some(&container.id),
+        }
+    }
+
     /// What becomes of a container, from what it is now on.
     pub fn changes(&self) -> Option<watch::Receiver<Seen>> {
         match self {

@@ -97,7 +97,7 @@ impl Instance {
                         .shared
                         .logs
                         .open(&self.service)
-                        .and_then(|log| Ok(log.metadata().ok()));
+                        .map(|log| log.metadata().ok());
                     let since = written
                         .ok()
                         .flatten()
@@ -112,6 +112,13 @@ impl Instance {
                 }
             }
         }
+    }
+
+    /// Who looks at GPUs knows whose the container is.
+    pub(super) fn occupy(&self, body: &Body) -> Option<docker::Occupied> {
+        let owner = (self.service.clone(), self.generation);
+        let id = body.container()?;
+        Some(self.shared.container_owners.enter(id.into(), owner))
     }
 
     fn copy_output(&self, container: &Container, since: i64) {

@@ -245,6 +245,8 @@ impl Instance {
     /// A process or container from its start on, or from where it was found.
     async fn live(mut self, body: Body, spec: &Arc<ServiceSpec>, mut first: First) {
         let mut changes = body.changes();
+        // Until its memory is free.
+        let _occupied = self.occupy(&body);
         let mut prober = self.prober(body.base_url(), spec);
         let mut renewals = self.shared.renewals(first == First::Healthy);
         let ended = loop {

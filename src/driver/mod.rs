@@ -33,7 +33,9 @@ use uuid::Uuid;
 
 pub use credentials::Credentials;
 pub use cuda::CudaError;
-pub use docker::{ContainerRules, Docker, DockerError, DockerOptions, Forbidden, Kept};
+pub use docker::{
+    ContainerOwners, ContainerRules, Docker, DockerError, DockerOptions, Forbidden, Kept,
+};
 pub use health::ProbeTimings;
 pub use http::{error_text, join};
 pub use logs::{LogError, LogLine, Logs};
@@ -68,6 +70,8 @@ pub struct DriverOptions {
     pub services: Rules,
     pub credentials: Arc<dyn Credentials>,
     pub docker: DockerOptions,
+    /// Told which containers instances live in.
+    pub container_owners: ContainerOwners,
     pub meter: Arc<dyn Meter>,
     /// The program `cuda-checkpoint`, as a path or to be found in PATH.
     pub cuda_checkpoint: String,
@@ -100,6 +104,7 @@ struct Shared {
     outcomes: Outcomes,
     credentials: Arc<dyn Credentials>,
     docker: Docker,
+    container_owners: ContainerOwners,
     meter: Arc<dyn Meter>,
     cuda_checkpoint: String,
     tasks: Tasks,
@@ -141,6 +146,7 @@ impl Driver {
             outcomes,
             credentials: options.credentials,
             docker,
+            container_owners: options.container_owners,
             meter: options.meter,
             cuda_checkpoint: options.cuda_checkpoint,
             tasks,

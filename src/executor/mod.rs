@@ -204,26 +204,25 @@ impl Executor {
                 number,
                 url,
                 not_before,
-            } => {
-                let try_ = callback::Try {
-                    plane,
-                    tenant,
-                    run,
-                    number,
-                    url,
-                    not_before,
-                };
-                // Nobody sends any more when the gateway stops; it is owed after the next start.
-                let _ = self.inner.callbacks.send(try_);
-            }
-            Effect::SendNotice(notice) => {
-                // As above.
-                let _ = self.inner.notices.send(notice);
-            }
+            } => self.send_callback(callback::Try {
+                plane,
+                tenant,
+                run,
+                number,
+                url,
+                not_before,
+            }),
+            // As of callbacks.
+            Effect::SendNotice(notice) => drop(self.inner.notices.send(notice)),
             Effect::AskCheckpoint(asking) => ladder::ask_checkpoint(&self.inner, *asking),
             Effect::TakeMemory(taking) => ladder::take_memory(&self.inner, *taking),
             Effect::WakeInstance(waking) => ladder::wake(&self.inner, *waking),
         }
+    }
+
+    fn send_callback(&self, try_: callback::Try) {
+        // Nobody sends any more when the gateway stops; it is owed after the next start.
+        let _ = self.inner.callbacks.send(try_);
     }
 
     /// Waits until no job's call is open, at most for `limit`. Answers how many still are.

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::coordinator::Handle;
 use crate::domain::command::Command;
 use crate::domain::ids::{Generation, GpuUuid, ServiceName};
-use crate::driver::{Meter, Outcomes, StillHeld, Tasks, Unmetered, mark_of};
+use crate::driver::{ContainerOwners, Meter, Outcomes, StillHeld, Tasks, Unmetered, mark_of};
 use crate::gpu::{self, Freed, Machine, Minutes, Owner, Owners, Sample, Sampler, Samples, Watch};
 
 /// Between two looks at whether memory has come free.
@@ -24,6 +24,8 @@ const KEPT: Duration = Duration::from_secs(600);
 /// What measures the GPUs, if there are any to be measured.
 pub struct Gpus {
     pub samples: Samples,
+    /// To be told which containers instances live in.
+    pub containers: ContainerOwners,
     config: Config,
     is_measured: bool,
     /// Before the first sample.
@@ -40,12 +42,17 @@ impl Gpus {
         let capacity = KEPT.as_millis() / every.as_millis().max(1);
         let samples = Samples::new(usize::try_from(capacity).unwrap_or(usize::MAX));
         let machine = Machine::here(&config.nvml_library);
-        let owners = Box::new(Marks { ledger });
+        let containers = ContainerOwners::default();
+        let owners = Box::new(Marks {
+            ledger,
+            containers: containers.clone(),
+        });
         let sampler = is_measured
             .then(|| gpu::start(machine, every, owners, samples.clone()))
             .transpose()?;
         Ok(Gpus {
             samples,
+            containers,
             config: config.clone(),
             is_measured,
             since,
@@ -122,6 +129,7 @@ fn grants(state: &crate::domain::state::State) -> Vec<(GpuUuid, Owner, u64)> {
 /// Whose processes are, by the marks in their environments.
 struct Marks {
     ledger: Uuid,
+    containers: ContainerOwners,
 }
 
 impl Owners for Marks {
@@ -130,9 +138,9 @@ impl Owners for Marks {
         Some((mark.service, mark.generation))
     }
 
-    /// Containers that are started here bear the mark too; of others nothing is known.
-    fn of_container(&self, _: &str) -> Option<Owner> {
-        None
+    /// Those whose environment cannot be read, and those that were there before.
+    fn of_container(&self, id: &str) -> Option<Owner> {
+        self.containers.of(id)
     }
 }
 

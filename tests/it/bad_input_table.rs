@@ -784,7 +784,6 @@ fn service_routes() -> Vec<Case> {
         let path = template.replace("{name}", "plain");
         rows.push(Case::new("POST", template, &path).fails(503, "no_engine"));
     }
-    rows.push(Case::new("GET", "/containers", "/containers").fails(503, "no_engine"));
     let release = "/gpu/{uuid}/release";
     rows.extend([
         Case::new("POST", release, "/gpu/nope/release").fails(404, "gpu_not_found"),
@@ -795,7 +794,7 @@ fn service_routes() -> Vec<Case> {
             .fails(INVALID.0, INVALID.1),
         Case::new("GET", "/gpu/history", "/gpu/history?limit=1441").fails(INVALID.0, INVALID.1),
     ]);
-    for path in ["/gpu", "/vram", "/queue/stats"] {
+    for path in ["/gpu", "/vram", "/containers", "/queue/stats"] {
         rows.push(
             Case::new("GET", path, path)
                 .by("PUT")

@@ -105,15 +105,16 @@ fn the_doctor_warns_of_weak_settings_with_exit_code_0() {
     command.env("RUNGATE_LISTEN", "0.0.0.0:0").envs(proxies);
     let (_, out, _) = run(command);
     assert!(out.contains("(trusted_proxies)"), "{out}");
-    // Of an engine it says what there is.
-    let (_, found) = finding(home.path(), "engine", &[]);
-    let is_there = [
-        "/run/docker.sock",
-        "/var/run/docker.sock",
-        "/run/podman/podman.sock",
-    ]
-    .iter()
-    .any(|path| Path::new(path).exists());
+    // Of an engine it says whether one answers; who allows no images needs none.
+    let nowhere = [("RUNGATE_DOCKER_HOST", "unix:///nowhere/docker.sock")];
+    let (_, found) = finding(home.path(), "engine", &nowhere);
     let message = found["message"].as_str().unwrap();
-    assert_eq!(message.starts_with("there is one at "), is_there, "{found}");
+    assert!(
+        message.starts_with("no container engine was found at unix:///nowhere"),
+        "{found}"
+    );
+    assert_eq!(found["level"], "ok");
+    let wanted = [nowhere[0], ("RUNGATE_DOCKER_IMAGES", "a:*")];
+    let (_, found) = finding(home.path(), "engine", &wanted);
+    assert_eq!(found["level"], "warning", "{found}");
 }

@@ -107,7 +107,7 @@ const ROWS: &[Row] = &[
     ("GET", "/queue/stats", ALL),
     ("GET", "/gpu", ALL),
     ("GET", "/vram", ALL),
-    ("GET", "/containers", admin(503)),
+    ("GET", "/containers", admin(200)),
     ("GET", "/gpu/samples", ALL),
     ("GET", "/gpu/history", ALL),
     ("POST", "/gpu/{uuid}/release", admin(404)),

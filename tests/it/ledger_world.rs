@@ -364,6 +364,7 @@ pub fn one_of_each() -> Vec<Event> {
     events.extend(containers());
     events.extend(notifications());
     events.extend(ladders());
+    events.extend(gpus_seen());
     events
 }
 
@@ -855,6 +856,12 @@ fn tenants() -> Vec<Event> {
                 requests_per_minute: Some(600),
             },
         },
+    ]
+}
+
+/// What is seen of GPUs.
+fn gpus_seen() -> Vec<Event> {
+    vec![
         Event::GpuQuarantined {
             gpu: "SIM-0".into(),
             cause: QuarantineCause::Xid,

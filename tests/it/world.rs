@@ -351,6 +351,7 @@ fn driver(
         docker: rungate::driver::DockerOptions::none(),
         meter,
         cuda_checkpoint: "cuda-checkpoint".to_owned(),
+        container_owners: rungate::driver::ContainerOwners::default(),
     };
     let driver = Driver::new(options, Outcomes::new(recorder.clone()), tasks.clone()).unwrap();
     (driver, recorder, tasks)

@@ -36,6 +36,9 @@ fn words(answer: &Value) -> String {
         .into_iter()
         .flatten()
         .collect();
+    if answer["engine"]["up"] == Value::Bool(false) {
+        return text(&answer["engine"], "error");
+    }
     if containers.is_empty() {
         return "no container of this gateway".to_owned();
     }

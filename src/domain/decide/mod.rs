@@ -133,10 +133,19 @@ pub fn decide(
         Command::StopService { service, drain } => cx.stop_service(&service, drain),
         Command::RestartService { service, drain } => cx.restart_service(&service, drain),
         of_gpu @ (Command::ReleaseGpu { .. } | Command::Seen(_)) => cx.of_gpu(of_gpu),
-        Command::GatewayStarted { epoch, version } => Ok(cx.gateway_started(epoch, version)),
-        Command::GatewayStopped => Ok(cx.gateway_stopped()),
-        Command::Tick => Ok(Decision::done(Vec::new())),
-        outcome => Ok(cx.instance_outcome(outcome)),
+        of_gateway => Ok(cx.of_itself(of_gateway)),
+    }
+}
+
+impl Context<'_> {
+    /// What the gateway tells of itself, and what the executor tells of instances.
+    fn of_itself(&self, command: Command) -> Decision {
+        match command {
+            Command::GatewayStarted { epoch, version } => self.gateway_started(epoch, version),
+            Command::GatewayStopped => self.gateway_stopped(),
+            Command::Tick => Decision::done(Vec::new()),
+            outcome => self.instance_outcome(outcome),
+        }
     }
 }
 

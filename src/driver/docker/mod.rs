@@ -1,12 +1,13 @@
 //! Containers, by the engine's HTTP interface: services in ones that are there already, or in ones made of an image.
 //!
 //! `engine` the connection and whether it answers, `rules` what the operator allows, `recipe` what a container is made
-//! of, `container` one of them, `watch` what becomes of them, `output` what they say, `orphans` those nobody knows.
+//! of, `container` one of them, `watch` what becomes of them, `output` what they say, `owners` who lives in which, `orphans` those nobody knows.
 
 mod container;
 mod engine;
 mod orphans;
 mod output;
+mod owners;
 mod recipe;
 mod registry;
 mod rules;
@@ -18,6 +19,8 @@ pub(super) use container::{Container, Making, StartError};
 pub use engine::{Docker, DockerError, DockerOptions};
 pub use orphans::Kept;
 pub(super) use output::copy;
+pub use owners::ContainerOwners;
+pub(super) use owners::Occupied;
 pub use rules::{ContainerRules, Forbidden};
 pub(super) use watch::Seen;
 

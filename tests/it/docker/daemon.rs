@@ -221,7 +221,7 @@ async fn an_engine_that_is_killed_costs_an_attempt_and_leaves_nothing() {
     gateway.run_becomes(&run, "running").await;
     engine.kill();
     until("the gateway sees it", || async {
-        gateway.get("/containers").await.status == 503
+        gateway.get("/containers").await.expect(200)["engine"]["up"] == false
     })
     .await;
     let ready = gateway.get("/readyz?verbose=true").await;

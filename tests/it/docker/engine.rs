@@ -63,7 +63,7 @@ impl Docked {
 
     pub async fn engine_is_up(&self) {
         until("the engine answers", || async {
-            self.gateway.get("/containers").await.status.is_success()
+            self.gateway.get("/containers").await.expect(200)["engine"]["up"] == true
         })
         .await;
     }

@@ -17,7 +17,7 @@ async fn a_job_starts_a_container_of_an_image_and_its_service_removes_it() {
     assert_eq!(done["result"]["echo"]["n"], 7);
     assert_eq!(done["result"]["uid"], 65_534);
     let id = gateway.container_of("py").await;
-    assert_eq!(gateway.containers(), [id.clone()]);
+    assert_eq!(gateway.containers(), std::slice::from_ref(&id));
     let told = gateway.service("py").await;
     assert_eq!(
         (

@@ -1,0 +1,65 @@
+//! Which containers instances live in: what is measured of processes in them is attributed by it.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use smol_str::SmolStr;
+
+use crate::domain::ids::{Generation, ServiceName};
+
+type Owner = (ServiceName, Generation);
+
+/// Cloneable; all clones know the same.
+#[derive(Clone, Debug, Default)]
+pub struct ContainerOwners {
+    owners: Arc<Mutex<HashMap<SmolStr, Owner>>>,
+}
+
+impl ContainerOwners {
+    /// The instance that lives in a container, by the engine's id.
+    pub fn of(&self, container: &str) -> Option<Owner> {
+        self.lock().get(container).cloned()
+    }
+
+    /// Known until the answer is dropped.
+    pub fn enter(&self, container: SmolStr, owner: Owner) -> Occupied {
+        self.lock().insert(container.clone(), owner);
+        Occupied {
+            owners: self.clone(),
+            container,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<SmolStr, Owner>> {
+        // Nothing panics while it is held.
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An instance lives in the container for as long as this does.
+#[derive(Debug)]
+pub struct Occupied {
+    owners: ContainerOwners,
+    container: SmolStr,
+}
+
+impl Drop for Occupied {
+    fn drop(&mut self) {
+        self.owners.lock().remove(&self.container);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_container_has_an_owner_while_an_instance_lives_in_it() {
+        let owners = ContainerOwners::default();
+        let owner = (ServiceName::from("s"), Generation(2));
+        let occupied = owners.clone().enter("c1".into(), owner.clone());
+        assert_eq!(owners.of("c1"), Some(owner));
+        drop(occupied);
+        assert_eq!(owners.of("c1"), None);
+    }
+}
