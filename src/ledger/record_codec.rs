@@ -345,3 +345,62 @@ fn array<const N: usize>(bytes: &[u8], start: usize) -> [u8; N] {
 fn length(part: &[u8]) -> u32 {
     u32::try_from(part.len()).expect("a batch refuses payloads over 64 MiB, and events are smaller")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::domain::spec::{GpuFacts, GpuSource};
+
+    fn decoded(event: &[u8]) -> Result<Event, ReadError> {
+        let raw = Raw {
+            format: FORMAT_BARE,
+            purged: false,
+            plane: PlaneId::ROOT,
+            at: Timestamp(0),
+            cursor: 0,
+            run: None,
+            prev_hash: GENESIS,
+            payload_hash: GENESIS,
+            hash: GENESIS,
+            event,
+            meta: &[],
+            payload_len: 0,
+            payload: &[],
+        };
+        raw.decode_event(1)
+    }
+
+    #[test]
+    fn an_event_that_lacks_its_last_fields_has_nothing_in_them() {
+        // As an earlier version wrote it: without the ladder and the share of threads at its end.
+        let older = "1803737663036c6c6d03737663903f072f6865616c7468008040000100000106776f726b657201014101620001\
+                     0001072f63616e63656c008827e0d40300";
+        let digits: Vec<u8> = older.bytes().filter(u8::is_ascii_hexdigit).collect();
+        let byte =
+            |pair: &[u8]| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap();
+        let older: Vec<u8> = digits.chunks(2).map(byte).collect();
+        let Event::ServiceRegistered { spec } = decoded(&older).unwrap() else {
+            panic!("another event");
+        };
+        assert!(spec.ladder.is_empty() && spec.mps_percent.is_none());
+        assert_eq!(spec.grace_ms, 5_000);
+    }
+
+    #[test]
+    fn an_event_that_is_cut_off_further_up_is_refused() {
+        let gpus = vec![GpuFacts {
+            uuid: "SIM-0".into(),
+            index: 0,
+            name: "a name that is longer than all that may be added at an event's end, and then some more of it".into(),
+            memory_mib: 1,
+            source: GpuSource::Simulated,
+        }];
+        let whole = encode(&Event::GpusListed { gpus });
+        assert!(decoded(&whole[..12]).is_err());
+        assert!(
+            decoded(&[whole.clone(), vec![0]].concat()).is_err(),
+            "bytes after its end"
+        );
+        assert!(decoded(&whole).is_ok());
+    }
+}

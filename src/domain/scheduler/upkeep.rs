@@ -332,7 +332,8 @@ fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bo
             held == placement::grants_again(service, asleep)
                 && placement::could_wake(state, service, asleep)
         }
-        ([one], None) if gpus == 0 => one.mib == need,
+        // One that was changed to need none may have learned a need before.
+        ([one], None) if gpus == 0 => service.spec.needs_gpu() && one.mib == need,
         (all, None) => {
             gpus > 0 && all.len() == gpus && all.iter().all(|grant| usable(state, grant) >= need)
         }
