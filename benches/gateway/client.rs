@@ -84,6 +84,16 @@ impl Connection {
         Ok((status, body))
     }
 
+    /// Gets JSON; anything but success is a failure with the answer's text.
+    pub async fn get(&mut self, path: &str) -> Result<Bytes, Failure> {
+        let (status, answer) = self.send(Method::GET, path, Bytes::new()).await?;
+        if status.is_success() {
+            Ok(answer)
+        } else {
+            Err(format!("GET {path}: {status} {}", String::from_utf8_lossy(&answer)).into())
+        }
+    }
+
     /// Posts JSON; anything but success is a failure with the answer's text.
     pub async fn post(&mut self, path: &str, body: Bytes) -> Result<Bytes, Failure> {
         let (status, answer) = self.send(Method::POST, path, body).await?;

@@ -6,6 +6,7 @@
 mod child;
 mod client;
 mod commands;
+mod containers;
 mod decisions;
 mod floor;
 mod followers;
@@ -59,10 +60,11 @@ struct Arguments {
 type Measure = fn(&mut Context, &Scale) -> Result<(), Failure>;
 
 /// What is measured, in this order: what wants a quiet machine first.
-const GROUPS: [(&str, Measure); 8] = [
+const GROUPS: [(&str, Measure); 9] = [
     ("starts", starts::measure),
     ("commands", commands::measure),
     ("preemption", preemption::measure),
+    ("containers", containers::measure),
     ("followers", followers::measure),
     ("logins", logins::measure),
     ("decisions", decisions::measure),

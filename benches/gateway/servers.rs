@@ -40,6 +40,8 @@ impl Process {
             .env("RUNGATE_LISTEN", addr.to_string())
             .env("RUNGATE_DATA_DIR", dir)
             .env("RUNGATE_LOG", "warn")
+            .env("RUNGATE_DOCKER_HOST", "none")
+            .env("RUNGATE_GPUS", "none")
             .envs(settings.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::null())

@@ -29,7 +29,7 @@ pub struct ProbeTimings {
 impl Default for ProbeTimings {
     fn default() -> Self {
         Self {
-            startup_first: Duration::from_millis(100),
+            startup_first: Duration::from_millis(20),
             startup_max: Duration::from_secs(2),
             liveness: Duration::from_secs(5),
             failures: 3,

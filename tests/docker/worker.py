@@ -79,6 +79,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200 if healthy else 503, {"healthy": healthy})
 
     def do_POST(self):
+        received_at = time.time()
         body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
         job = json.loads(body or b"{}")
         if self.path == "/cancel":
@@ -88,6 +89,8 @@ class Handler(BaseHTTPRequestHandler):
             result = work(job, self.headers.get("X-Rungate-Run-Id"))
         except Exception as error:
             return self.answer(500, {"error": str(error)})
+        if result is not None:
+            result["received_at"] = received_at
         if result is None:
             return self.answer(409, {"error": "cancelled"})
         self.answer(200, result)

@@ -107,6 +107,20 @@ async fn programs_are_the_administrators_to_register() {
         let detail = refused["detail"].as_str().unwrap();
         assert!(detail.contains("operators_may_run_commands"), "{detail}");
     }
+    // A container that is there already may be anybody's.
+    let container =
+        json!({"name": "c", "type": "c", "container": "somebodys-database", "port": 5_432});
+    for token in [&olga, &tara] {
+        let refused = register(&gateway, token, container.clone())
+            .await
+            .expect(403);
+        assert_eq!(refused["code"], "role_required");
+        assert_eq!(refused["errors"][0]["field"], "container");
+    }
+    // One of an image is what the settings allow, with its environment; here they allow none.
+    let image = json!({"name": "i", "type": "i", "image": "a:1", "env": {"A": "1"}});
+    let refused = register(&gateway, &olga, image).await.expect(403);
+    assert_eq!(refused["code"], "container_forbidden");
     // Nor do they get there by way of one that is theirs already.
     let mut own = program.clone();
     own["tenant"] = json!("acme");
