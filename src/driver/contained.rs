@@ -1,5 +1,6 @@
 //! What a container adds to an instance's life: how it comes to be, how it is found again, and what is told of it.
 
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 
@@ -40,9 +41,13 @@ impl Instance {
         grants: &[Grant],
     ) -> Result<Container, StartError> {
         let docker = self.shared.docker.clone();
+        let log = self.shared.logs.open(&self.service);
+        let log = log.map_err(|error| StartError::Refused(with_causes(&error)))?;
+        // A handful of lines: not worth a thread of its own.
+        let say = move |line: String| drop(writeln!(&log, "{line}"));
         tokio::select! {
             biased;
-            prepared = docker.prepare(image) => prepared?,
+            prepared = docker.prepare(image, say) => prepared?,
             () = asked(&mut self.stop) => {
                 return Err(StartError::Refused("it was stopped before it started".to_owned()));
             }

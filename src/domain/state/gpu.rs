@@ -68,7 +68,7 @@ impl State {
             .iter()
             .filter(|(name, _)| Some(*name) != own)
             .map(|(name, hold)| {
-                let there = self.coming_mib(hold, gpu) + self.remains_mib(name, gpu);
+                let there = self.coming_mib(hold, gpu) + self.own_part_mib(name, gpu);
                 mib_on(&hold.grants, gpu).saturating_sub(there)
             })
             .sum();

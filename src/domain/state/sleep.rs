@@ -63,6 +63,14 @@ impl State {
         instances.map(Instance::host_mib).sum()
     }
 
+    /// MiB of `gpu` that an instance of this service gives to what is held for the service itself: it sleeps, or is
+    /// ended meanwhile.
+    pub fn own_part_mib(&self, service: &ServiceName, gpu: &GpuUuid) -> u64 {
+        let instance = self.services.get(service).and_then(|s| s.instance.as_ref());
+        let own = instance.filter(|instance| instance.is_asleep() || instance.is_leaving());
+        own.map_or(0, |instance| mib_on(&instance.grants, gpu))
+    }
+
     /// MiB of `gpu` that a sleeping instance of this service still holds: they are its own when it wakes.
     pub fn remains_mib(&self, service: &ServiceName, gpu: &GpuUuid) -> u64 {
         let instance = self.services.get(service).and_then(|s| s.instance.as_ref());

@@ -1,6 +1,7 @@
 //! One container of an instance: made and started, or there already, or found again; stopped, and removed if it is ours.
 //! Acts go by the engine's id, which never names another container, and only after its labels were seen to be ours.
 
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::time::Duration;
 
@@ -80,10 +81,15 @@ pub struct Making<'a> {
 
 impl Docker {
     /// Makes sure that a container may be made of an image, and that the image is there. May take long, and can be dropped.
-    pub async fn prepare(&self, image: &ImageSpec) -> Result<(), StartError> {
+    /// `say` is told how pulling it goes on.
+    pub async fn prepare(
+        &self,
+        image: &ImageSpec,
+        say: impl Fn(String) + Send,
+    ) -> Result<(), StartError> {
         let allowed = self.inner.options.rules.check(image);
         allowed.map_err(|forbidden| StartError::Refused(forbidden.message))?;
-        self.need_image(&image.image).await
+        self.need_image(&image.image, say).await
     }
 
     /// Makes a container of a prepared image, without starting it.
@@ -257,7 +263,7 @@ impl Docker {
     }
 
     /// Makes sure that an image is there, pulling it where that is allowed.
-    async fn need_image(&self, image: &str) -> Result<(), StartError> {
+    async fn need_image(&self, image: &str, say: impl Fn(String) + Send) -> Result<(), StartError> {
         let named = image.to_owned();
         let found = self
             .call("tell of an image", LOOK, |client| async move {
@@ -267,7 +273,7 @@ impl Docker {
         match found {
             Ok(_) => Ok(()),
             Err(DockerError::NotFound(_)) if self.inner.options.rules.pull => {
-                self.pull(image).await
+                self.pull(image, say).await
             }
             Err(DockerError::NotFound(_)) => Err(StartError::Refused(format!(
                 "there is no image '{image}' on this machine; pull it (docker pull {image}), or set docker_pull"
@@ -276,8 +282,9 @@ impl Docker {
         }
     }
 
-    async fn pull(&self, image: &str) -> Result<(), StartError> {
+    async fn pull(&self, image: &str, say: impl Fn(String) + Send) -> Result<(), StartError> {
         tracing::info!(image.name = image, "pulling an image");
+        say(format!("pulling {image}"));
         let client = self.client()?;
         let credentials =
             super::registry::credentials(self.inner.options.credentials.as_deref(), image)
@@ -288,17 +295,18 @@ impl Docker {
         };
         let pulling = async {
             let mut steps = std::pin::pin!(client.create_image(Some(options), None, credentials));
+            let mut told = HashMap::new();
             while let Some(step) = steps.next().await {
                 let step = step.map_err(|error| self.judge(error))?;
                 let (layer, status) =
                     (step.id.unwrap_or_default(), step.status.unwrap_or_default());
-                tracing::debug!(
-                    image.name = image,
-                    image.layer = layer,
-                    status,
-                    "pulling an image"
-                );
+                // Each layer's bytes are counted many times a second.
+                if told.get(&layer) != Some(&status) {
+                    say(format!("pulling {image}: {layer} {status}"));
+                    told.insert(layer, status);
+                }
             }
+            say(format!("pulled {image}"));
             Ok::<(), DockerError>(())
         };
         match tokio::time::timeout(PULL, pulling).await {

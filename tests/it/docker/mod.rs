@@ -5,5 +5,6 @@ mod chaos;
 mod daemon;
 mod engine;
 mod faults;
+mod pulling;
 mod refusals;
 mod services;

@@ -430,7 +430,7 @@ fn granted(service: &Service, gpu: &GpuUuid) -> u64 {
 
 /// MiB of a GPU that a hold needs beyond what its leaving victims will give back.
 fn still_needed(state: &State, hold: &Hold, gpu: &GpuUuid) -> u64 {
-    let there = coming(state, hold, gpu) + remains(owner(state, hold), gpu);
+    let there = coming(state, hold, gpu) + own_part(owner(state, hold), gpu);
     mib_on(&hold.grants, gpu).saturating_sub(there)
 }
 
@@ -439,6 +439,13 @@ fn owner<'a>(state: &'a State, hold: &Hold) -> Option<&'a Service> {
     let mut holds = state.holds.iter();
     let (name, _) = holds.find(|(_, other)| *other == hold)?;
     state.services.get(name)
+}
+
+/// MiB of a GPU that an instance of the service itself gives to what is held for it: asleep, or being ended meanwhile.
+fn own_part(service: Option<&Service>, gpu: &GpuUuid) -> u64 {
+    let leaves = |service: &&Service| service.instance.as_ref().is_some_and(|i| i.is_leaving());
+    let leaving = service.filter(leaves);
+    leaving.map_or_else(|| remains(service, gpu), |service| granted(service, gpu))
 }
 
 /// MiB of a GPU that a sleeping instance of a service still holds.
