@@ -205,6 +205,13 @@ impl Drop for OwnEngine {
             let _ = containerd.kill();
             let _ = containerd.wait();
         }
+        // Networks of its containers stay mounted, and the directory could not be removed.
+        let below = format!("{}/", self.dir.path().display());
+        let mounts = std::fs::read_to_string("/proc/mounts").unwrap_or_default();
+        let places = mounts.lines().filter_map(|line| line.split(' ').nth(1));
+        for place in places.filter(|place| place.starts_with(&below)) {
+            let _ = Command::new("umount").args(["-l", place]).output();
+        }
         let _ = Command::new("ip")
             .args(["link", "del", &self.bridge])
             .output();
