@@ -10,6 +10,7 @@ pub mod coordinator;
 pub mod domain;
 pub mod driver;
 pub mod executor;
+mod glob;
 pub mod gpu;
 mod hex;
 pub mod ledger;

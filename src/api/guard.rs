@@ -36,6 +36,7 @@ use crate::domain::identity::Role;
 use crate::domain::ids::PlaneId;
 use crate::domain::tenant::Tenancy;
 use crate::domain::time::Timestamp;
+use crate::glob::glob;
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -162,34 +163,6 @@ fn without_port(host: &str) -> &str {
         Some(colon) if !host[colon..].contains(']') => &host[..colon],
         _ => host,
     }
-}
-
-/// Shell-like match of `*` and `?`, the whole text.
-fn glob(pattern: &str, text: &str) -> bool {
-    let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
-    let (mut p, mut t) = (0, 0);
-    // Where to go on when the last `*` takes one character more.
-    let mut retry: Option<(usize, usize)> = None;
-    while t < text.len() {
-        match pattern.get(p) {
-            Some(b'*') => {
-                retry = Some((p + 1, t));
-                p += 1;
-            }
-            Some(&c) if c == b'?' || c == text[t] => {
-                p += 1;
-                t += 1;
-            }
-            _ => match retry {
-                Some((after, taken)) => {
-                    retry = Some((after, taken + 1));
-                    (p, t) = (after, taken + 1);
-                }
-                None => return false,
-            },
-        }
-    }
-    pattern[p..].iter().all(|&c| c == b'*')
 }
 
 /// How far a path is open.

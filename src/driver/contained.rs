@@ -52,18 +52,17 @@ impl Instance {
                 return Err(StartError::Refused("it was stopped before it started".to_owned()));
             }
         }
-        let port = spec.port;
         let mark = self.mark();
         let making = Making {
             mark: &mark,
             image,
-            port,
+            port: spec.port,
             grants,
             grace_ms: spec.grace_ms,
         };
         let made = docker.create(making).await?;
         self.report_container(&made);
-        docker.run(made, port, true).await
+        docker.run(made, spec.port, true).await
     }
 
     /// The container of an earlier gateway process, whether it lives or has ended meanwhile; the engine is waited for.

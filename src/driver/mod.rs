@@ -271,11 +271,15 @@ impl Driver {
         generation: Generation,
         signal: &str,
     ) -> bool {
-        let mark = self.shared.mark(service, generation);
-        // What is in a container is its engine's to reach.
-        if let Ok(Some(id)) = self.shared.docker.marked(&mark).await {
+        // What is in a container is its engine's to reach; of a process no engine is asked.
+        let container = self
+            .shared
+            .container_owners
+            .container_of(service, generation);
+        if let Some(id) = container {
             return self.shared.docker.signal(&id, signal).await.is_ok();
         }
+        let mark = self.shared.mark(service, generation);
         let signal = match signal {
             "SIGUSR1" => Signal::USR1,
             "SIGUSR2" => Signal::USR2,

@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use bollard::models::ContainerInspectResponse;
 use bollard::query_parameters::{
-    CreateContainerOptions, CreateImageOptions, KillContainerOptions, ListContainersOptions,
-    RemoveContainerOptions,
+    CreateContainerOptions, CreateImageOptions, KillContainerOptions, RemoveContainerOptions,
 };
 use futures_util::StreamExt;
 use rustix::process::Signal;
@@ -16,7 +15,7 @@ use smol_str::SmolStr;
 use tokio::sync::watch;
 
 use super::engine::{CHANGE, Docker, DockerError, LOOK};
-use super::recipe::{GpuWay, LABEL_GENERATION, LABEL_LEDGER, LABEL_SERVICE, Recipe};
+use super::recipe::{GpuWay, Recipe, owner_labels};
 use super::watch::{Seen, wait};
 use crate::domain::container::{ContainerStatus, ImageSpec};
 use crate::domain::event::Exit;
@@ -187,13 +186,7 @@ impl Docker {
         port: u16,
         mark: Option<&Mark>,
     ) -> Result<Option<Container>, DockerError> {
-        let named = id.to_owned();
-        let found = self
-            .call("tell of a container", LOOK, |client| async move {
-                client.inspect_container(&named, None).await
-            })
-            .await;
-        let found = match found {
+        let found = match self.inspect(id).await {
             Err(DockerError::NotFound(_)) => return Ok(None),
             found => found?,
         };
@@ -205,25 +198,9 @@ impl Docker {
 
     /// The container that bears a mark, by its id.
     pub async fn marked(&self, mark: &Mark) -> Result<Option<SmolStr>, DockerError> {
-        let labels = vec![
-            format!("{LABEL_LEDGER}={}", mark.ledger.hyphenated()),
-            format!("{LABEL_SERVICE}={}", mark.service),
-            format!("{LABEL_GENERATION}={}", mark.generation),
-        ];
-        let options = ListContainersOptions {
-            all: true,
-            filters: Some([("label".to_owned(), labels)].into()),
-            ..ListContainersOptions::default()
-        };
-        let found = self
-            .call("list containers", LOOK, |client| async move {
-                client.list_containers(Some(options)).await
-            })
-            .await?;
-        Ok(found
-            .into_iter()
-            .find_map(|container| container.id)
-            .map(SmolStr::from))
+        let found = self.labelled(&owner_labels(mark)).await?;
+        let first = found.into_iter().find_map(|container| container.id);
+        Ok(first.map(SmolStr::from))
     }
 
     /// Sends a signal, by its name, to the first process of a container.
@@ -242,7 +219,7 @@ impl Docker {
 
     /// Removes one of ours, killing it if it runs, with the volumes that have no name. What cannot be removed now, the
     /// orphans' sweep removes.
-    pub async fn remove(&self, id: &str) -> bool {
+    pub async fn remove(&self, id: &str) {
         let options = RemoveContainerOptions {
             force: true,
             v: true,
@@ -254,10 +231,9 @@ impl Docker {
             })
             .await;
         match removed {
-            Ok(()) | Err(DockerError::NotFound(_)) => true,
+            Ok(()) | Err(DockerError::NotFound(_)) => {}
             Err(error) => {
                 tracing::warn!(container.id = id, %error, "a container could not be removed yet");
-                false
             }
         }
     }
@@ -368,9 +344,9 @@ fn bears(found: &ContainerInspectResponse, mark: &Mark) -> bool {
             .and_then(|labels| labels.get(label))
             .is_some_and(|found| found == value)
     };
-    is(LABEL_LEDGER, &mark.ledger.hyphenated().to_string())
-        && is(LABEL_SERVICE, &mark.service)
-        && is(LABEL_GENERATION, &mark.generation.to_string())
+    owner_labels(mark)
+        .iter()
+        .all(|(label, value)| is(label, value))
 }
 
 impl Container {

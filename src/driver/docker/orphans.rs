@@ -53,22 +53,31 @@ impl Kept {
 }
 
 impl Docker {
+    /// All containers that bear these labels, whether they run or not.
+    pub(super) async fn labelled(
+        &self,
+        labels: &[(&str, String)],
+    ) -> Result<Vec<ContainerSummary>, DockerError> {
+        let label = |(label, value): &(&str, String)| format!("{label}={value}");
+        let labels = labels.iter().map(label).collect();
+        let options = ListContainersOptions {
+            all: true,
+            filters: Some([("label".to_owned(), labels)].into()),
+            ..ListContainersOptions::default()
+        };
+        self.call("list containers", LOOK, |client| async move {
+            client.list_containers(Some(options)).await
+        })
+        .await
+    }
+
     /// All containers of this ledger.
     ///
     /// # Errors
     /// The engine does not answer.
     pub async fn kept(&self) -> Result<Vec<Kept>, DockerError> {
-        let label = format!("{LABEL_LEDGER}={}", self.inner.ledger.hyphenated());
-        let options = ListContainersOptions {
-            all: true,
-            filters: Some([("label".to_owned(), vec![label])].into()),
-            ..ListContainersOptions::default()
-        };
-        let found = self
-            .call("list containers", LOOK, |client| async move {
-                client.list_containers(Some(options)).await
-            })
-            .await?;
+        let ledger = self.inner.ledger.hyphenated().to_string();
+        let found = self.labelled(&[(LABEL_LEDGER, ledger)]).await?;
         Ok(found.into_iter().filter_map(Kept::of).collect())
     }
 

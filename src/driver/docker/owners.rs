@@ -21,6 +21,14 @@ impl ContainerOwners {
         self.lock().get(container).cloned()
     }
 
+    /// The container that an instance lives in.
+    pub fn container_of(&self, service: &ServiceName, generation: Generation) -> Option<SmolStr> {
+        let owners = self.lock();
+        let mut occupied = owners.iter();
+        let found = occupied.find(|(_, owner)| owner.0 == *service && owner.1 == generation)?;
+        Some(found.0.clone())
+    }
+
     /// Known until the answer is dropped.
     pub fn enter(&self, container: SmolStr, owner: Owner) -> Occupied {
         self.lock().insert(container.clone(), owner);
@@ -58,7 +66,9 @@ mod tests {
         let owners = ContainerOwners::default();
         let owner = (ServiceName::from("s"), Generation(2));
         let occupied = owners.clone().enter("c1".into(), owner.clone());
-        assert_eq!(owners.of("c1"), Some(owner));
+        assert_eq!(owners.of("c1"), Some(owner.clone()));
+        assert_eq!(owners.container_of(&owner.0, owner.1), Some("c1".into()));
+        assert_eq!(owners.container_of(&owner.0, Generation(1)), None);
         drop(occupied);
         assert_eq!(owners.of("c1"), None);
     }

@@ -21,6 +21,15 @@ pub const LABEL_GENERATION: &str = "io.rungate.generation";
 /// A hash of what it was made of.
 pub const LABEL_SPEC: &str = "io.rungate.spec";
 
+/// What tells an instance's container from all others.
+pub fn owner_labels(mark: &Mark) -> [(&'static str, String); 3] {
+    [
+        (LABEL_LEDGER, mark.ledger.hyphenated().to_string()),
+        (LABEL_SERVICE, mark.service.to_string()),
+        (LABEL_GENERATION, mark.generation.to_string()),
+    ]
+}
+
 /// Of what the engine keeps of a container's output, before it was read.
 const LOG_FILE_BYTES: &str = "16m";
 const LOG_FILES: &str = "2";
@@ -210,18 +219,11 @@ impl Recipe<'_> {
     fn labels(&self) -> HashMap<String, String> {
         // Our types hold nothing that JSON cannot write.
         let spec = serde_json::to_vec(self.spec).unwrap_or_default();
-        HashMap::from([
-            (
-                LABEL_LEDGER.into(),
-                self.mark.ledger.hyphenated().to_string(),
-            ),
-            (LABEL_SERVICE.into(), self.mark.service.to_string()),
-            (LABEL_GENERATION.into(), self.mark.generation.to_string()),
-            (
-                LABEL_SPEC.into(),
-                blake3::hash(&spec).to_hex()[..16].to_owned(),
-            ),
-        ])
+        let spec = blake3::hash(&spec).to_hex()[..16].to_owned();
+        let owner = owner_labels(self.mark).into_iter();
+        let all = owner.chain([(LABEL_SPEC, spec)]);
+        all.map(|(label, value)| (label.to_owned(), value))
+            .collect()
     }
 
     fn ulimits(&self) -> Vec<ResourcesUlimits> {

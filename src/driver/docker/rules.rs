@@ -3,6 +3,7 @@
 use std::path::{Component, Path, PathBuf};
 
 use crate::domain::container::{ImageSpec, Ipc, Volume};
+use crate::glob::glob;
 
 /// What is allowed of containers that are made of images.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -143,17 +144,9 @@ fn is_below(path: &Path, folder: &Path) -> bool {
     plain(path) && path.starts_with(folder)
 }
 
-/// A pattern's `*` stands for any text.
-fn matches(pattern: &str, text: &str) -> bool {
-    let Some((head, rest)) = pattern.split_once('*') else {
-        return pattern == text;
-    };
-    let Some(text) = text.strip_prefix(head) else {
-        return false;
-    };
-    (0..=text.len())
-        .filter(|at| text.is_char_boundary(*at))
-        .any(|at| matches(rest, &text[at..]))
+/// A pattern's `*` stands for any text. A question mark is no part of a reference: a pattern with one allows nothing.
+fn matches(pattern: &str, image: &str) -> bool {
+    !pattern.contains('?') && glob(pattern, image)
 }
 
 #[cfg(test)]

@@ -146,14 +146,20 @@ impl Watcher {
 }
 
 impl Docker {
+    /// All that the engine tells of a container, by id or name.
+    pub(super) async fn inspect(
+        &self,
+        container: &str,
+    ) -> Result<ContainerInspectResponse, DockerError> {
+        self.call("tell of a container", LOOK, |client| async move {
+            client.inspect_container(container, None).await
+        })
+        .await
+    }
+
     /// What there is of a container, by id or name.
     pub(super) async fn look(&self, container: &str) -> Result<Seen, DockerError> {
-        let named = container.to_owned();
-        let found = self
-            .call("tell of a container", LOOK, |client| async move {
-                client.inspect_container(&named, None).await
-            })
-            .await?;
+        let found = self.inspect(container).await?;
         Seen::of(found).ok_or_else(|| {
             DockerError::Refused(format!("it tells nothing of container '{container}'"))
         })
