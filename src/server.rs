@@ -514,6 +514,8 @@ fn executor(
         services: service_rules(config),
         secret: Secret::load_or_create(&config.data_dir)?,
         job_token: seams::job_token(work.clone()),
+        read_container: Arc::new(crate::api::container_of_job),
+        jobs_kept: Duration::from_secs(config.docker_jobs_keep_hours * 3_600),
         progress_every: PROGRESS_EVERY,
     };
     let source = Arc::new(LedgerSource(ledger.clone()));

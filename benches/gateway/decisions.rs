@@ -162,6 +162,7 @@ impl World {
             spec: self.served.take().unwrap_or_else(|| jobs::job(n)),
             session: None,
             labels: Vec::new(),
+            container: None,
             payload: jobs::payload(self.n),
         }
     }

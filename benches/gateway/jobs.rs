@@ -152,6 +152,7 @@ pub fn queued(run: RunId, n: usize) -> Event {
         spec: job(n),
         session: None,
         labels: Vec::new(),
+        container: None,
     }
 }
 

@@ -60,6 +60,8 @@ pub const NEEDS: &[(&str, &str, Need)] = &[
     ("GET", "/runs/{run_id}/input_data", READ_RUNS),
     ("GET", "/runs/{run_id}/why", READ_RUNS),
     ("POST", "/runs/{run_id}/purge", WRITE_RUNS),
+    ("GET", "/runs/{run_id}/output", READ_RUNS),
+    ("GET", "/runs/{run_id}/output/content", READ_RUNS),
     ("GET", "/runs/{run_id}/ledger", READ_RUNS),
     ("GET", "/runs/{run_id}/ledger/stream", READ_RUNS),
     ("POST", "/runs/ledger/batch", READ_RUNS),

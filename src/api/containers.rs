@@ -12,6 +12,7 @@ use super::error::{ApiError, ErrorCode, FieldError};
 use super::guard::Caller;
 use super::routes::Routes;
 use super::state::App;
+use crate::domain::container::ImageSpec;
 use crate::domain::spec::{GpuSource, ServiceSpec, Worker};
 use crate::driver::{DockerError, Forbidden};
 
@@ -28,8 +29,22 @@ pub async fn check(app: &App, spec: &ServiceSpec) -> Result<(), ApiError> {
     let Worker::Image(image) = &spec.worker else {
         return Ok(());
     };
-    app.docker.rules().check(image).map_err(forbidden)?;
-    if !spec.needs_gpu() || !app.docker.state().up {
+    check_image(app, image, spec.needs_gpu(), &["body"]).await
+}
+
+/// Whether containers may be made of an image so, which is described at `loc` of the request.
+///
+/// # Errors
+/// As those of `check`.
+pub async fn check_image(
+    app: &App,
+    image: &ImageSpec,
+    needs_gpu: bool,
+    loc: &[&str],
+) -> Result<(), ApiError> {
+    let allowed = app.docker.rules().check(image);
+    allowed.map_err(|why| forbidden(why, loc))?;
+    if !needs_gpu || !app.docker.state().up {
         return Ok(());
     }
     let gpus = app.handle.gpu_status().await?;
@@ -44,8 +59,9 @@ pub async fn check(app: &App, spec: &ServiceSpec) -> Result<(), ApiError> {
     }
 }
 
-fn forbidden(forbidden: Forbidden) -> ApiError {
-    let loc = vec!["body".to_owned(), forbidden.member.to_owned()];
+fn forbidden(forbidden: Forbidden, loc: &[&str]) -> ApiError {
+    let loc = loc.iter().chain([&forbidden.member]);
+    let loc = loc.map(|part| (*part).to_owned()).collect();
     let mut error = ApiError::new(ErrorCode::ContainerForbidden, forbidden.message.clone());
     error.errors = vec![FieldError::new(
         loc,

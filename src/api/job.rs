@@ -9,6 +9,7 @@ use uuid::Uuid;
 
 use super::error::ApiError;
 use super::fields::{Fields, TextRule};
+use super::job_container::{ContainerJob, ContainerRequest};
 use crate::domain::command::Command;
 use crate::domain::ids::RunId;
 use crate::domain::spec::{JobSpec, Priority, Target};
@@ -25,7 +26,7 @@ const MAX_LABEL_CHARS: usize = 255;
 /// A year: longer waits are mistakes of the unit.
 const MAX_TTL_S: f64 = 31_536_000.0;
 /// A week: one attempt that runs longer should be several jobs with checkpoints.
-const MAX_TIMEOUT_S: f64 = 604_800.0;
+pub const MAX_TIMEOUT_S: f64 = 604_800.0;
 const MAX_ATTEMPTS: u64 = 100;
 const DEFAULT_ATTEMPTS: u32 = 3;
 /// The contract's (`contracts/gpu-gateway.md` section 4).
@@ -33,14 +34,17 @@ const DEFAULT_TIMEOUT_MS: u64 = 300_000;
 /// The dialect's time to live when the caller gives none.
 pub const DIALECT_TTL_MS: u64 = 3_600_000;
 
-/// A job, as `job` of a start. One of `service_type` and `service_name` is needed.
+/// A job, as `job` of a start. One of `service_type`, `service_name` and `container` is needed.
 #[derive(Clone, Debug, Serialize, ToSchema)]
 pub struct JobRequest {
     /// Any enabled service of this type takes it.
     pub service_type: Option<String>,
     /// This service takes it and no other.
     pub service_name: Option<String>,
-    /// Posted to the service, byte for byte as given.
+    /// It gets a container of its own, which runs to its end.
+    #[schema(value_type = Option<ContainerRequest>)]
+    pub container: Option<Box<ContainerJob>>,
+    /// Posted to the service, byte for byte as given. Not of a container's.
     #[schema(value_type = Object)]
     pub payload: String,
     /// 1 (most urgent) to 5; 3 when absent.
@@ -53,7 +57,7 @@ pub struct JobRequest {
     pub max_attempts: Option<u32>,
     /// Where the outcome is posted.
     pub callback_url: Option<String>,
-    /// Seconds that one attempt may take; 300 when absent.
+    /// Seconds that one attempt may take; 300 when absent. Of a container it is said there.
     #[schema(value_type = Option<f64>)]
     pub timeout_seconds: Option<u64>,
 }
@@ -65,6 +69,7 @@ impl JobRequest {
         JobRequest {
             service_type: fields.text("service_type", name),
             service_name: fields.text("service_name", name),
+            container: None,
             payload: fields
                 .raw("payload")
                 .map_or_else(String::new, |raw| raw.get().to_owned()),
@@ -78,8 +83,29 @@ impl JobRequest {
         }
     }
 
-    /// Records what our own form needs and is not there.
-    pub fn require(fields: &Fields) {
+    /// Reads our own form, which may describe a container too and says what is needed of it.
+    pub fn read_own(fields: &Fields) -> JobRequest {
+        let Some(container) = fields.object("container") else {
+            JobRequest::require(fields);
+            return JobRequest::read(fields);
+        };
+        for name in ["service_type", "service_name", "payload", "timeout_seconds"] {
+            if fields.has(name) {
+                let message = format!("Value error, {name} does not go with container");
+                fields.fault(name, "value_error", message);
+            }
+        }
+        let container_job = ContainerJob::read(&container);
+        let raw = fields.raw("container");
+        JobRequest {
+            payload: raw.map_or_else(String::new, |raw| raw.get().to_owned()),
+            timeout_seconds: Some(container_job.timeout_ms),
+            container: Some(Box::new(container_job)),
+            ..JobRequest::read(fields)
+        }
+    }
+
+    fn require(fields: &Fields) {
         if !fields.has("service_type") && !fields.has("service_name") {
             fields.missing("service_type");
         }
@@ -95,10 +121,11 @@ impl JobRequest {
         labels: Labels,
     ) -> Result<Command, ApiError> {
         let service_type = self.service_type.map(SmolStr::from);
-        let target = match (self.service_name, &service_type) {
-            (Some(service), _) => Target::Service(service.into()),
-            (None, Some(of_type)) => Target::Type(of_type.clone()),
-            (None, None) => {
+        let target = match (&self.container, self.service_name, &service_type) {
+            (Some(container), ..) => Target::Container(container.needs),
+            (None, Some(service), _) => Target::Service(service.into()),
+            (None, None, Some(of_type)) => Target::Type(of_type.clone()),
+            (None, None, None) => {
                 return Err(ApiError::missing_field(
                     "service_type",
                     "service_type is required",
@@ -118,6 +145,7 @@ impl JobRequest {
             },
             session,
             labels,
+            container: self.container.map(|container| Box::new(container.stopping)),
             payload: Bytes::from(self.payload),
         })
     }
@@ -180,8 +208,7 @@ mod tests {
 
     fn command(body: &str) -> Result<Command, ApiError> {
         let fields = Fields::of_body(body)?;
-        JobRequest::require(&fields);
-        let job = JobRequest::read(&fields);
+        let job = JobRequest::read_own(&fields);
         fields.finish()?;
         job.into_command(None, Vec::new())
     }

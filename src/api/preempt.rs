@@ -101,6 +101,7 @@ fn most_urgent(
         let fitting = page.items.into_iter().filter(|run| match &run.spec.target {
             Target::Type(wanted) => wanted == service_type,
             Target::Service(wanted) => wanted == service,
+            Target::Container(_) => false,
         });
         let order = |run: &RunSummary| (run.spec.priority, run.run);
         best = best.into_iter().chain(fitting).min_by_key(order);

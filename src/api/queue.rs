@@ -223,6 +223,7 @@ async fn read(
     let service_name = match &run.spec.target {
         Target::Service(service) => Some(service.to_string()),
         Target::Type(_) => run.service.as_ref().map(ToString::to_string),
+        Target::Container(_) => None,
     };
     Ok(Json(JobRecord {
         id: run.run.to_string(),

@@ -12,8 +12,9 @@ use super::routes::Routes;
 use super::state::App;
 use super::{
     audit, checkpoint, commands, containers, docs, gpu, gpu_use, health, ledger, ledger_tools,
-    metrics, notify, passwords, preempt, queue, run_ledger, runs, runtimes, service_control,
-    service_logs, services, session, sessions, signing_keys, tenants, tokens, users,
+    metrics, notify, passwords, preempt, queue, run_ledger, run_output, runs, runtimes,
+    service_control, service_logs, services, session, sessions, signing_keys, tenants, tokens,
+    users,
 };
 
 /// The GPU dialect: the same handlers in both places.
@@ -35,6 +36,7 @@ fn gateway() -> Routes {
         .merge(health::router())
         .merge(runs::router())
         .merge(run_ledger::router())
+        .merge(run_output::router())
         .merge(checkpoint::router())
         .merge(commands::router())
         .merge(ledger::router())

@@ -132,6 +132,7 @@ pub fn workflow_id(target: &Target) -> String {
     match target {
         Target::Type(service_type) => format!("job:{service_type}"),
         Target::Service(service) => format!("job:@{service}"),
+        Target::Container(_) => "job:container".to_owned(),
     }
 }
 
@@ -201,9 +202,13 @@ impl JobView {
             service_type: run.spec.service_type.as_ref().map(text),
             service_name: match &run.spec.target {
                 Target::Service(service) => Some(text(service)),
-                Target::Type(_) => None,
+                Target::Type(_) | Target::Container(_) => None,
             },
-            service: run.service.as_ref().map(text),
+            service: match &run.spec.target {
+                // Its own is nobody else's to know.
+                Target::Container(_) => None,
+                _ => run.service.as_ref().map(text),
+            },
             generation: run.generation.map(|generation| generation.0),
             priority: run.spec.priority.get(),
             attempt: run.attempt,

@@ -22,6 +22,7 @@ use super::fields::{Fields, TextRule};
 use super::guard::Caller;
 use super::idempotency::{IdempotencyKey, replayed};
 use super::job::{JobRequest, MAX_ID_CHARS, read_labels};
+use super::job_container;
 use super::query::Query;
 use super::routes::Routes;
 use super::run_view::{RunView, statuses_named, workflow_id};
@@ -29,6 +30,7 @@ use super::state::App;
 use crate::domain::command::{Command, Reply};
 use crate::domain::identity::{Role, Runtime};
 use crate::domain::ids::{PlaneId, RunId};
+use crate::domain::spec::Target;
 use crate::domain::time::Timestamp;
 use crate::ledger::{Ledger, ReadError, RunFilter, RunPage, RunSummary};
 
@@ -74,8 +76,10 @@ pub struct Started {
     })),
     responses(
         (status = 200, body = Started, example = json!({"run_id": "0199f3a2-7c1e-7d0a-9c55-6f0f0d1f2a3b", "position": 1})),
+        (status = 403, description = "The gateway's settings do not allow such a container"),
         (status = 404, description = "No such bundle"),
-        (status = 409, description = "The runtime has no user any more"),
+        (status = 409, description = "The runtime has no user any more, or the container engine cannot give GPUs"),
+        (status = 503, description = "No container engine"),
     )
 )]
 async fn start(
@@ -85,6 +89,11 @@ async fn start(
     body: JsonBody,
 ) -> Result<Response, ApiError> {
     let command = read_start(&body.fields()?)?;
+    if let Command::StartJob { spec, payload, .. } = &command
+        && let Target::Container(needs) = spec.target
+    {
+        job_container::check(&app, payload, needs).await?;
+    }
     let started = key
         .start(&app, &caller, "runs/start", &body, command)
         .await?;
@@ -108,10 +117,7 @@ pub(super) fn read_start(fields: &Fields) -> Result<Command, ApiError> {
         return Err(refuse_flow(fields));
     }
     let labels = read_labels(fields);
-    let job = fields.object("job").map(|job| {
-        JobRequest::require(&job);
-        JobRequest::read(&job)
-    });
+    let job = fields.object("job").map(|job| JobRequest::read_own(&job));
     fields.finish()?;
     match job {
         Some(job) => job.into_command(session, labels),

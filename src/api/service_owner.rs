@@ -16,9 +16,9 @@ use crate::ledger::ServiceView;
 /// Members that say what program runs here, and how.
 const PROGRAM: [&str; 3] = ["command", "env", "working_dir"];
 
-/// Whether a service exists for a caller.
+/// Whether a service exists for a caller. That of a job with a container of its own does for nobody.
 pub fn sees(caller: &Caller, view: &ServiceView) -> bool {
-    caller.tenancy().sees(view.tenant.as_ref())
+    !view.spec.worker.is_job() && caller.tenancy().sees(view.tenant.as_ref())
 }
 
 /// A service by the name in the path; one of another tenant is as good as none.

@@ -21,9 +21,9 @@ const MAX_VARIABLES: usize = 128;
 const MAX_VARIABLE_NAME_CHARS: usize = 128;
 const MAX_VARIABLE_CHARS: usize = 32_768;
 /// 16 TiB: more than any machine's GPUs have.
-const MAX_VRAM_GIB: f64 = 16_384.0;
+pub const MAX_VRAM_GIB: f64 = 16_384.0;
 /// More GPUs than one host has.
-const MAX_GPUS: u64 = 64;
+pub const MAX_GPUS: u64 = 64;
 const MAX_CONCURRENCY: u64 = 1_024;
 const DEFAULT_GRACE_MS: u64 = 10_000;
 const DEFAULT_STARTUP_MS: u64 = 120_000;

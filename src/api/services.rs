@@ -302,6 +302,7 @@ fn worker(spec: &ServiceSpec) -> WorkerMembers {
         }
         Worker::External { url } => ("external", None, None, None, Some(url.clone())),
         Worker::Container => ("container", None, None, None, None),
+        Worker::Job { .. } => ("job", None, None, None, None),
         Worker::Image(image) => {
             let names = image.env.iter().map(|(name, _)| name.clone()).collect();
             ("image", None, Some(names), None, None)

@@ -170,6 +170,10 @@ settings! {
         "Processes and threads that a container may have.";
     docker_memory_max_mib: u64, "RUNGATE_DOCKER_MEMORY_MAX_MIB", &[], (8, 1 << 30), "16384".to_owned(),
         "MiB of memory that a container may ask for at most, and has when it asks for none.";
+    docker_jobs_max: u64, "RUNGATE_DOCKER_JOBS_MAX", &[], (1, 10_000), defaults().job_containers_max.to_string(),
+        "Containers of jobs that there may be at once.";
+    docker_jobs_keep_hours: u64, "RUNGATE_DOCKER_JOBS_KEEP_HOURS", &[], (0, 87_600), "168".to_owned(),
+        "Hours that the output of an ended job's container, and the checkpoint folder of a failed one, are kept.";
     docker_gateway_url: String, "RUNGATE_DOCKER_GATEWAY_URL", &[], ANY, String::new(),
         "How containers reach this gateway, e.g. `http://host.docker.internal:8080`, for progress and checkpoints; empty when they share its network.";
     log: String, "RUNGATE_LOG", &[], ANY, "info".to_owned(),
@@ -284,6 +288,7 @@ impl Config {
                 (url.into(), self.ntfy_topic.as_str().into())
             }),
             sleep_host_max_mib: self.sleep_host_max_mib,
+            job_containers_max: usize::try_from(self.docker_jobs_max).unwrap_or(usize::MAX),
         }
     }
 

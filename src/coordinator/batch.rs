@@ -19,7 +19,7 @@ use crate::domain::record::NewRecord;
 use crate::domain::settings::Settings;
 use crate::domain::state::State;
 use crate::domain::time::Timestamp;
-use crate::ledger::{Batch, CommitError, Space};
+use crate::ledger::{Batch, CommitError, RunSummary, Space};
 
 type Answer = (
     oneshot::Sender<Result<Answered, Rejection>>,
@@ -246,20 +246,27 @@ impl Work<'_> {
         if let Some(run) = inbox.run
             && self.state.job(plane, run).is_none()
         {
-            inbox.ended = self.batch.run(plane, run)?.map(|summary| {
-                Box::new(EndedJob {
-                    status: summary.status.name(),
-                    spec: summary.spec,
-                    session: summary.session,
-                    payload: summary.payload,
-                    attempt: summary.attempt,
-                    checkpoint: summary.checkpoint,
-                    preempt_count: summary.preempt_count,
-                    purged: summary.purged,
-                })
-            });
+            inbox.ended = match self.batch.run(plane, run)? {
+                Some(summary) => Some(Box::new(self.ended(summary)?)),
+                None => None,
+            };
         }
         Ok(None)
+    }
+
+    /// What `retry` needs of an ended run.
+    fn ended(&self, summary: RunSummary) -> Result<EndedJob, CommitError> {
+        Ok(EndedJob {
+            status: summary.status.name(),
+            container: self.batch.container_of(&summary)?,
+            spec: summary.spec,
+            session: summary.session,
+            payload: summary.payload,
+            attempt: summary.attempt,
+            checkpoint: summary.checkpoint,
+            preempt_count: summary.preempt_count,
+            purged: summary.purged,
+        })
     }
 
     /// A run that State does not hold may have ended: that is another answer than an unknown one.

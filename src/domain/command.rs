@@ -5,7 +5,7 @@ use bytes::Bytes;
 use smol_str::SmolStr;
 
 use super::audit::AuditedWrite;
-use super::container::{ContainerFacts, Engine};
+use super::container::{ContainerFacts, Engine, JobContainer};
 use super::event::{CommandKind, Exit};
 use super::identity::{IdentityCommand, IdentityRejection};
 use super::ids::{Attempt, CommandId, Generation, GpuUuid, PlaneId, RunId, Seq, ServiceName};
@@ -26,6 +26,8 @@ pub enum Command {
         spec: JobSpec,
         session: Option<SmolStr>,
         labels: Vec<(SmolStr, SmolStr)>,
+        /// It gets a container of its own, made as `payload` says.
+        container: Option<Box<JobContainer>>,
         payload: Bytes,
     },
     /// A command for one run, through the durable inbox: accepted once under its id, then applied or rejected.
@@ -306,6 +308,7 @@ pub struct EndedJob {
     pub payload: Seq,
     pub attempt: Attempt,
     pub checkpoint: Option<Seq>,
+    pub container: Option<Box<JobContainer>>,
     pub preempt_count: u32,
     /// Its payloads were removed: it cannot run again.
     pub purged: bool,

@@ -3,6 +3,8 @@
 use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
+use super::ladder::Step;
+
 /// A container that Rungate makes of an image, one for each instance. What is not said is as strict as the engine has it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ImageSpec {
@@ -25,6 +27,24 @@ pub struct ImageSpec {
     pub networks: Vec<String>,
     /// TCP port that it listens on inside.
     pub port: u16,
+}
+
+/// What the gateway keeps in mind of a job with a container of its own; what that is made of lies in the job's payload.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct JobContainer {
+    /// How it is stopped, step by step; empty stops it at once.
+    pub ladder: Vec<Step>,
+    /// Milliseconds between TERM and KILL.
+    pub grace_ms: u64,
+}
+
+impl JobContainer {
+    /// Asked to save its work by a signal and given time for it, if so; then TERM, and KILL when the time is over.
+    pub fn new(checkpoint: Option<Step>, grace_ms: u64) -> JobContainer {
+        let stop = Step::Stop { ms: grace_ms };
+        let ladder = checkpoint.map_or_else(Vec::new, |checkpoint| vec![checkpoint, stop]);
+        JobContainer { ladder, grace_ms }
+    }
 }
 
 /// A folder of the host, or a volume of the engine, that is seen inside.

@@ -23,6 +23,13 @@ pub enum Effect {
         generation: Generation,
         grants: Vec<Grant>,
     },
+    /// Make and start the container of one attempt of a job. Outcomes: `InstanceSpawned`, `InstanceHealthy` as soon as it
+    /// runs, `InstanceExited` with what it came to.
+    StartJob {
+        spec: Box<ServiceSpec>,
+        grants: Vec<Grant>,
+        job: Box<Dispatch>,
+    },
     /// TERM its process group now, KILL at `kill_at`. Outcomes: `InstanceSignalled` each,
     /// `InstanceExited`, then `InstanceReleased` when its memory is free.
     StopInstance {
@@ -63,7 +70,7 @@ pub enum Effect {
         attempt: Attempt,
         service: ServiceName,
         generation: Generation,
-        /// `pause`, `cancel`, `preempt`, `instance_stopping`.
+        /// `pause`, `cancel`, `preempt`, `instance_stopping`, `timeout`.
         reason: &'static str,
         deadline: Timestamp,
     },
@@ -170,11 +177,15 @@ pub fn implied(state: &State, event: &Event) -> Option<Effect> {
             generation,
             grants,
             ..
-        } => Some(Effect::StartInstance {
-            spec: state.services.get(service)?.spec.clone(),
-            generation: *generation,
-            grants: grants.clone(),
-        }),
+        } => {
+            let spec = state.services.get(service)?.spec.clone();
+            // A job's own is started by the job's dispatch, which follows.
+            (!spec.worker.is_job()).then(|| Effect::StartInstance {
+                spec,
+                generation: *generation,
+                grants: grants.clone(),
+            })
+        }
         Event::InstanceStopRequested {
             service,
             generation,
@@ -198,7 +209,7 @@ pub fn implied(state: &State, event: &Event) -> Option<Effect> {
             checkpoint,
         } => {
             let job = state.jobs.get(run)?;
-            Some(Effect::Dispatch(Box::new(Dispatch {
+            let dispatch = Box::new(Dispatch {
                 plane: job.plane,
                 run: *run,
                 attempt: *attempt,
@@ -207,7 +218,16 @@ pub fn implied(state: &State, event: &Event) -> Option<Effect> {
                 payload: job.payload,
                 checkpoint: *checkpoint,
                 timeout_ms: job.spec.timeout_ms,
-            })))
+            });
+            let own = state.services.get(service);
+            match own.filter(|service| service.spec.worker.is_job()) {
+                Some(own) => Some(Effect::StartJob {
+                    spec: own.spec.clone(),
+                    grants: own.instance.as_ref()?.grants.clone(),
+                    job: dispatch,
+                }),
+                None => Some(Effect::Dispatch(dispatch)),
+            }
         }
         Event::JobStopRequested {
             run,
@@ -216,10 +236,10 @@ pub fn implied(state: &State, event: &Event) -> Option<Effect> {
             deadline,
         } => {
             let job = state.jobs.get(run)?;
-            // A declared ladder says when its call is ended.
+            // A declared ladder says when its call is ended; a container of its own is stopped instead.
             let (service, _) = job.place()?;
-            let ladder = &state.services.get(service)?.spec.ladder;
-            let at_once = ladder.is_empty();
+            let spec = &state.services.get(service)?.spec;
+            let at_once = spec.ladder.is_empty() && !spec.worker.is_job();
             at_once.then(|| stop_call(*run, *attempt, job, cause, *deadline))?
         }
         Event::LadderStepBegan { .. } | Event::InstanceWakeRequested { .. } => {
@@ -258,7 +278,9 @@ fn of_ladder(state: &State, event: &Event) -> Option<Effect> {
                         deadline: *deadline,
                     })))
                 }
-                (Step::Stop { .. } | Step::Kill, Phase::Stopping { cause, .. }) => {
+                (Step::Stop { .. } | Step::Kill, Phase::Stopping { cause, .. })
+                    if job.container.is_none() =>
+                {
                     stop_call(*run, *attempt, job, cause, *deadline)
                 }
                 _ => None,
@@ -323,6 +345,7 @@ fn stop_call(
         JobStopCause::Cancel { .. } => "cancel",
         JobStopCause::Preempt { .. } | JobStopCause::Yield => "preempt",
         JobStopCause::InstanceStopping => "instance_stopping",
+        JobStopCause::TimedOut => "timeout",
     };
     Some(Effect::StopCall {
         run,

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::audit::AuditedWrite;
-use super::container::{ContainerFacts, Engine};
+use super::container::{ContainerFacts, Engine, JobContainer};
 use super::identity::{
     NewToken, PasswordHash, Profile, ReserveReason, RevokeCause, RuntimeKey, TokenKey, UserKey,
 };
@@ -72,6 +72,8 @@ pub enum Event {
         spec: JobSpec,
         session: Option<SmolStr>,
         labels: Vec<(SmolStr, SmolStr)>,
+        /// It gets a container of its own.
+        container: Option<Box<JobContainer>>,
     },
     /// An attempt was decided: the call is about to be made. Offers `checkpoint`, the seq of the last
     /// `CheckpointSaved`.
@@ -166,6 +168,7 @@ pub enum Event {
         checkpoint: Option<Seq>,
         preempt_count: u32,
         queued_at: Timestamp,
+        container: Option<Box<JobContainer>>,
     },
     /// The outcome of an attempt that is over already: kept for the record, changes nothing.
     JobOutcomeStale {
@@ -568,6 +571,8 @@ pub enum JobStopCause {
     Yield,
     /// Its instance is going away for reasons of its own.
     InstanceStopping,
+    /// Its container has run for as long as it may.
+    TimedOut,
 }
 
 /// Why a run is in the queue again.
@@ -612,6 +617,8 @@ pub enum StopCause {
     StartupTimeout,
     Disabled,
     Removed,
+    /// The job whose container it is stops, or is gone.
+    Job,
 }
 
 /// How a process ended.

@@ -41,6 +41,8 @@ pub struct Settings {
     pub ntfy: Option<(SmolStr, SmolStr)>,
     /// MiB of GPU memory that sleeping instances may keep in host memory, all together.
     pub sleep_host_max_mib: u64,
+    /// Containers of jobs that there may be at once.
+    pub job_containers_max: usize,
 }
 
 impl Default for Settings {
@@ -64,6 +66,7 @@ impl Default for Settings {
             callback_give_up_ms: 24 * 3_600_000,
             ntfy: None,
             sleep_host_max_mib: 32_768,
+            job_containers_max: 16,
         }
     }
 }

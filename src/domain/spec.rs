@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use smol_str::SmolStr;
 
 use super::container::ImageSpec;
-use super::ids::ServiceName;
+use super::ids::{RunId, Seq, ServiceName};
 use super::ladder::Step;
 
 /// 1 is the most urgent, 5 the least, 3 the default.
@@ -59,6 +59,19 @@ pub enum Target {
     Type(SmolStr),
     /// This service and no other.
     Service(ServiceName),
+    /// A container of its own, which holds so much of the machine.
+    Container(Needs),
+}
+
+/// What a job's own container needs of the machine's GPUs.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+pub struct Needs {
+    /// MiB of GPU memory on one GPU, or on each of `gpus`; 0 needs none.
+    pub vram_mib: u64,
+    /// Whole GPUs; 0 shares one GPU by `vram_mib`.
+    pub gpus: u32,
 }
 
 /// One piece of work, without its payload: that lies beside the event in the ledger.
@@ -110,12 +123,27 @@ pub enum Worker {
     Container,
     /// A container that Rungate makes of an image and removes.
     Image(Box<ImageSpec>),
+    /// The container of one attempt of a job: made as the job's payload says, run to its end and removed. The gateway makes
+    /// such a service when its job gets going (`scheduler::container`), and nobody else sees it.
+    Job {
+        run: RunId,
+        /// Where the job's payload lies.
+        payload: Seq,
+    },
 }
 
 impl Worker {
     /// Whether a container engine is needed.
     pub fn is_container(&self) -> bool {
-        matches!(self, Worker::Container | Worker::Image(_))
+        matches!(
+            self,
+            Worker::Container | Worker::Image(_) | Worker::Job { .. }
+        )
+    }
+
+    /// Whether it is one job's own.
+    pub fn is_job(&self) -> bool {
+        matches!(self, Worker::Job { .. })
     }
 }
 

@@ -3,12 +3,13 @@
 use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
+use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 
 use super::body::Body;
-use super::docker::{Container, DockerError, Making, Seen, StartError};
-use super::instance::{Instance, asked};
+use super::docker::{Container, DockerError, JobParts, Making, Seen, StartError};
+use super::instance::{First, Instance, asked};
 use super::{Shared, docker};
 use crate::causes::with_causes;
 use crate::clock::now;
@@ -18,6 +19,9 @@ use crate::domain::event::Exit;
 use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::spec::{Grant, ServiceSpec, Worker};
 
+/// How long the rest of a container's output is read when it has ended.
+const LAST_WORDS: Duration = Duration::from_secs(60);
+
 impl Instance {
     /// Makes and starts a container, or starts the one that is there.
     pub(super) async fn contain(
@@ -26,7 +30,7 @@ impl Instance {
         grants: &[Grant],
     ) -> Result<Body, Exit> {
         let container = match &spec.worker {
-            Worker::Image(image) => self.make(spec, image, grants).await,
+            Worker::Image(image) => self.make(spec, image, grants, None).await,
             _ => self.shared.docker.adopt(&spec.container, spec.port).await,
         };
         let container = container.map_err(StartError::exit)?;
@@ -34,11 +38,35 @@ impl Instance {
         Ok(Body::Container(container))
     }
 
+    /// From nothing to the end of the container of one attempt of a job.
+    pub(super) async fn run_job(
+        mut self,
+        spec: Arc<ServiceSpec>,
+        grants: Vec<Grant>,
+        (image, parts): (Box<ImageSpec>, JobParts),
+    ) {
+        if self.stop.borrow().is_some() {
+            let why = "it was stopped before it started".to_owned();
+            return self.never_started(Exit::NotStarted(why));
+        }
+        self.said_before = self.said().await;
+        match self.make(&spec, &image, &grants, Some(&parts)).await {
+            Ok(container) => {
+                self.copy_output(&container, now().0);
+                let body = Body::Container(container);
+                self.report_spawned(&body);
+                self.live(body, &spec, First::Running).await;
+            }
+            Err(error) => self.never_started(error.exit()),
+        }
+    }
+
     async fn make(
         &mut self,
         spec: &ServiceSpec,
         image: &ImageSpec,
         grants: &[Grant],
+        job: Option<&JobParts>,
     ) -> Result<Container, StartError> {
         let docker = self.shared.docker.clone();
         let log = self.shared.logs.open(&self.service);
@@ -59,6 +87,7 @@ impl Instance {
             port: spec.port,
             grants,
             grace_ms: spec.grace_ms,
+            job,
         };
         let made = docker.create(making).await?;
         self.report_container(&made);
@@ -76,7 +105,7 @@ impl Instance {
             return None;
         }
         let mark = self.mark();
-        let is_ours = matches!(spec.worker, Worker::Image(_));
+        let is_ours = matches!(spec.worker, Worker::Image(_) | Worker::Job { .. });
         let port = found
             .process
             .as_ref()
@@ -125,17 +154,31 @@ impl Instance {
         Some(self.shared.container_owners.enter(id.into(), owner))
     }
 
-    fn copy_output(&self, container: &Container, since: i64) {
+    fn copy_output(&mut self, container: &Container, since: i64) {
         match self.shared.logs.open(&self.service) {
             Ok(log) => {
                 let copying =
                     docker::copy(self.shared.docker.clone(), container.id.clone(), log, since);
-                self.shared.tasks.spawn("container output", copying);
+                let (done, copied) = oneshot::channel::<()>();
+                self.copied = Some(copied);
+                self.shared.tasks.spawn("container output", async move {
+                    copying.await;
+                    drop(done);
+                });
             }
             Err(error) => {
                 let error = with_causes(&error);
                 tracing::warn!(service.name = %self.service, error, "a container's output is not kept");
             }
+        }
+    }
+
+    /// Returns when all that a container said before its end is in the log, as its removal takes it away.
+    pub(super) async fn output_copied(&mut self) {
+        if let Some(copied) = self.copied.take()
+            && tokio::time::timeout(LAST_WORDS, copied).await.is_err()
+        {
+            tracing::warn!(service.name = %self.service, "the end of a container's output is lost");
         }
     }
 

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 use smol_str::SmolStr;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::time::Instant;
 
 use super::body::Body;
@@ -27,6 +27,7 @@ use crate::domain::effect::ProcessIdentity;
 use crate::domain::event::Exit;
 use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::machine::Seen;
+use crate::domain::scheduler::container::run_of;
 use crate::domain::spec::{Grant, ServiceSpec, Worker};
 use crate::domain::time::Timestamp;
 
@@ -47,7 +48,7 @@ pub(super) struct Found {
 
 /// What the first good health answer means.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum First {
+pub(super) enum First {
     Healthy,
     /// Found again: healthy in time is adopted, not healthy in time is stopped.
     Adopted {
@@ -55,6 +56,8 @@ enum First {
     },
     /// It was told already.
     Told,
+    /// It is a job's container: that it runs is all there is to tell.
+    Running,
 }
 
 /// The task that owns an instance's place in the table.
@@ -68,7 +71,9 @@ pub(super) struct Instance {
     /// When its start, or the search for it, began: what making it takes is part of its start-up.
     began: Instant,
     /// How many bytes its service's log had before it.
-    said_before: u64,
+    pub(super) said_before: u64,
+    /// Ends when all that its container said is in the log.
+    pub(super) copied: Option<oneshot::Receiver<()>>,
 }
 
 impl Instance {
@@ -88,6 +93,7 @@ impl Instance {
             outcomes: shared.outcomes.in_order(&shared.tasks),
             began: Instant::now(),
             said_before: 0,
+            copied: None,
         })
     }
 
@@ -105,6 +111,9 @@ impl Instance {
                 spawned.map(Body::process).map_err(Exit::NotStarted)
             }
             Worker::Container | Worker::Image(_) => self.contain(&spec, &grants).await,
+            Worker::Job { .. } => Err(Exit::NotStarted(
+                "a job's container needs its job".to_owned(),
+            )),
         };
         match body {
             Ok(body) => {
@@ -141,13 +150,15 @@ impl Instance {
         if found.process.is_none() {
             self.report_spawned(&body);
         }
-        let first = self.first(found.asleep, body.pid());
+        // What a job's container does, nobody else has to see.
+        let at_once = found.asleep || spec.worker.is_job();
+        let first = self.first(at_once, body.pid());
         self.said_before = self.said().await;
         self.live(body, &spec, first).await;
     }
 
     /// Bytes of its service's log.
-    async fn said(&self) -> u64 {
+    pub(super) async fn said(&self) -> u64 {
         let (logs, name) = (self.shared.logs.clone(), self.service.clone());
         blocking(move || logs.end(&name)).await.unwrap_or(0)
     }
@@ -243,11 +254,16 @@ impl Instance {
     }
 
     /// A process or container from its start on, or from where it was found.
-    async fn live(mut self, body: Body, spec: &Arc<ServiceSpec>, mut first: First) {
+    pub(super) async fn live(mut self, body: Body, spec: &Arc<ServiceSpec>, mut first: First) {
         let mut changes = body.changes();
         // Until its memory is free.
         let _occupied = self.occupy(&body);
-        let mut prober = self.prober(body.base_url(), spec);
+        let probed = !spec.worker.is_job();
+        let mut prober = probed.then(|| self.prober(body.base_url(), spec));
+        if first == First::Running {
+            self.report_healthy();
+            first = First::Told;
+        }
         let mut renewals = self.shared.renewals(first == First::Healthy);
         let ended = loop {
             tokio::select! {
@@ -255,8 +271,8 @@ impl Instance {
                 seen = contained::changed(&mut changes) => self.report_container(&seen),
                 () = body.exited() => break true,
                 () = asked(&mut self.stop) => break false,
-                _ = renewals.tick() => self.shared.renew(&self.service, self.generation).await,
-                verdict = prober.next() => {
+                _ = renewals.tick(), if probed => self.shared.renew(&self.service, self.generation).await,
+                verdict = judged(&mut prober) => {
                     if self.judge(verdict, &mut first).is_break() {
                         self.shared.table.stop(&self.service, self.generation, now() + spec.grace_ms);
                     }
@@ -311,7 +327,7 @@ impl Instance {
                 generation,
                 pid,
             },
-            (Verdict::Healthy, First::Healthy | First::Told) => Command::InstanceHealthy {
+            (Verdict::Healthy, _) => Command::InstanceHealthy {
                 service,
                 generation,
             },
@@ -322,13 +338,11 @@ impl Instance {
                 );
                 return ControlFlow::Break(());
             }
-            (Verdict::Unhealthy(error), First::Healthy | First::Told) => {
-                Command::InstanceUnhealthy {
-                    service,
-                    generation,
-                    error,
-                }
-            }
+            (Verdict::Unhealthy(error), _) => Command::InstanceUnhealthy {
+                service,
+                generation,
+                error,
+            },
         };
         self.outcomes.report(outcome);
         ControlFlow::Continue(())
@@ -363,7 +377,7 @@ impl Instance {
 
     /// After its end: kill its rest, take it off the process table or remove it, report, and wait for the memory.
     /// `by_itself` tells that nobody had asked for it.
-    async fn bury(self, body: Body, by_itself: bool) {
+    async fn bury(mut self, body: Body, by_itself: bool) {
         let (killed, exit) = body.bury().await;
         if killed {
             self.report_signalled(Signal::KILL);
@@ -375,7 +389,13 @@ impl Instance {
                 generation: self.generation,
             }));
         }
+        // What a job has said is there when the job is over; others wait for the end of a service.
+        let is_job = run_of(&self.service).is_some();
+        if is_job {
+            self.output_copied().await;
+        }
         self.report_exited(exit);
+        self.output_copied().await;
         body.clear().await;
         self.release().await;
     }
@@ -384,12 +404,20 @@ impl Instance {
         self.shared.mark(&self.service, self.generation)
     }
 
-    fn never_started(self, exit: Exit) {
+    pub(super) fn never_started(self, exit: Exit) {
         self.report_exited(exit);
         self.report_released();
     }
 
-    fn report_spawned(&self, body: &Body) {
+    fn report_healthy(&self) {
+        let (service, generation) = (self.service.clone(), self.generation);
+        self.outcomes.report(Command::InstanceHealthy {
+            service,
+            generation,
+        });
+    }
+
+    pub(super) fn report_spawned(&self, body: &Body) {
         self.outcomes.report(Command::InstanceSpawned {
             service: self.service.clone(),
             generation: self.generation,
@@ -431,6 +459,14 @@ impl Instance {
             service,
             generation,
         });
+    }
+}
+
+/// The next change of health; never of what is not probed.
+async fn judged(prober: &mut Option<Prober>) -> Verdict {
+    match prober {
+        Some(prober) => prober.next().await,
+        None => std::future::pending().await,
     }
 }
 

@@ -13,7 +13,8 @@ use futures_util::Stream;
 use smol_str::{SmolStr, ToSmolStr};
 
 use super::blocking;
-use crate::domain::ids::ServiceName;
+use crate::domain::ids::{PlaneId, RunId, ServiceName};
+use crate::domain::scheduler::container::{name_of, run_of};
 
 /// A log is cut beyond this size. Of what was cut, up to twice as much is kept.
 pub const LOG_MAX_BYTES: u64 = 8 << 20;
@@ -114,6 +115,55 @@ impl Logs {
         }
     }
 
+    /// All that is kept of a log: what was cut from it, and then it.
+    pub async fn kept(&self, service: &ServiceName) -> Result<Vec<u8>, LogError> {
+        let (inner, service) = (self.inner.clone(), service.clone());
+        blocking(move || {
+            let _cut = inner.lock();
+            let mut kept = Vec::new();
+            for extension in ["log.1", "log"] {
+                let mut file = Opened::open(inner.path(&service, extension)?)?;
+                kept.append(&mut file.read(0, file.len)?);
+            }
+            Ok(kept)
+        })
+        .await
+    }
+
+    /// The jobs with containers of their own whose output is there.
+    pub async fn jobs(&self) -> Result<Vec<(PlaneId, RunId)>, LogError> {
+        let inner = self.inner.clone();
+        blocking(move || {
+            let entries = fs::read_dir(&inner.dir).map_err(|source| inner.unusable(source))?;
+            let job = |entry: io::Result<fs::DirEntry>| {
+                let name = entry.ok()?.file_name();
+                run_of(name.to_str()?.strip_suffix(".log")?)
+            };
+            Ok(entries.filter_map(job).collect())
+        })
+        .await
+    }
+
+    /// Removes the output of a job that had containers of its own.
+    pub async fn forget_job(&self, plane: PlaneId, run: RunId) -> Result<(), LogError> {
+        let inner = self.inner.clone();
+        blocking(move || {
+            let name = name_of(plane, run);
+            inner.lock().remove(&name);
+            // The log last: as long as it is there, the others are looked for again.
+            for extension in ["log.part", "log.1", "log"] {
+                match fs::remove_file(inner.path(&name, extension)?) {
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(inner.unusable(error));
+                    }
+                    _ => {}
+                }
+            }
+            Ok(())
+        })
+        .await
+    }
+
     /// Where a log ends now. Blocks.
     pub(super) fn end(&self, service: &ServiceName) -> Result<u64, LogError> {
         Ok(self.inner.tail(service, 0)?.2)
@@ -195,6 +245,13 @@ impl Inner {
             return Err(LogError::BadName(service.clone()));
         }
         Ok(self.dir.join(format!("{service}.{extension}")))
+    }
+
+    fn unusable(&self, source: io::Error) -> LogError {
+        LogError::File {
+            path: self.dir.display().to_string(),
+            source,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<SmolStr, u64>> {

@@ -34,7 +34,8 @@ use uuid::Uuid;
 pub use credentials::Credentials;
 pub use cuda::CudaError;
 pub use docker::{
-    ContainerOwners, ContainerRules, Docker, DockerError, DockerOptions, Forbidden, Kept,
+    Checkpoint, ContainerOwners, ContainerRules, Docker, DockerError, DockerOptions, Forbidden,
+    JobParts, Kept,
 };
 pub use health::ProbeTimings;
 pub use http::{error_text, join};
@@ -46,7 +47,9 @@ pub use procfs::{MARK_VARIABLE, Mark, Marked, mark_of, marked_by};
 pub use table::Endpoint;
 pub use tasks::Tasks;
 
+use crate::domain::container::ImageSpec;
 use crate::domain::effect::ProcessIdentity;
+use crate::domain::event::Exit;
 use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::spec::{Grant, ServiceSpec};
 use crate::domain::time::Timestamp;
@@ -162,6 +165,28 @@ impl Driver {
             self.shared
                 .tasks
                 .spawn("instance", instance.start(Arc::new(spec), grants));
+        }
+    }
+
+    /// Makes and runs the container of one attempt of a job. Nothing happens if this generation was started, found or stopped
+    /// before.
+    pub fn run_job(
+        &self,
+        spec: ServiceSpec,
+        generation: Generation,
+        grants: Vec<Grant>,
+        making: (Box<ImageSpec>, JobParts),
+    ) {
+        if let Some(instance) = Instance::enter(&self.shared, &spec.name, generation) {
+            let running = instance.run_job(Arc::new(spec), grants, making);
+            self.shared.tasks.spawn("job", running);
+        }
+    }
+
+    /// Reports that an instance did not come to be.
+    pub fn refuse(&self, service: &ServiceName, generation: Generation, why: String) {
+        if let Some(instance) = Instance::enter(&self.shared, service, generation) {
+            instance.never_started(Exit::NotStarted(why));
         }
     }
 

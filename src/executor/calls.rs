@@ -17,6 +17,7 @@ use super::{Inner, progress};
 use crate::domain::command::{Command, JobFailure};
 use crate::domain::effect::Dispatch;
 use crate::domain::ids::{Attempt, Generation, RunId, ServiceName};
+use crate::domain::spec::ServiceSpec;
 use crate::domain::time::Timestamp;
 use crate::driver::{Endpoint, join, until};
 
@@ -279,7 +280,7 @@ async fn exchange(
             join(gateway, &format!("queue/{run}/progress")),
         )
         .body(payload);
-    if let Some(token) = job_token(inner, endpoint, dispatch) {
+    if let Some(token) = job_token(inner, &endpoint.spec, dispatch).and_then(sensitive) {
         request = request.header("x-rungate-token", token);
     }
     if dispatch.checkpoint.is_some() {
@@ -290,12 +291,16 @@ async fn exchange(
     result_of(request.send().await.map_err(broken)?).await
 }
 
-/// Good for as long as the attempt can last: its call, and a stop at the end of it. Kept out of debug output.
-fn job_token(inner: &Inner, endpoint: &Endpoint, dispatch: &Dispatch) -> Option<HeaderValue> {
+/// Good for as long as the attempt can last: its call, or its container's life, and a stop at the end of it.
+pub(super) fn job_token(inner: &Inner, spec: &ServiceSpec, dispatch: &Dispatch) -> Option<String> {
     let lasting = Duration::from_millis(dispatch.timeout_ms)
-        .saturating_add(Duration::from_millis(endpoint.spec.longest_stop_ms()))
+        .saturating_add(Duration::from_millis(spec.longest_stop_ms()))
         .saturating_add(TOKEN_SLACK);
-    let token = (inner.options.job_token)(dispatch, lasting)?;
+    (inner.options.job_token)(dispatch, lasting)
+}
+
+/// As a header that is kept out of debug output.
+fn sensitive(token: String) -> Option<HeaderValue> {
     let mut value = HeaderValue::from_str(&token).ok()?;
     value.set_sensitive(true);
     Some(value)

@@ -1,12 +1,13 @@
 //! Performs what committed events imply and reports each outcome as a command. Decides nothing: an effect
 //! carries all that it needs, and whether an outcome still matters is the coordinator's to say.
 //!
-//! `calls` jobs' calls and their stopping, `answer` what counts as an answer, `progress` polling, `ladder` checkpoints, sleep and waking, `callback`
+//! `calls` jobs' calls and their stopping, `jobs` those with containers of their own, `answer` what counts as an answer, `progress` polling, `ladder` checkpoints, sleep and waking, `callback`
 //! telling others how a run ended, `notify` telling tenants of their runs, `owed` when that is due, `webhook` signing it.
 
 mod answer;
 mod callback;
 mod calls;
+mod jobs;
 mod ladder;
 mod notify;
 mod owed;
@@ -20,9 +21,11 @@ use tokio::sync::mpsc;
 
 pub use answer::ANSWER_MAX_BYTES;
 pub use callback::{CallbackBody, CallbackStatus};
+pub use jobs::RunEnd;
 pub use notify::{NoticeFacts, NtfyToken};
 pub use webhook::{Secret, SecretError};
 
+use crate::domain::container::ImageSpec;
 use crate::domain::effect::{Dispatch, Effect, SendNotice};
 use crate::domain::ids::{PlaneId, RunId, Seq};
 use crate::domain::notify::Notify;
@@ -43,6 +46,8 @@ pub trait Source: Send + Sync + 'static {
     ) -> Result<Option<CallbackBody>, SourceError>;
     /// Where a tenant is told of its runs.
     fn notify(&self, tenant: &str) -> Result<Notify, SourceError>;
+    /// Where a run stands.
+    fn run_end(&self, plane: PlaneId, run: RunId) -> Result<RunEnd, SourceError>;
     /// What is told of a run; `None` when it is not known any more.
     fn notice_facts(&self, plane: PlaneId, run: RunId) -> Result<Option<NoticeFacts>, SourceError>;
 }
@@ -52,6 +57,9 @@ pub type SourceError = Box<dyn std::error::Error + Send + Sync>;
 
 /// Makes the token that a dispatch carries, to last that long; `None` when it cannot be signed.
 pub type JobToken = Arc<dyn Fn(&Dispatch, Duration) -> Option<String> + Send + Sync>;
+
+/// Reads what a job's own container is made of from the job's payload; an error is a sentence.
+pub type ReadContainer = Arc<dyn Fn(&[u8]) -> Result<ImageSpec, String> + Send + Sync>;
 
 /// What an executor is made of.
 pub struct ExecutorOptions {
@@ -70,6 +78,9 @@ pub struct ExecutorOptions {
     pub services: Rules,
     pub secret: Secret,
     pub job_token: JobToken,
+    pub read_container: ReadContainer,
+    /// How long the output of an ended job, and the checkpoint of a failed one, are kept.
+    pub jobs_kept: Duration,
     /// Between questions for progress where a service wants to be asked.
     pub progress_every: Duration,
 }
@@ -136,6 +147,8 @@ impl Executor {
         inner.tasks.spawn("callbacks", keeping);
         let telling = owed::keep(Arc::downgrade(&inner), untold);
         inner.tasks.spawn("notifications", telling);
+        let clearing = jobs::clear(Arc::downgrade(&inner));
+        inner.tasks.spawn("leavings of jobs", clearing);
         Ok(Executor { inner })
     }
 
@@ -157,6 +170,7 @@ impl Executor {
                 generation,
                 grants,
             } => driver.start(*spec, generation, grants),
+            Effect::StartJob { spec, grants, job } => jobs::run(&self.inner, *spec, grants, *job),
             Effect::StopInstance {
                 service,
                 generation,

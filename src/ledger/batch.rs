@@ -9,9 +9,11 @@ use std::time::Instant;
 use rustc_hash::FxHashMap;
 use serde::{Deserialize, Serialize};
 
+use crate::domain::container::JobContainer;
 use crate::domain::event::Event;
 use crate::domain::ids::{CommandId, Cursor, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::record::{NewRecord, Record};
+use crate::domain::spec::Target;
 use crate::domain::time::Timestamp;
 
 use super::counts::Moves;
@@ -193,6 +195,21 @@ impl Batch<'_> {
         match self.runs.get(&(plane, run)) {
             Some(slot) => Ok(slot.now.clone()),
             None => Ok(read::run(&*self.snapshot, plane, run)?),
+        }
+    }
+
+    /// How a run's own container is stopped, which its first record says; `None` for one that has none.
+    pub fn container_of(&self, run: &RunSummary) -> Result<Option<Box<JobContainer>>, CommitError> {
+        if !matches!(run.spec.target, Target::Container(_)) {
+            return Ok(None);
+        }
+        let Some(bytes) = self.get(Table::Events, &keys::seq(run.payload))? else {
+            return Ok(None);
+        };
+        let raw = Raw::parse(run.payload, &bytes)?;
+        match raw.decode_event(run.payload)? {
+            Event::JobQueued { container, .. } => Ok(container),
+            _ => Ok(None),
         }
     }
 

@@ -273,6 +273,7 @@ mod tests {
                 spec,
                 session: None,
                 labels: Vec::new(),
+                container: None,
             };
             let place = Place {
                 seq: u64::from(n) + 1,

@@ -16,10 +16,11 @@ use crate::coordinator::{Handle, SubmitError};
 use crate::domain::command::{Command, Origin};
 use crate::domain::ids::{Generation, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::notify::Notify;
+use crate::domain::scheduler::container::run_of;
 use crate::domain::tenant::Tenancy;
 use crate::driver::{Credentials, NotTaken, Sink};
 use crate::executor::{
-    CallbackBody, CallbackStatus, JobToken, NoticeFacts, NtfyToken, Source, SourceError,
+    CallbackBody, CallbackStatus, JobToken, NoticeFacts, NtfyToken, RunEnd, Source, SourceError,
 };
 use crate::ledger::{Ledger, RunStatus};
 use crate::private_file;
@@ -89,11 +90,24 @@ impl Source for LedgerSource {
         Ok(tenant.map(|tenant| tenant.notify).unwrap_or_default())
     }
 
+    fn run_end(&self, plane: PlaneId, run: RunId) -> Result<RunEnd, SourceError> {
+        Ok(match self.0.run(plane, run)? {
+            None => RunEnd::Gone,
+            Some(run) if run.purged => RunEnd::Gone,
+            Some(run) if run.status.is_terminal() => RunEnd::Ended {
+                at: run.completed_at.unwrap_or(run.updated_at),
+                failed: run.status == RunStatus::Failed,
+            },
+            Some(_) => RunEnd::Live,
+        })
+    }
+
     fn notice_facts(&self, plane: PlaneId, run: RunId) -> Result<Option<NoticeFacts>, SourceError> {
         let run = self.0.run(plane, run)?;
         Ok(run.map(|run| NoticeFacts {
             service_type: run.spec.service_type,
-            service: run.service,
+            // That of a job with a container of its own is a name of ours.
+            service: run.service.filter(|name| run_of(name).is_none()),
             error: run.error,
         }))
     }

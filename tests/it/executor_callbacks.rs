@@ -76,6 +76,8 @@ impl Callbacks {
             services: service_rules(),
             secret: Secret::load_or_create(world.dir.path()).unwrap(),
             job_token: Arc::new(|_, _| None),
+            read_container: Arc::new(rungate::api::container_of_job),
+            jobs_kept: std::time::Duration::ZERO,
             progress_every: PROGRESS_EVERY,
         };
         let (driver, outcomes, tasks) =

@@ -153,6 +153,8 @@ impl Calls {
             job_token: Arc::new(|dispatch, lasting| {
                 Some(format!("{}.{}", dispatch.attempt, lasting.as_millis()))
             }),
+            read_container: Arc::new(rungate::api::container_of_job),
+            jobs_kept: Duration::ZERO,
             progress_every: Duration::from_millis(30),
         };
         let (driver, outcomes, tasks) =

@@ -144,6 +144,7 @@ fn lists_page_newest_first_by_time_status_and_session() {
             spec: job(),
             session,
             labels: vec![],
+            container: None,
         };
         batch.append(&record(START + n, event, "{}")).unwrap();
         if n % 3 == 0 {

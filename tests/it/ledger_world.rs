@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use rungate::domain::audit::{Asked, AuditedWrite, Details, Source};
-use rungate::domain::container::{ContainerFacts, ContainerStatus, Engine};
+use rungate::domain::container::{ContainerFacts, ContainerStatus, Engine, JobContainer};
 use rungate::domain::event::{
     CommandKind, Event, Exit, JobStopCause, RequeueCause, StartCause, StopCause,
 };
@@ -107,6 +107,7 @@ pub fn queued(run: RunId) -> Event {
         spec: job(),
         session: None,
         labels: vec![],
+        container: None,
     }
 }
 
@@ -283,6 +284,7 @@ impl Trace {
             spec: job(),
             session,
             labels,
+            container: None,
         };
         vec![(event, format!("{{\"n\":{}}}", self.runs))]
     }
@@ -441,6 +443,7 @@ fn job_steps() -> Vec<Event> {
             spec: spec.clone(),
             session: Some("s".into()),
             labels: vec![("k".into(), "v".into())],
+            container: Some(Box::new(JobContainer::new(None, 1))),
         },
         Event::JobDispatched {
             run,
@@ -518,6 +521,7 @@ fn job_outcomes() -> Vec<Event> {
             checkpoint: Some(8),
             preempt_count: 1,
             queued_at: START + 3,
+            container: None,
         },
         Event::JobOutcomeStale {
             run,

@@ -138,6 +138,7 @@ fn a_purged_plane_leaves_its_records_without_payloads_and_nothing_else() {
             spec,
             session: (n % 2 == 0).then(|| "s".into()),
             labels: vec![],
+            container: None,
         },
         other => other,
     };

@@ -20,7 +20,7 @@ use rungate::driver::{
     Credentials, Driver, DriverOptions, Mark, Meter, NotTaken, Outcomes, ProbeTimings, Sink, Tasks,
     Unmetered, marked_by,
 };
-use rungate::executor::{CallbackBody, NoticeFacts, Source, SourceError};
+use rungate::executor::{CallbackBody, NoticeFacts, RunEnd, Source, SourceError};
 use rungate::outbound::{Purpose, Reach, Rules};
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::sync::watch;
@@ -204,6 +204,10 @@ impl Source for Ledger {
 
     fn notify(&self, _: &str) -> Result<Notify, SourceError> {
         Ok(Notify::default())
+    }
+
+    fn run_end(&self, _: PlaneId, _: RunId) -> Result<RunEnd, SourceError> {
+        Ok(RunEnd::Live)
     }
 
     fn notice_facts(&self, _: PlaneId, _: RunId) -> Result<Option<NoticeFacts>, SourceError> {

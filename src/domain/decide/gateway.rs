@@ -66,11 +66,12 @@ impl Context<'_> {
         Decision::done(events)
     }
 
-    /// Every run that holds a place.
+    /// Every run that holds a place, but for those whose containers go on without a gateway.
     fn active_runs(&self) -> impl Iterator<Item = &RunId> {
         self.state
             .services
             .values()
+            .filter(|service| !service.spec.worker.is_job())
             .filter_map(|service| service.instance.as_ref())
             .flat_map(|instance| &instance.active)
     }

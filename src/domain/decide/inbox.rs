@@ -120,6 +120,7 @@ impl Context<'_> {
             checkpoint: ended.checkpoint,
             preempt_count: ended.preempt_count,
             queued_at: self.now,
+            container: ended.container.clone(),
         }])
     }
 

@@ -1,18 +1,22 @@
 //! What the executor reports of instances and GPUs. A report about an older generation changes nothing.
 
+use bytes::Bytes;
 use smol_str::SmolStr;
 
 use super::job::backoff_ms;
 use super::{Context, Decision};
 use crate::domain::command::{Command, JobFailure};
 use crate::domain::container::ContainerFacts;
-use crate::domain::event::{Event, Exit, StopCause};
+use crate::domain::event::{Event, Exit, RequeueCause, StopCause};
 use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::ladder::StepOutcome;
 use crate::domain::scheduler::ladder;
 use crate::domain::scheduler::upkeep::{drain, stop};
 use crate::domain::state::job::Phase;
 use crate::domain::state::service::{Instance, InstancePhase, Service};
+
+/// The result of a job whose container has done its work; what it wrote is kept apart.
+const ENDED_WELL: &[u8] = br#"{"exit_code":0}"#;
 
 impl Context<'_> {
     /// The service and its instance, if `generation` is the current one and still there.
@@ -30,7 +34,17 @@ impl Context<'_> {
     }
 
     pub(super) fn instance_outcome(&self, command: Command) -> Decision {
-        Decision::done(match command {
+        let mut decision = Decision::done(self.seen_of_instance(command));
+        for (event, result) in &mut decision.events {
+            if matches!(event, Event::JobCompleted { .. }) {
+                *result = Bytes::from_static(ENDED_WELL);
+            }
+        }
+        decision
+    }
+
+    fn seen_of_instance(&self, command: Command) -> Vec<Event> {
+        match command {
             Command::InstanceSpawned {
                 service,
                 generation,
@@ -84,7 +98,7 @@ impl Context<'_> {
                 false => vec![Event::EngineChanged { engine }],
             },
             seen => self.memory_seen(seen),
-        })
+        }
     }
 
     /// The event, if it is about a current instance.
@@ -246,6 +260,9 @@ impl Context<'_> {
             }
             _ => false,
         };
+        if entry.spec.worker.is_job() {
+            return self.container_ended(instance, service, exit);
+        }
         let mut events = self.abandon_jobs(instance, &service, &exit);
         let lived_ms = instance.ready_at.map_or(0, |at| self.now.millis_since(at));
         let earlier = if lived_ms >= self.settings.crash_loop_reset_ms {
@@ -267,6 +284,39 @@ impl Context<'_> {
             expected,
             retry_at,
             deaths: if expected { 0 } else { deaths },
+        });
+        events
+    }
+
+    /// The container of a job has ended: that is the outcome of the job's attempt, unless it was being stopped.
+    fn container_ended(&self, instance: &Instance, service: ServiceName, exit: Exit) -> Vec<Event> {
+        let mut events = Vec::new();
+        for run in &instance.active {
+            let Some(job) = self.state.jobs.get(run) else {
+                continue;
+            };
+            let (run, attempt) = (*run, job.attempt);
+            match (&job.phase, &exit) {
+                // What it was asked to save it has saved, or not: how it ends says nothing of its work then.
+                (Phase::Stopping { cause, .. }, _) => {
+                    events.extend(self.stopped(run, job, cause, true));
+                }
+                (_, Exit::Code(0)) => events.push(Event::JobCompleted { run, attempt }),
+                // Held against nobody.
+                (_, Exit::NoEngine(_)) => events.push(Event::JobRequeued {
+                    run,
+                    cause: RequeueCause::InstanceStopped,
+                }),
+                (_, exit) => events.extend(self.failed(run, job, failure_of(exit), None)),
+            }
+        }
+        events.push(Event::InstanceExited {
+            service,
+            generation: instance.generation,
+            exit,
+            expected: true,
+            retry_at: None,
+            deaths: 0,
         });
         events
     }
@@ -316,6 +366,24 @@ impl Context<'_> {
             events.push(Event::ServiceRemoved { service });
         }
         events
+    }
+}
+
+/// Why an attempt failed whose container ended so.
+fn failure_of(exit: &Exit) -> JobFailure {
+    let code = match exit {
+        Exit::Code(_) => "exit_code",
+        Exit::Signal(_) => "signal",
+        Exit::OutOfMemory => "memory_limit",
+        Exit::NotStarted(_) => "not_started",
+        Exit::Unknown | Exit::NoEngine(_) => "interrupted",
+    };
+    JobFailure {
+        code: SmolStr::new_static(code),
+        error: match exit {
+            Exit::Unknown => "its container is gone, and how it ended is not known".to_owned(),
+            told => describe(told),
+        },
     }
 }
 

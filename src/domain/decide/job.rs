@@ -15,36 +15,28 @@ use crate::domain::state::job::{Job, Phase};
 use crate::domain::time::Timestamp;
 
 impl Context<'_> {
+    /// The answer to a job's start, its payload so long, if it may be queued.
     pub(super) fn start_job(
         &self,
         plane: PlaneId,
         run: RunId,
-        spec: JobSpec,
-        session: Option<SmolStr>,
-        labels: Vec<(SmolStr, SmolStr)>,
-        payload: Bytes,
-    ) -> Result<Decision, Rejection> {
+        spec: &JobSpec,
+        payload_bytes: usize,
+    ) -> Result<Reply, Rejection> {
         self.is_owned(plane)?;
         self.may_queue(plane)?;
-        self.may_keep(plane, payload.len())?;
+        self.may_keep(plane, payload_bytes)?;
         let queue = &self.state.queue;
         let key = queue.key(run, self.now, spec.priority);
         let shape = queue.shape(&spec.target);
         let lane = shape.and_then(|shape| shape.lane(&self.state.lane_of(plane)));
         let ahead = lane.map_or(0, |lane| lane.waiting.rank(&key));
         let position = u64::try_from(ahead).unwrap_or(u64::MAX - 1) + 1;
-        let reply = Reply::Started {
+        Ok(Reply::Started {
             run,
             position,
             duplicate: false,
-        };
-        let event = Event::JobQueued {
-            run,
-            spec,
-            session,
-            labels,
-        };
-        Ok(Decision::with(event, payload, reply))
+        })
     }
 
     /// A request that was let in before its plane was purged comes too late.
@@ -291,6 +283,10 @@ impl Context<'_> {
         let ended = match &job.rung {
             Some(rung) if rung.step.part() > 0 && self.now <= rung.deadline => StepOutcome::Done,
             Some(rung) if rung.step.part() > 0 => StepOutcome::TimedOut,
+            // Its container has ended as it was asked.
+            Some(rung) if job.container.is_some() && rung.step.name() == "checkpoint" => {
+                StepOutcome::Done
+            }
             _ => StepOutcome::Interrupted,
         };
         let mut events = self.step_cut_off(run, job, ended);
@@ -328,6 +324,13 @@ impl Context<'_> {
                     run,
                     cause: RequeueCause::InstanceStopped,
                 });
+            }
+            JobStopCause::TimedOut => {
+                let timed_out = JobFailure {
+                    code: SmolStr::new_static("timeout"),
+                    error: format!("not over within {} ms", job.spec.timeout_ms),
+                };
+                events.extend(self.failed(run, job, timed_out, None));
             }
         }
         events

@@ -79,8 +79,19 @@ pub fn decide(
             spec,
             session,
             labels,
+            container,
             payload,
-        } => cx.start_job(origin.plane, run, spec, session, labels, payload),
+        } => {
+            let reply = cx.start_job(origin.plane, run, &spec, payload.len())?;
+            let queued = Event::JobQueued {
+                run,
+                spec,
+                session,
+                labels,
+                container,
+            };
+            Ok(Decision::with(queued, payload, reply))
+        }
         Command::Inbox(command) => cx.inbox(origin.plane, command),
         Command::CancelQueued { run } => cx.cancel_queued(origin.plane, run),
         Command::PushProgress { run, attempt, body } => {

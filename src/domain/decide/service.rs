@@ -22,6 +22,7 @@ impl Context<'_> {
     fn service(&self, name: &ServiceName) -> Result<&Service, Rejection> {
         let service = self.state.services.get(name);
         service
+            .filter(|service| !service.spec.worker.is_job())
             .filter(|service| self.tenancy.sees(service.tenant.as_ref()))
             .ok_or_else(|| Rejection::ServiceNotFound(name.clone()))
     }

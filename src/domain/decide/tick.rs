@@ -3,7 +3,7 @@
 use smol_str::SmolStr;
 
 use super::Context;
-use crate::domain::event::{Event, RequeueCause};
+use crate::domain::event::{Event, JobStopCause, RequeueCause};
 use crate::domain::ids::RunId;
 use crate::domain::ladder::StepOutcome;
 use crate::domain::settings::Settings;
@@ -57,6 +57,7 @@ impl Context<'_> {
                 code: SmolStr::new_static("expired"),
                 error: "expired".to_owned(),
             }],
+            Phase::Running { .. } => self.request_stop(run, job, JobStopCause::TimedOut),
             Phase::Stopping { .. } if job.rung.as_ref().is_some_and(|r| r.step.part() == 0) => {
                 self.next_step(run, job, (StepOutcome::TimedOut, None))
             }

@@ -496,6 +496,7 @@ mod tests {
             spec: JobSpec::plain(),
             session: None,
             labels: Vec::new(),
+            container: None,
         };
         apply(&mut state, [opened, reserved, queued]);
         let events = asked(&state, begin()).unwrap();
@@ -519,6 +520,7 @@ mod tests {
             spec: JobSpec::plain(),
             session: None,
             labels: Vec::new(),
+            container: None,
             payload: Bytes::new(),
         };
         assert_eq!(

@@ -1,6 +1,7 @@
 //! The scheduler: what follows from State as it is. `step` gives the next decision as events, or `None`
 //! when there is nothing to do until something changes. It changes nothing but its own parking marks.
 
+pub mod container;
 pub mod fair;
 pub mod ladder;
 pub mod placement;
@@ -66,6 +67,9 @@ enum Outcome {
 ///
 /// A lane that may not use all of the services is passed over when it gets nowhere with the others.
 fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) -> Outcome {
+    if let Target::Container(_) = target {
+        return container::try_shape(fair, settings, now, target);
+    }
     let state = fair.state;
     let all = candidates(state, target);
     if all.is_empty() {
@@ -198,7 +202,8 @@ fn try_harder(
     )
 }
 
-/// Services that may run jobs of this shape, of tenants that they admit; in the order of their names.
+/// Services that may run jobs of this shape, of tenants that they admit; in the order of their names. Jobs with containers
+/// of their own share none.
 pub fn candidates<'a>(state: &'a State, target: &Target) -> Vec<&'a Service> {
     let usable = |service: &&Service| service.enabled && service.serves(target);
     match target {
@@ -209,6 +214,7 @@ pub fn candidates<'a>(state: &'a State, target: &Target) -> Vec<&'a Service> {
             .filter(usable)
             .collect(),
         Target::Type(_) => state.services.values().filter(usable).collect(),
+        Target::Container(_) => Vec::new(),
     }
 }
 

@@ -81,6 +81,7 @@ pub fn queue_stats(state: &State, tenant: Option<&SmolStr>) -> QueueStats {
 fn type_of(state: &State, target: &Target, tenant: Option<&SmolStr>) -> SmolStr {
     match target {
         Target::Type(service_type) => service_type.clone(),
+        Target::Container(_) => SmolStr::new_static("container"),
         Target::Service(name) => state
             .services
             .get(name)

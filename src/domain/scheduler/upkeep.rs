@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use super::ladder::{self, stop_job};
-use super::{placement, start};
+use super::{container, placement, start};
 use crate::domain::event::{Event, JobStopCause, RequeueCause, StartCause, StopCause};
 use crate::domain::ids::{RunId, ServiceName};
 use crate::domain::ladder::StepOutcome;
@@ -90,9 +90,8 @@ fn has_prospect(state: &State, now: Timestamp, run: RunId, job: &Job) -> bool {
     // At a quota it waits for its own tenant's or user's runs, not for a place.
     !state.is_at_quota(&state.lane_of(job.plane))
         && (state.promises.contains_key(&run)
-            || super::candidates(state, &job.spec.target)
+            || container::candidates_for(state, run, job)
                 .iter()
-                .filter(|service| state.serves(service, job))
                 .any(may_come))
 }
 
@@ -111,9 +110,13 @@ fn service_upkeep(
     name: &ServiceName,
 ) -> Option<Vec<Event>> {
     let service = state.services.get(name)?;
-    match &service.instance {
-        None => absent_upkeep(state, settings, now, service),
-        Some(instance) => instance_upkeep(state, settings, now, service, instance),
+    match (&service.instance, &service.spec.worker) {
+        (None, Worker::Job { .. }) => container::absent_upkeep(state, service),
+        (None, _) => absent_upkeep(state, settings, now, service),
+        (Some(instance), Worker::Job { run, .. }) => {
+            container::upkeep(state, (service, instance), *run, now)
+        }
+        (Some(instance), _) => instance_upkeep(state, settings, now, service, instance),
     }
 }
 

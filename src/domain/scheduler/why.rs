@@ -4,7 +4,7 @@
 use super::fair::Fair;
 use super::queue::LaneKey;
 use super::room::{Bid, Spared};
-use super::{candidates, placement};
+use super::{candidates, container, placement};
 use crate::domain::event::JobStopCause;
 use crate::domain::ids::RunId;
 use crate::domain::settings::Settings;
@@ -114,6 +114,7 @@ fn stopping(state: &State, job: &Job, cause: &JobStopCause, deadline: Timestamp)
         JobStopCause::Preempt { by } => format!("giving way to {}", named(state, job, *by)),
         JobStopCause::Yield => "going back to the queue".to_owned(),
         JobStopCause::InstanceStopping => "its instance is stopping".to_owned(),
+        JobStopCause::TimedOut => "it has run for as long as it may".to_owned(),
     };
     let step = match &job.rung {
         Some(rung) => format!(", now by step '{}'", rung.step.name()),
@@ -138,6 +139,10 @@ fn queued(
         found.push(at_quota(&hit));
     }
     found.extend(behind(state, settings, run, job, now));
+    if job.container.is_some() {
+        found.extend(own_container(state, settings, run, job, now));
+        return found;
+    }
     let mut all = candidates(state, &job.spec.target);
     all.retain(|service| state.serves(service, job));
     if all.is_empty() {
@@ -166,6 +171,40 @@ fn queued(
         );
     }
     found
+}
+
+/// What keeps a job's own container from being started.
+fn own_container(
+    state: &State,
+    settings: &Settings,
+    run: RunId,
+    job: &Job,
+    now: Timestamp,
+) -> Option<Blocking> {
+    let would_get = container::would_get(state, run)?;
+    let known = state.services.get(&would_get.spec.name);
+    let service = known.unwrap_or(&would_get);
+    if let Some(hit) = state
+        .limits_of_plane(job.plane)
+        .hit(Amount::of_run(service))
+    {
+        return Some(at_quota(&hit));
+    }
+    if known.is_none() && container::is_full(state, settings) {
+        let most = settings.job_containers_max;
+        return Some(blocking(
+            "containers",
+            format!(
+                "{most} containers of jobs are there, which is as many as there may be (`docker_jobs_max`)"
+            ),
+        ));
+    }
+    let found = of_service(state, settings, job, service, now);
+    let named = format!("service '{}'", service.spec.name);
+    Some(Blocking {
+        detail: found.detail.replace(&named, "its container"),
+        ..found
+    })
 }
 
 fn at_quota(hit: &QuotaHit) -> Blocking {
@@ -227,6 +266,9 @@ fn no_service(state: &State, job: &Job) -> Blocking {
             "service_disabled",
             format!("service '{0}' is disabled; enable it", service.spec.name),
         ),
+        (None, Target::Container(_)) => {
+            blocking("no_service", "no container was made for it yet".to_owned())
+        }
         (None, Target::Type(service_type)) => blocking(
             "no_service",
             format!("no service of type '{service_type}' is registered; register one"),

@@ -111,6 +111,7 @@ impl State {
             }
             Event::RoomReleased { service } => {
                 self.holds.remove(service);
+                self.touched.insert(service.clone());
             }
             Event::GpusListed { gpus } => self.list_gpus(gpus),
             Event::GpuForeignMemoryChanged { gpu, mib } => {

@@ -8,6 +8,7 @@ use smol_str::SmolStr;
 use super::State;
 use super::account::Amount;
 use super::service::Service;
+use crate::domain::container::JobContainer;
 use crate::domain::event::{Event, JobStopCause};
 use crate::domain::ids::{Attempt, Generation, PlaneId, RunId, Seq, ServiceName};
 use crate::domain::ladder::{Rung, Step};
@@ -46,6 +47,8 @@ pub struct Job {
     pub waited_ms: u64,
     /// The step of its service's ladder that is under way while it is being stopped.
     pub rung: Option<Rung>,
+    /// It gets a container of its own.
+    pub container: Option<Box<JobContainer>>,
 }
 
 /// Where a live run stands.
@@ -84,11 +87,16 @@ impl Job {
         match &self.phase {
             Phase::Queued if self.attempt == 0 => self.expires_at,
             Phase::Backoff { until } => Some(*until),
-            Phase::Stopping { deadline, .. } => Some(match &self.rung {
-                Some(rung) if rung.step.part() == 0 => rung.deadline,
-                Some(rung) => rung.deadline + STOP_SLACK_MS,
-                None => *deadline + STOP_SLACK_MS,
-            }),
+            Phase::Running { .. } if self.container.is_some() => {
+                Some(self.since + self.spec.timeout_ms)
+            }
+            Phase::Stopping { deadline, .. } => match &self.rung {
+                Some(rung) if rung.step.part() == 0 => Some(rung.deadline),
+                // It has ended when its container has.
+                _ if self.container.is_some() => None,
+                Some(rung) => Some(rung.deadline + STOP_SLACK_MS),
+                None => Some(*deadline + STOP_SLACK_MS),
+            },
             _ => None,
         }
     }
@@ -182,6 +190,7 @@ impl State {
                 .filter(concerned)
                 .map(|s| s.spec.name.clone())
                 .collect(),
+            Target::Container(_) => Vec::new(),
         };
         self.touched.extend(served);
     }
@@ -332,9 +341,15 @@ impl State {
     /// Applies an event about one job.
     pub(super) fn apply_job(&mut self, seq: Seq, at: Timestamp, plane: PlaneId, event: &Event) {
         match event {
-            Event::JobQueued { run, spec, .. } => {
+            Event::JobQueued {
+                run,
+                spec,
+                container,
+                ..
+            } => {
                 let expires_at = spec.ttl_ms.map(|ms| at + ms);
-                let job = Job::queued(plane, spec.clone(), at, seq, expires_at);
+                let mut job = Job::queued(plane, spec.clone(), at, seq, expires_at);
+                job.container = container.clone();
                 self.count_live(plane, true);
                 self.index_job(*run, Box::new(job));
             }
@@ -346,6 +361,7 @@ impl State {
                 checkpoint,
                 preempt_count,
                 queued_at,
+                container,
                 ..
             } => {
                 let expires_at = spec.ttl_ms.map(|ms| at + ms);
@@ -354,6 +370,7 @@ impl State {
                 job.attempt = *attempt;
                 job.checkpoint = *checkpoint;
                 job.preempt_count = *preempt_count;
+                job.container = container.clone();
                 self.count_live(plane, true);
                 self.index_job(*run, Box::new(job));
             }
@@ -516,6 +533,7 @@ impl Job {
             charge: Amount::default(),
             waited_ms: 0,
             rung: None,
+            container: None,
         }
     }
 }

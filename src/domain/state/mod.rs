@@ -156,7 +156,7 @@ struct SnapshotOwned {
 }
 
 /// What a snapshot's bytes begin with. One of another form is passed over: the events say the same.
-const SNAPSHOT_FORM: &[u8; 8] = b"rgstate4";
+const SNAPSHOT_FORM: &[u8; 8] = b"rgstate5";
 
 impl State {
     /// An empty State. `ageing_ms_per_level` orders the queue (`Settings`).

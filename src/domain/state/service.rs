@@ -13,7 +13,7 @@ use crate::domain::effect::ProcessIdentity;
 use crate::domain::event::{Event, StartCause, StopCause};
 use crate::domain::ids::{Generation, RunId, ServiceName};
 use crate::domain::ladder::Rung;
-use crate::domain::spec::{Grant, ServiceSpec, Target};
+use crate::domain::spec::{Grant, ServiceSpec, Target, Worker};
 use crate::domain::time::Timestamp;
 
 /// A registered service.
@@ -110,6 +110,23 @@ pub enum InstancePhase {
 }
 
 impl Service {
+    /// One that nobody has started yet, shared by all.
+    pub fn new(spec: Box<ServiceSpec>) -> Service {
+        Service {
+            spec,
+            tenant: None,
+            enabled: true,
+            generation: Generation::default(),
+            instance: None,
+            wanted: false,
+            deaths: 0,
+            retry_at: None,
+            crash_looped: None,
+            learned_mib: None,
+            raised_by: None,
+        }
+    }
+
     /// MiB that an instance needs: declared or learned, whichever is larger.
     pub fn need_mib(&self) -> u64 {
         self.spec.vram_mib.max(self.learned_mib.unwrap_or(0))
@@ -122,15 +139,22 @@ impl Service {
 
     /// Whether it takes jobs of `target`, of tenants that it admits.
     pub fn serves(&self, target: &Target) -> bool {
+        if self.spec.worker.is_job() {
+            return false;
+        }
         match target {
+            Target::Container(_) => false,
             Target::Type(service_type) => self.spec.service_type == *service_type,
             Target::Service(name) => self.spec.name == *name,
         }
     }
 
-    /// The two shapes whose jobs it serves.
-    pub fn targets(&self) -> [Target; 2] {
-        [
+    /// The shapes whose jobs it serves.
+    pub fn targets(&self) -> Vec<Target> {
+        if self.spec.worker.is_job() {
+            return Vec::new();
+        }
+        vec![
             Target::Type(self.spec.service_type.clone()),
             Target::Service(self.spec.name.clone()),
         ]
@@ -180,7 +204,12 @@ impl Instance {
 impl State {
     /// Whether a job may run on a service.
     pub fn serves(&self, service: &Service, job: &Job) -> bool {
-        service.serves(&job.spec.target) && service.admits(self.tenant_of(job.plane))
+        let serves = match &service.spec.worker {
+            // Its own job has that payload, and no other has.
+            Worker::Job { payload, .. } => job.payload == *payload,
+            _ => service.serves(&job.spec.target),
+        };
+        serves && service.admits(self.tenant_of(job.plane))
     }
 
     /// Changes a service and marks it for the scheduler's attention. Whatever changes of it may help any
@@ -367,20 +396,15 @@ impl State {
         match event {
             Event::ServiceRegistered { spec } => {
                 let retired = self.retired.remove(&spec.name);
-                let service = Service {
-                    spec: spec.clone(),
-                    tenant: None,
-                    enabled: true,
-                    generation: retired
-                        .map(|retired| retired.generation)
-                        .unwrap_or_default(),
-                    instance: None,
-                    wanted: false,
-                    deaths: 0,
-                    retry_at: None,
-                    crash_looped: None,
-                    learned_mib: None,
-                    raised_by: None,
+                let mut service = Service::new(spec.clone());
+                service.generation = match (&spec.worker, retired) {
+                    // Each attempt is a generation of its own.
+                    (Worker::Job { run, .. }, _) => {
+                        let attempt = self.jobs.get(run).map_or(0, |job| job.attempt);
+                        Generation(u64::from(attempt))
+                    }
+                    (_, Some(retired)) => retired.generation,
+                    (_, None) => Generation::default(),
                 };
                 self.services.insert(spec.name.clone(), service);
                 self.touched.insert(spec.name.clone());
@@ -404,7 +428,9 @@ impl State {
                 service.wanted = false;
             }),
             Event::ServiceRemoved { service } => {
-                if let Some(removed) = self.services.remove(service) {
+                let removed = self.services.remove(service);
+                // A job's own is not made again but for that job.
+                if let Some(removed) = removed.filter(|removed| !removed.spec.worker.is_job()) {
                     let retired = Retired {
                         generation: removed.generation,
                         tenant: removed.tenant,

@@ -15,7 +15,7 @@ use smol_str::SmolStr;
 use tokio::sync::watch;
 
 use super::engine::{CHANGE, Docker, DockerError, LOOK};
-use super::recipe::{GpuWay, Recipe, owner_labels};
+use super::recipe::{GpuWay, JobParts, Recipe, owner_labels};
 use super::watch::{Seen, wait};
 use crate::domain::container::{ContainerStatus, ImageSpec};
 use crate::domain::event::Exit;
@@ -76,6 +76,7 @@ pub struct Making<'a> {
     pub port: u16,
     pub grants: &'a [Grant],
     pub grace_ms: u64,
+    pub job: Option<&'a JobParts>,
 }
 
 impl Docker {
@@ -109,6 +110,7 @@ impl Docker {
             gpu_way,
             is_local: self.is_local(),
             grace_ms: making.grace_ms,
+            job: making.job,
         };
         let body = recipe
             .body()
@@ -122,6 +124,12 @@ impl Docker {
                 client.create_container(Some(options), body).await
             })
             .await?;
+        if making.job.is_some()
+            && let Err(error) = self.make_folder(&made.id).await
+        {
+            self.remove(&made.id).await;
+            return Err(error.into());
+        }
         Ok(self.look(&made.id).await?)
     }
 

@@ -1,8 +1,9 @@
 //! Containers, by the engine's HTTP interface: services in ones that are there already, or in ones made of an image.
 //!
 //! `engine` the connection and whether it answers, `rules` what the operator allows, `recipe` what a container is made
-//! of, `container` one of them, `watch` what becomes of them, `output` what they say, `owners` who lives in which, `orphans` those nobody knows.
+//! of, `container` one of them, `checkpoint` what a job's attempts hand on, `watch` what becomes of them, `output` what they say, `owners` who lives in which, `orphans` those nobody knows.
 
+mod checkpoint;
 mod container;
 mod engine;
 mod orphans;
@@ -15,12 +16,14 @@ mod watch;
 
 use std::time::Duration;
 
+pub use checkpoint::Checkpoint;
 pub(super) use container::{Container, Making, StartError};
 pub use engine::{Docker, DockerError, DockerOptions};
 pub use orphans::Kept;
 pub(super) use output::copy;
 pub use owners::ContainerOwners;
 pub(super) use owners::Occupied;
+pub use recipe::JobParts;
 pub use rules::{ContainerRules, Forbidden};
 pub(super) use watch::Seen;
 

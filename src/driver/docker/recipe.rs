@@ -9,8 +9,10 @@ use bollard::models::{
     RestartPolicyNameEnum, SystemInfo,
 };
 
+use super::checkpoint::{self, CHECKPOINT_DIR};
 use super::rules::{ContainerRules, Forbidden};
 use crate::domain::container::{ImageSpec, Ipc, Volume};
+use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::spec::Grant;
 use crate::driver::procfs::{MARK_VARIABLE, Mark};
 
@@ -82,6 +84,15 @@ impl GpuWay {
     }
 }
 
+/// What the container of a job's attempt gets besides what its job says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JobParts {
+    pub plane: PlaneId,
+    pub run: RunId,
+    /// Variables that the job cannot override.
+    pub env: Vec<(String, String)>,
+}
+
 /// Everything that a container is made of.
 pub struct Recipe<'a> {
     pub mark: &'a Mark,
@@ -96,6 +107,8 @@ pub struct Recipe<'a> {
     pub is_local: bool,
     /// Milliseconds between TERM and KILL, should the engine stop it by itself.
     pub grace_ms: u64,
+    /// It is a job's: it listens nowhere, and has its job's checkpoint folder.
+    pub job: Option<&'a JobParts>,
 }
 
 impl Recipe<'_> {
@@ -116,14 +129,14 @@ impl Recipe<'_> {
     /// A folder that may not be mounted.
     pub fn body(&self) -> Result<ContainerCreateBody, Forbidden> {
         let spec = self.spec;
-        let port = format!("{}/tcp", spec.port);
+        let port = self.job.is_none().then(|| format!("{}/tcp", spec.port));
         Ok(ContainerCreateBody {
             image: Some(spec.image.clone()),
             cmd: (!spec.args.is_empty()).then(|| spec.args.clone()),
             env: Some(self.env()),
             user: spec.user.clone(),
             labels: Some(self.labels()),
-            exposed_ports: Some(vec![port.clone()]),
+            exposed_ports: port.clone().map(|port| vec![port]),
             stop_timeout: i64::try_from(self.grace_ms.div_ceil(1_000)).ok(),
             host_config: Some(self.host_config(port)?),
             networking_config: self.networking(),
@@ -131,7 +144,7 @@ impl Recipe<'_> {
         })
     }
 
-    fn host_config(&self, port: String) -> Result<HostConfig, Forbidden> {
+    fn host_config(&self, port: Option<String>) -> Result<HostConfig, Forbidden> {
         let (spec, rules) = (self.spec, self.rules);
         let memory = signed(spec.memory_mib.unwrap_or(rules.memory_max_mib)).saturating_mul(MIB);
         let binding = PortBinding {
@@ -142,11 +155,16 @@ impl Recipe<'_> {
             }),
         };
         let log = [("max-size", LOG_FILE_BYTES), ("max-file", LOG_FILES)];
-        let mounts = spec
+        let mut mounts = spec
             .volumes
             .iter()
             .map(|volume| self.mount(volume))
-            .collect::<Result<_, _>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
+        let ledger = self.mark.ledger;
+        mounts.extend(
+            self.job
+                .map(|job| checkpoint::mount(ledger, job.plane, job.run)),
+        );
         Ok(HostConfig {
             cap_drop: Some(vec!["ALL".into()]),
             cap_add: Some(rules.capabilities.clone()),
@@ -173,7 +191,7 @@ impl Recipe<'_> {
             init: Some(true),
             mounts: Some(mounts),
             network_mode: spec.networks.first().cloned(),
-            port_bindings: Some(HashMap::from([(port, Some(vec![binding]))])),
+            port_bindings: port.map(|port| HashMap::from([(port, Some(vec![binding]))])),
             extra_hosts: Some(vec!["host.docker.internal:host-gateway".into()]),
             // Who starts it again is the scheduler.
             restart_policy: Some(RestartPolicy {
@@ -199,12 +217,19 @@ impl Recipe<'_> {
             .env
             .iter()
             .map(|(name, value)| format!("{name}={value}"));
-        let mut ours = vec![
-            format!("PORT={}", self.spec.port),
-            format!("RUNGATE_SERVICE={}", self.mark.service),
-            format!("RUNGATE_GENERATION={}", self.mark.generation),
-            format!("{MARK_VARIABLE}={}", self.mark.text()),
-        ];
+        let mut ours = vec![format!("{MARK_VARIABLE}={}", self.mark.text())];
+        match self.job {
+            Some(job) => {
+                ours.push(format!("RUNGATE_CHECKPOINT_DIR={CHECKPOINT_DIR}"));
+                let told = job.env.iter();
+                ours.extend(told.map(|(name, value)| format!("{name}={value}")));
+            }
+            None => ours.extend([
+                format!("PORT={}", self.spec.port),
+                format!("RUNGATE_SERVICE={}", self.mark.service),
+                format!("RUNGATE_GENERATION={}", self.mark.generation),
+            ]),
+        }
         if self.gpus().is_empty() {
             // Hides every GPU where the vendor's runtime is the engine's default.
             ours.push("NVIDIA_VISIBLE_DEVICES=void".into());
@@ -312,6 +337,7 @@ mod tests {
             gpu_way: Some(GpuWay::Runtime),
             is_local: true,
             grace_ms: 1_500,
+            job: None,
         }
     }
 

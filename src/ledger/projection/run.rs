@@ -160,6 +160,7 @@ pub fn apply(summary: Option<RunSummary>, event: &Event, place: Place) -> Option
                 spec,
                 session,
                 labels,
+                ..
             },
         ) => queued(*run, spec, session.clone(), labels, place),
         (None, _) => return None,

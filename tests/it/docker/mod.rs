@@ -5,6 +5,7 @@ mod chaos;
 mod daemon;
 mod engine;
 mod faults;
+mod jobs;
 mod pulling;
 mod refusals;
 mod services;

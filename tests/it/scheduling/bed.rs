@@ -197,6 +197,7 @@ impl Bed {
                 payload: job.payload,
                 attempt: job.attempt,
                 checkpoint: job.checkpoint,
+                container: job.container.clone(),
                 preempt_count: job.preempt_count,
                 purged: false,
             };

@@ -5,10 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use rungate::domain::effect::Effect;
 use rungate::domain::event::{Event, JobStopCause};
 use rungate::domain::ids::{Generation, GpuUuid, PlaneId, RunId, ServiceName};
+use rungate::domain::scheduler::container;
 use rungate::domain::scheduler::fair::Fair;
 use rungate::domain::scheduler::step;
 use rungate::domain::settings::Settings;
-use rungate::domain::spec::{Target, Worker};
+use rungate::domain::spec::Target;
 use rungate::domain::state::State;
 use rungate::domain::state::account::Amount;
 use rungate::domain::state::gpu::{Hold, mib_on};
@@ -61,10 +62,11 @@ impl Watch {
         let mut before = Before::default();
         match event {
             Event::JobDispatched { run, service, .. } => {
-                before.first_of_shape = state
-                    .jobs
-                    .get(run)
-                    .and_then(|job| first_of(state, settings, now, &job.spec.target, service));
+                before.first_of_shape = state.jobs.get(run).and_then(|job| match job.container {
+                    // Room was made for it before, perhaps.
+                    Some(_) => Some(*run),
+                    None => first_of(state, settings, now, &job.spec.target, service),
+                });
             }
             Event::JobStopRequested {
                 run,
@@ -108,8 +110,13 @@ impl Watch {
                     .get(service)
                     .ok_or("dispatched to an unknown service")?;
                 admitted(state, entry, *run)?;
+                let own = entry.instance.as_ref().filter(|instance| {
+                    let starts = matches!(instance.phase, InstancePhase::Starting { .. });
+                    entry.spec.worker.is_job() && starts
+                });
                 let instance = entry
                     .ready()
+                    .or(own)
                     .ok_or("dispatched to an instance that is not ready")?;
                 hold!(
                     instance.generation == *generation,
@@ -405,6 +412,19 @@ pub fn is_fenced(event: &Event, effect: &Effect) -> bool {
                 == (call.run, call.attempt, &call.service, call.generation)
         }
         (
+            Event::JobDispatched {
+                run,
+                attempt,
+                service,
+                generation,
+                ..
+            },
+            Effect::StartJob { spec, job, .. },
+        ) => {
+            (*run, *attempt, service, *generation)
+                == (job.run, job.attempt, &spec.name, job.generation)
+        }
+        (
             Event::JobStopRequested { run, attempt, .. },
             Effect::StopCall {
                 run: of,
@@ -671,6 +691,9 @@ fn nothing_idle(
     now: Timestamp,
     target: &Target,
 ) -> Result<(), Broken> {
+    if let Target::Container(_) = target {
+        return no_container_fits(state, settings, now, target);
+    }
     let fair = Fair::new(state, settings, now);
     let all: Vec<&Service> = state
         .services
@@ -684,6 +707,30 @@ fn nothing_idle(
         if usable.len() == all.len() {
             break;
         }
+    }
+    Ok(())
+}
+
+/// Whoever comes first of those for whom no room is being made does not fit.
+fn no_container_fits(
+    state: &State,
+    settings: &Settings,
+    now: Timestamp,
+    target: &Target,
+) -> Result<(), Broken> {
+    let fair = Fair::new(state, settings, now);
+    for (_, (_, run)) in fair.serving(target) {
+        let service = container::would_get(state, run).ok_or("a job without its container")?;
+        let leaves = state.services.contains_key(&service.spec.name);
+        if leaves || !state.may_use(state.jobs[&run].plane, &service) {
+            continue;
+        }
+        let may = state.engine.up && !container::is_full(state, settings);
+        hold!(
+            !may || !room_for(state, &service),
+            "a container fits and {run} waits"
+        );
+        break;
     }
     Ok(())
 }
@@ -731,7 +778,7 @@ fn no_idle_place(
         let may_start = (service.instance.is_none() || service.sleeping().is_some())
             && service.crash_looped.is_none()
             && service.retry_at.is_none_or(|at| at <= now)
-            && service.spec.worker != Worker::Container
+            && (state.engine.up || !service.spec.worker.is_container())
             && !state.holds.contains_key(&service.spec.name);
         let room = room_for(state, service);
         hold!(

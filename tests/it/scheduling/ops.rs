@@ -62,6 +62,10 @@ pub enum Op {
         service: u8,
         mib: u64,
     },
+    /// The container engine comes and goes.
+    Engine {
+        up: bool,
+    },
     Crash,
     Shutdown,
     Snapshot,
@@ -69,6 +73,9 @@ pub enum Op {
 
 pub const SERVICES: u8 = 5;
 pub const TYPES: u8 = 3;
+/// From here on a target is a container of the job's own.
+pub const CONTAINERS: u8 = TYPES + 2;
+const TARGETS: u8 = CONTAINERS + 4;
 /// Sizes of the GPUs that can be there.
 pub const GPUS: [u64; 3] = [24, 24, 16];
 
@@ -180,7 +187,7 @@ pub fn spec() -> impl Strategy<Value = ServiceSpec> {
 
 pub fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
-        12 => (0..TYPES + 2, 1..6u8, any::<bool>(), 1..3u32, prop::bool::weighted(0.1)).prop_map(
+        12 => (0..TARGETS, 1..6u8, any::<bool>(), 1..3u32, prop::bool::weighted(0.1)).prop_map(
             |(target, priority, ttl, attempts, callback)| Op::Start { target, priority, ttl, attempts, callback }
         ),
         8 => (any::<usize>(), 0..9u8).prop_map(|(run, action)| Op::Act { run, action }),
@@ -199,6 +206,7 @@ pub fn op() -> impl Strategy<Value = Op> {
         1 => (0..SERVICES).prop_map(|service| Op::Starved { service }),
         1 => (1..8u8).prop_map(|mask| Op::List { mask }),
         1 => (0..SERVICES, 1..24u64).prop_map(|(service, mib)| Op::Peak { service, mib }),
+        1 => prop::bool::weighted(0.7).prop_map(|up| Op::Engine { up }),
         1 => Just(Op::Crash),
         1 => Just(Op::Shutdown),
         2 => Just(Op::Snapshot),
@@ -209,7 +217,7 @@ pub fn op() -> impl Strategy<Value = Op> {
 pub fn pressing_op() -> impl Strategy<Value = Op> {
     let priority = prop_oneof![3 => Just(1u8), 1 => Just(3), 3 => Just(5)];
     prop_oneof![
-        16 => (0..TYPES + 2, priority, prop::bool::weighted(0.1), 1..3u32).prop_map(
+        16 => (0..TARGETS, priority, prop::bool::weighted(0.1), 1..3u32).prop_map(
             |(target, priority, ttl, attempts)| Op::Start { target, priority, ttl, attempts, callback: false }
         ),
         16 => Just(Op::AllButCalls),

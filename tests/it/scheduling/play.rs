@@ -4,17 +4,19 @@
 use std::collections::BTreeMap;
 
 use rungate::domain::command::{Command, InboxAction, InboxCommand};
+use rungate::domain::container::{Engine, JobContainer};
 use rungate::domain::ids::{PlaneId, RunId, ServiceName};
+use rungate::domain::ladder::{Ask, Step};
 use rungate::domain::machine::{QuarantineCause, Seen};
 use rungate::domain::settings::Settings;
-use rungate::domain::spec::{GpuFacts, GpuSource, JobSpec, Priority, ServiceSpec, Target, Worker};
+use rungate::domain::spec::{GpuFacts, GpuSource, JobSpec, Needs, Priority, ServiceSpec, Target};
 use rungate::domain::state::job::Phase;
 use smol_str::{SmolStr, format_smolstr};
 use uuid::Uuid;
 
 use super::bed::{Bed, payload};
 use super::invariants;
-use super::ops::{GPUS, Op, TYPES, name};
+use super::ops::{CONTAINERS, GPUS, Op, TYPES, name};
 use super::world::{Luck, World};
 
 pub fn settings() -> Settings {
@@ -25,6 +27,7 @@ pub fn settings() -> Settings {
         idle_timeout_ms: 10_000,
         drain_ms: 8_000,
         sleep_host_max_mib: 30,
+        job_containers_max: 3,
         ..Settings::default()
     }
 }
@@ -56,6 +59,7 @@ impl Play {
             version: SmolStr::default(),
         });
         play.list(7);
+        play.engine(true);
         play
     }
 
@@ -188,11 +192,20 @@ impl Play {
     ) -> RunId {
         let run = RunId(Uuid::from_u128(self.runs.len() as u128 + 1));
         self.runs.push(run);
-        let target = if target < TYPES {
-            Target::Type(format_smolstr!("t{target}"))
-        } else {
-            Target::Service(name(target))
+        let target = match target {
+            of if of < TYPES => Target::Type(format_smolstr!("t{of}")),
+            named if named < CONTAINERS => Target::Service(name(named)),
+            own => Target::Container(Needs {
+                vram_mib: [0, 6, 16][usize::from(own) % 3],
+                gpus: u32::from(own % 4 == 3),
+            }),
         };
+        let asks = self.runs.len().is_multiple_of(2);
+        let checkpoint = asks.then(|| Step::Checkpoint {
+            ask: Ask::Signal(SmolStr::new_static("SIGUSR1")),
+            ms: 1_000,
+        });
+        let is_own = matches!(target, Target::Container(_));
         let spec = JobSpec {
             target,
             service_type: None,
@@ -209,6 +222,7 @@ impl Play {
             spec,
             session: None,
             labels: Vec::new(),
+            container: is_own.then(|| Box::new(JobContainer::new(checkpoint, 2_000))),
             payload: payload(),
         };
         self.submit_as(plane, command);
@@ -347,6 +361,7 @@ impl Play {
                 service: name(service),
                 mib,
             }),
+            Op::Engine { up } => self.engine(up),
             Op::Crash => self.restart(),
             Op::Shutdown => {
                 self.submit(Command::GatewayStopped);
@@ -355,6 +370,12 @@ impl Play {
             Op::Snapshot => self.twin = Some(self.bed.restored()),
             other => unreachable!("{other:?} is performed elsewhere"),
         }
+    }
+
+    fn engine(&mut self, up: bool) {
+        let error = (!up).then(|| "gone".to_owned());
+        let engine = Engine { up, error };
+        self.submit(Command::EngineSeen { engine });
     }
 
     fn fault(&mut self, gpu: u8, good: bool) {
@@ -372,6 +393,7 @@ impl Play {
     /// Everybody helps from now on: every job that can run must end, and nothing may be left behind.
     pub fn finish(&mut self) {
         self.list(7);
+        self.engine(true);
         for gpu in 0..3u8 {
             self.submit(Command::GpuForeignMemory {
                 gpu: format_smolstr!("g{gpu}"),
@@ -427,8 +449,10 @@ impl Play {
                 let sizes = GPUS.iter().filter(|mib| **mib >= s.need_mib()).count();
                 let fits = s.spec.gpus == 0 && s.spec.vram_mib == 0
                     || sizes >= s.spec.gpus.max(1) as usize;
-                state.serves(s, job) && s.spec.worker != Worker::Container && fits
+                state.serves(s, job) && fits
             });
+            // A container of its own fits each GPU but where it is on a smaller one.
+            let possible = possible || job.container.is_some();
             matches!(job.phase, Phase::Queued) && !possible
         })
     }

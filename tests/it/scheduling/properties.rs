@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, TestRunner};
-use rungate::domain::event::Event;
+use rungate::domain::event::{Event, JobStopCause};
 use rungate::domain::ids::RunId;
+use rungate::domain::scheduler::container::run_of;
 use rungate::domain::spec::ServiceSpec;
 use rungate::domain::state::State;
 
@@ -94,9 +95,10 @@ proptest! {
     }
 }
 
-/// What is random reaches what it is there for: instances fall asleep by each kind of step, fail to, and wake.
+/// What is random reaches what it is there for: instances fall asleep by each kind of step, fail to, and wake; containers
+/// of jobs make room and have it made for them.
 #[test]
-fn sleep_and_waking_are_among_what_happens() {
+fn sleep_waking_and_containers_are_among_what_happens() {
     let mut runner = TestRunner::deterministic();
     let mut counts = BTreeMap::new();
     for _ in 0..60 {
@@ -116,6 +118,16 @@ fn sleep_and_waking_are_among_what_happens() {
                 Event::InstanceSlept { step, .. } => format!("asleep by {}", step.name()),
                 Event::InstanceWakeRequested { .. } => "waking".to_owned(),
                 Event::LadderStepEnded { step, outcome, .. } => format!("{step} {outcome:?}"),
+                Event::JobPreempted { service, .. } if run_of(service).is_some() => {
+                    "container preempted".to_owned()
+                }
+                Event::RoomHeld { service, .. } if run_of(service).is_some() => {
+                    "room for a container".to_owned()
+                }
+                Event::JobStopRequested {
+                    cause: JobStopCause::TimedOut,
+                    ..
+                } => "container timed out".to_owned(),
                 _ => continue,
             };
             *counts.entry(what).or_insert(0) += 1;
@@ -133,6 +145,9 @@ fn sleep_and_waking_are_among_what_happens() {
         "checkpoint TimedOut",
         "drain Done",
         "stop Done",
+        "container preempted",
+        "container timed out",
+        "room for a container",
     ] {
         assert!(counts.contains_key(wanted), "no {wanted} in {counts:#?}");
     }

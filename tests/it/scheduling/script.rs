@@ -4,18 +4,20 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use rungate::domain::command::{Command, InboxAction, InboxCommand, JobFailure};
+use rungate::domain::container::{Engine, JobContainer};
 use rungate::domain::effect::Effect;
 use rungate::domain::event::Exit;
 use rungate::domain::identity::{
     IdentityCommand, NewToken, Profile, ProfileChange, Role, TokenHash, UserKey,
 };
-use rungate::domain::ids::{Attempt, Generation, PlaneId, RunId};
+use rungate::domain::ids::{Attempt, Generation, PlaneId, RunId, ServiceName};
 use rungate::domain::ladder::{Ask, SleepCall, Step, StepOutcome};
 use rungate::domain::machine::{QuarantineCause, Seen};
+use rungate::domain::scheduler::container::{NAME_PREFIX, name_of};
 use rungate::domain::scheduler::why::why;
 use rungate::domain::settings::Settings;
 use rungate::domain::spec::{
-    GpuFacts, GpuSource, Grant, JobSpec, Priority, ProgressMode, ServiceSpec, Target, Worker,
+    GpuFacts, GpuSource, Grant, JobSpec, Needs, Priority, ProgressMode, ServiceSpec, Target, Worker,
 };
 use rungate::domain::tenant::{QuotasChange, TenantChange, UserAllowanceChange};
 use rungate::domain::time::Timestamp;
@@ -69,7 +71,7 @@ impl Script {
             self.perform(&Line::parse(words), &mut said)
         };
         let mut told = self.tell();
-        told.append(&mut said);
+        told.extend(said.drain(..).map(|line| self.own_named(line)));
         told.extend(refused.map(|reason| format!("{}  refused: {reason}", self.clock())));
         if self.bed.quiet {
             return told;
@@ -88,13 +90,36 @@ impl Script {
     fn tell(&mut self) -> Vec<String> {
         let new = &self.bed.log[self.told..];
         let lines = new.iter().filter_map(|entry| {
-            let line = text::event(&self.names, &entry.event)?;
+            let line = self.own_named(text::event(&self.names, &entry.event)?);
             Some(format!("{:>8}  {line}", text::time(entry.at)))
         });
         let lines = lines.collect();
         self.told = self.bed.log.len();
         self.effects.append(&mut self.bed.effects);
         lines
+    }
+
+    /// The services of jobs with containers of their own, by their jobs' names.
+    fn own_named(&self, mut text: String) -> String {
+        if text.contains(NAME_PREFIX) {
+            for (run, name) in &self.names {
+                let plane = self.bed.planes.get(run).copied().unwrap_or(PlaneId::ROOT);
+                text = text.replace(name_of(plane, *run).as_str(), &format!("job:{name}"));
+            }
+        }
+        text
+    }
+
+    /// The service that a line names: of a job with a container of its own `job:NAME`.
+    fn named_service(&self, line: &Line) -> ServiceName {
+        match line.name().strip_prefix("job:") {
+            Some(name) => {
+                let run = self.run(name);
+                let plane = self.bed.planes.get(&run).copied();
+                name_of(plane.unwrap_or(PlaneId::ROOT), run)
+            }
+            None => line.name().into(),
+        }
     }
 
     fn clock(&self) -> String {
@@ -142,6 +167,10 @@ impl Script {
     fn settings(&mut self, line: &Line) {
         let settings = &mut self.bed.settings;
         for key in line.keyed.keys() {
+            if *key == "containers" {
+                settings.job_containers_max = line.number(key).unwrap() as usize;
+                continue;
+            }
             if *key == "host" {
                 settings.sleep_host_max_mib = mib(line.keyed[key]);
                 continue;
@@ -225,6 +254,13 @@ impl Script {
                 service: line.name().into(),
                 mib: mib(line.plain[1]),
             },
+            "engine" => {
+                let up = line.name() == "up";
+                let error = (!up).then(|| "it is away".to_owned());
+                Command::EngineSeen {
+                    engine: Engine { up, error },
+                }
+            }
             "shutdown" => Command::GatewayStopped,
             "tenant" => Command::Identity(Box::new(self.tenant(line))),
             "user" => Command::Identity(Box::new(self.user(line))),
@@ -328,8 +364,20 @@ impl Script {
         let target = match (line.keyed.get("type"), line.keyed.get("service")) {
             (Some(of), None) => Target::Type((*of).into()),
             (None, Some(of)) => Target::Service((*of).into()),
-            _ => panic!("start needs type= or service="),
+            _ if line.has("container") => Target::Container(Needs {
+                vram_mib: line.keyed.get("vram").map_or(0, |text| mib(text)),
+                gpus: line.number("gpus").unwrap_or(0),
+            }),
+            _ => panic!("start needs type=, service= or container"),
         };
+        let checkpoint = line.ms("asks").map(|ms| Step::Checkpoint {
+            ask: Ask::Signal(SmolStr::new_static("SIGUSR1")),
+            ms,
+        });
+        let grace_ms = line.ms("grace").unwrap_or(10_000);
+        let container = line
+            .has("container")
+            .then(|| Box::new(JobContainer::new(checkpoint, grace_ms)));
         let priority = line.number("priority").unwrap_or(3);
         let spec = JobSpec {
             target,
@@ -337,7 +385,7 @@ impl Script {
             priority: Priority::new(u8::try_from(priority).unwrap()).unwrap(),
             ttl_ms: line.ms("ttl"),
             max_attempts: line.number("attempts").unwrap_or(3),
-            timeout_ms: 300_000,
+            timeout_ms: line.ms("timeout").unwrap_or(300_000),
             callback_url: line
                 .has("callback")
                 .then(|| SmolStr::new_static("http://there")),
@@ -347,6 +395,7 @@ impl Script {
             spec,
             session: None,
             labels: Vec::new(),
+            container,
             payload: payload(),
         }
     }
@@ -391,7 +440,7 @@ impl Script {
             .bed
             .state
             .services
-            .get(line.name())
+            .get(&self.named_service(line))
             .map_or(0, |service| service.generation.0);
         Generation(line.number("gen").map_or(current, u64::from))
     }
@@ -420,7 +469,7 @@ impl Script {
         if !verbs.contains(&line.verb) {
             return None;
         }
-        let service = SmolStr::new(line.name());
+        let service = self.named_service(line);
         let generation = self.generation(line);
         Some(match line.verb {
             "spawned" => Command::InstanceSpawned {

@@ -338,6 +338,7 @@ impl Machine {
             spec,
             session: None,
             labels: Vec::new(),
+            container: None,
             payload: payload(),
         };
         self.submit(self.planes[tenant], command);

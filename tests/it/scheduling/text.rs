@@ -6,7 +6,7 @@ use rungate::domain::effect::Effect;
 use rungate::domain::event::{Event, Exit, JobStopCause, RequeueCause, StartCause, StopCause};
 use rungate::domain::ids::RunId;
 use rungate::domain::ladder::StepOutcome;
-use rungate::domain::spec::{Grant, Target};
+use rungate::domain::spec::{Grant, Needs, Target};
 use rungate::domain::time::Timestamp;
 
 /// Names of runs.
@@ -95,6 +95,10 @@ fn attempt(name: Name, event: &Event) -> Option<String> {
             let target = match &spec.target {
                 Target::Type(of) => format!("type {of}"),
                 Target::Service(of) => format!("service {of}"),
+                Target::Container(Needs { vram_mib, gpus: 0 }) => {
+                    format!("a container with {vram_mib} MiB")
+                }
+                Target::Container(Needs { gpus, .. }) => format!("a container with {gpus} GPUs"),
             };
             format!(
                 "{}: queued for {target}, priority {}",
@@ -400,6 +404,7 @@ fn stop_of_job(cause: &JobStopCause, name: Name) -> String {
         JobStopCause::Preempt { by } => format!("in favour of {}", name(by)),
         JobStopCause::Yield => "to queue again".to_owned(),
         JobStopCause::InstanceStopping => "as its instance stops".to_owned(),
+        JobStopCause::TimedOut => "as its time is over".to_owned(),
     }
 }
 
@@ -413,6 +418,7 @@ fn stop_of_instance(cause: &StopCause) -> String {
         StopCause::StartupTimeout => "start-up time over".to_owned(),
         StopCause::Disabled => "disabled".to_owned(),
         StopCause::Removed => "removed".to_owned(),
+        StopCause::Job => "with its job".to_owned(),
     }
 }
 
@@ -447,6 +453,14 @@ pub fn effect(names: &Names, effect: &Effect) -> String {
             format!(
                 "call {service}#{generation} for {}, attempt {attempt}{offer}",
                 name(&call.run)
+            )
+        }
+        Effect::StartJob { spec, job, .. } => {
+            let (generation, attempt) = (job.generation, job.attempt);
+            let run = name(&job.run);
+            format!(
+                "run {}#{generation} for {run}, attempt {attempt}",
+                spec.name
             )
         }
         Effect::StopCall {

@@ -7,6 +7,7 @@ use rungate::domain::effect::Effect;
 use rungate::domain::event::Exit;
 use rungate::domain::ids::{Attempt, Generation, RunId, ServiceName};
 use rungate::domain::ladder::StepOutcome;
+use rungate::domain::scheduler::container::run_of;
 use rungate::domain::spec::Grant;
 use smol_str::SmolStr;
 
@@ -75,6 +76,9 @@ impl World {
                 Effect::StartInstance {
                     spec, generation, ..
                 } => self.enter(&spec.name, generation, Stage::Starting),
+                Effect::StartJob { spec, job, .. } => {
+                    self.enter(&spec.name, job.generation, Stage::Starting);
+                }
                 Effect::StopInstance {
                     service,
                     generation,
@@ -260,6 +264,8 @@ impl World {
             _ => {}
         }
         let next = match (stage, luck) {
+            // Its work ends, well or badly.
+            (Stage::Live, _) if run_of(&service).is_some() => Stage::Gone,
             (Stage::Starting | Stage::Live | Stage::Lost, Luck::Good) => Stage::Live,
             // Half of those that fail stay up and fail their probes.
             (Stage::Live, Luck::Bad) if generation.0.is_multiple_of(2) => Stage::Live,
@@ -276,7 +282,7 @@ impl World {
             (_, Stage::Gone) => Command::InstanceExited {
                 service,
                 generation,
-                exit: Exit::Code(1),
+                exit: Exit::Code(i32::from(luck == Luck::Bad)),
             },
             (Stage::Starting, _) => Command::InstanceHealthy {
                 service,
@@ -298,8 +304,9 @@ impl World {
 
     /// The first thing of which something has to come soon.
     pub fn next_but_calls(&self) -> Option<usize> {
-        let soon =
-            |pending: &Pending| !is_live(pending) && !matches!(pending, Pending::Call { .. });
+        let soon = |pending: &Pending| {
+            !is_live(pending) && !matches!(pending, Pending::Call { .. }) && !is_work(pending)
+        };
         self.pending.iter().position(soon)
     }
 
@@ -330,11 +337,17 @@ fn outcome_of(luck: Luck) -> StepOutcome {
 }
 
 fn is_live(pending: &Pending) -> bool {
-    matches!(
+    let live = matches!(
         pending,
         Pending::Instance {
             stage: Stage::Live,
             ..
         }
-    )
+    );
+    live && !is_work(pending)
+}
+
+/// The container of a job at work, of which something comes like of a call.
+fn is_work(pending: &Pending) -> bool {
+    matches!(pending, Pending::Instance { service, stage: Stage::Live, .. } if run_of(service).is_some())
 }
