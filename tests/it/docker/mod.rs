@@ -5,6 +5,8 @@ mod chaos;
 mod daemon;
 mod engine;
 mod faults;
+mod gpus;
+mod own;
 mod pulling;
 mod refusals;
 mod services;
