@@ -1,7 +1,7 @@
 //! Containers, by the engine's HTTP interface: services in ones that are there already, or in ones made of an image.
 //!
 //! `engine` the connection and whether it answers, `rules` what the operator allows, `recipe` what a container is made
-//! of, `container` one of them, `watch` what becomes of them, `output` what they say, `owners` who lives in which, `orphans` those nobody knows.
+//! of, `container` one of them, `watch` what becomes of them, `running` which run, `output` what they say, `owners` who lives in which, `orphans` those nobody knows.
 
 mod container;
 mod engine;
@@ -11,6 +11,7 @@ mod owners;
 mod recipe;
 mod registry;
 mod rules;
+mod running;
 mod watch;
 
 use std::time::Duration;
