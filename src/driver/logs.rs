@@ -152,6 +152,22 @@ impl Logs {
         })
     }
 
+    /// Where it is kept how far a log follows what is written elsewhere.
+    pub(super) fn open_position(&self, service: &ServiceName) -> Result<File, LogError> {
+        let path = self.inner.path(service, "log.position")?;
+        let open = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&path);
+        open.map_err(|source| LogError::File {
+            path: path.display().to_string(),
+            source,
+        })
+    }
+
     /// Cuts every log that has grown too large, for ever.
     pub(super) async fn keep_bounded(self) {
         loop {

@@ -1,13 +1,14 @@
 //! Containers, by the engine's HTTP interface: services in ones that are there already, or in ones made of an image.
 //!
 //! `engine` the connection and whether it answers, `rules` what the operator allows, `recipe` what a container is made
-//! of, `container` one of them, `watch` what becomes of them, `running` which run, `output` what they say, `owners` who lives in which, `orphans` those nobody knows.
+//! of, `container` one of them, `watch` what becomes of them, `running` which run, `output` what they say, `position` how far that was copied, `owners` who lives in which, `orphans` those nobody knows.
 
 mod container;
 mod engine;
 mod orphans;
 mod output;
 mod owners;
+mod position;
 mod recipe;
 mod registry;
 mod rules;
@@ -22,6 +23,7 @@ pub use orphans::Kept;
 pub(super) use output::copy;
 pub use owners::ContainerOwners;
 pub(super) use owners::Occupied;
+pub(super) use position::Copied;
 pub use rules::{ContainerRules, Forbidden};
 pub(super) use watch::Seen;
 

@@ -6,6 +6,7 @@ mod daemon;
 mod engine;
 mod faults;
 mod gpus;
+mod output;
 mod own;
 mod pulling;
 mod refusals;
