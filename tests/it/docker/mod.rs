@@ -2,6 +2,7 @@
 //! (`tests/docker/images`); without them these tests fail.
 
 mod chaos;
+mod contract;
 mod daemon;
 mod engine;
 mod faults;
