@@ -11,6 +11,7 @@ use utoipa_axum::routes;
 use super::error::{ApiError, ErrorCode, FieldError};
 use super::guard::Caller;
 use super::routes::Routes;
+use super::services::{ADOPTED, Service};
 use super::state::App;
 use crate::domain::container::ImageSpec;
 use crate::domain::spec::{GpuSource, ServiceSpec, Worker};
@@ -69,6 +70,26 @@ fn forbidden(forbidden: Forbidden, loc: &[&str]) -> ApiError {
         forbidden.message,
     )];
     error
+}
+
+/// Tells of containers that are there already and run, although it was not this gateway that started them. While the
+/// engine does not answer, nothing is told of those.
+pub async fn tell_running(app: &App, services: impl IntoIterator<Item = &mut Service>) {
+    let mut others: Vec<&mut Service> = services
+        .into_iter()
+        .filter(|service| service.driver == ADOPTED && !service.container_running)
+        .collect();
+    if others.is_empty() || !app.docker.state().up {
+        return;
+    }
+    match app.docker.running().await {
+        Ok(running) => {
+            for service in &mut others {
+                service.container_running = running.has(&service.container);
+            }
+        }
+        Err(error) => tracing::debug!(%error, "it is not known which containers run"),
+    }
 }
 
 /// Whether the container that a service names is there (`contracts/gpu-gateway.md` section 3).

@@ -43,6 +43,9 @@ pub fn router() -> Routes {
         .routes(routes!(disable))
 }
 
+/// `driver` of a service in a container that is there already.
+pub const ADOPTED: &str = "container";
+
 /// A service: the contract's members and ours.
 #[derive(Serialize, ToSchema)]
 pub struct Service {
@@ -301,7 +304,7 @@ fn worker(spec: &ServiceSpec) -> WorkerMembers {
             )
         }
         Worker::External { url } => ("external", None, None, None, Some(url.clone())),
-        Worker::Container => ("container", None, None, None, None),
+        Worker::Container => (ADOPTED, None, None, None, None),
         Worker::Job { .. } => ("job", None, None, None, None),
         Worker::Image(image) => {
             let names = image.env.iter().map(|(name, _)| name.clone()).collect();
@@ -373,7 +376,7 @@ async fn list(
     query.finish()?;
     drop(query);
     let views = app.scan(|ledger| ledger.services()).await?;
-    let services = views
+    let mut services: BTreeMap<String, Service> = views
         .iter()
         .filter(|view| sees(&caller, view))
         .filter(|view| {
@@ -384,6 +387,7 @@ async fn list(
         .filter(|view| enabled.is_none_or(|enabled| view.enabled == enabled))
         .map(|view| (view.spec.name.to_string(), Service::of(view, &caller)))
         .collect();
+    containers::tell_running(&app, services.values_mut()).await;
     Ok(Json(ServiceList { services }))
 }
 
@@ -395,7 +399,14 @@ async fn read(
     caller: Caller,
     PathOf(name): PathOf<String>,
 ) -> Result<Json<Service>, ApiError> {
-    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
+    shown(&app, &caller, &name).await
+}
+
+/// A service as it is now.
+async fn shown(app: &App, caller: &Caller, name: &str) -> Result<Json<Service>, ApiError> {
+    let mut service = Service::of(&find(app, caller, name)?, caller);
+    containers::tell_running(app, [&mut service]).await;
+    Ok(Json(service))
 }
 
 /// What a service is registered with. `command` makes it a local process, which is the administrator's to say unless
@@ -480,7 +491,7 @@ async fn register(
     let name = spec.name.clone();
     app.submit(&caller, Command::RegisterService { spec, tenant })
         .await?;
-    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
+    shown(&app, &caller, &name).await
 }
 
 /// Change a service. Absent members stay as they are; it holds for the next instance.
@@ -502,7 +513,7 @@ async fn update(
     };
     containers::check(&app, &spec).await?;
     app.submit(&caller, Command::UpdateService { spec }).await?;
-    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
+    shown(&app, &caller, &name).await
 }
 
 fn keeps_tenant(fields: &Fields, current: &ServiceView) {
@@ -539,7 +550,7 @@ async fn enable(
     let service = ServiceName::from(name.as_str());
     app.submit(&caller, Command::EnableService { service })
         .await?;
-    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
+    shown(&app, &caller, &name).await
 }
 
 /// Let a service take no more jobs.
@@ -553,7 +564,7 @@ async fn disable(
     let service = ServiceName::from(name.as_str());
     app.submit(&caller, Command::DisableService { service })
         .await?;
-    Ok(Json(Service::of(&find(&app, &caller, &name)?, &caller)))
+    shown(&app, &caller, &name).await
 }
 
 /// A GPU's source as JSON shows it.

@@ -1,18 +1,17 @@
 //! What a container adds to an instance's life: how it comes to be, how it is found again, and what is told of it.
 
 use std::io::Write;
-use std::os::unix::fs::MetadataExt;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 
 use super::body::Body;
-use super::docker::{Container, DockerError, JobParts, Making, Seen, StartError};
+use super::docker::{Container, Copied, DockerError, JobParts, Making, Seen, StartError};
 use super::instance::{First, Instance, asked};
-use super::{Shared, docker};
+use super::logs::LogError;
+use super::{Shared, blocking, docker};
 use crate::causes::with_causes;
-use crate::clock::now;
 use crate::domain::command::Command;
 use crate::domain::container::ImageSpec;
 use crate::domain::event::Exit;
@@ -34,7 +33,7 @@ impl Instance {
             _ => self.shared.docker.adopt(&spec.container, spec.port).await,
         };
         let container = container.map_err(StartError::exit)?;
-        self.copy_output(&container, now().0);
+        self.copy_output(&container, false).await;
         Ok(Body::Container(container))
     }
 
@@ -52,7 +51,7 @@ impl Instance {
         self.said_before = self.said().await;
         match self.make(&spec, &image, &grants, Some(&parts)).await {
             Ok(container) => {
-                self.copy_output(&container, now().0);
+                self.copy_output(&container, false).await;
                 let body = Body::Container(container);
                 self.report_spawned(&body);
                 self.live(body, &spec, First::Running).await;
@@ -126,16 +125,7 @@ impl Instance {
             match container {
                 Ok(container) => {
                     let container = container?;
-                    let written = self
-                        .shared
-                        .logs
-                        .open(&self.service)
-                        .map(|log| log.metadata().ok());
-                    let since = written
-                        .ok()
-                        .flatten()
-                        .map_or(now().0, |data| data.mtime() * 1_000_000);
-                    self.copy_output(&container, since);
+                    self.copy_output(&container, true).await;
                     return Some(container);
                 }
                 Err(DockerError::Down(_)) => tokio::time::sleep(docker::ASK_AGAIN).await,
@@ -154,13 +144,25 @@ impl Instance {
         Some(self.shared.container_owners.enter(id.into(), owner))
     }
 
-    fn copy_output(&mut self, container: &Container, since: i64) {
-        match self.shared.logs.open(&self.service) {
-            Ok(log) => {
+    /// From its start on, or from where the gateway was with it when it ended.
+    async fn copy_output(&mut self, container: &Container, found: bool) {
+        let (logs, service) = (self.shared.logs.clone(), self.service.clone());
+        let (id, before) = (container.id.clone(), container.said_before.clone());
+        let opened = blocking(move || {
+            let (log, kept) = (logs.open(&service)?, logs.open_position(&service)?);
+            Ok::<_, LogError>(match found {
+                true => Copied::resume(&id, log, kept)
+                    .unwrap_or_else(|(log, kept)| Copied::after(before, &id, log, kept)),
+                false => Copied::after(before, &id, log, kept),
+            })
+        })
+        .await;
+        match opened {
+            Ok(copied) => {
                 let copying =
-                    docker::copy(self.shared.docker.clone(), container.id.clone(), log, since);
-                let (done, copied) = oneshot::channel::<()>();
-                self.copied = Some(copied);
+                    docker::copy(self.shared.docker.clone(), container.id.clone(), copied);
+                let (done, over) = oneshot::channel::<()>();
+                self.copied = Some(over);
                 self.shared.tasks.spawn("container output", async move {
                     copying.await;
                     drop(done);

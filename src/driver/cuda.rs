@@ -1,7 +1,8 @@
 //! Takes the GPU memory of an instance's processes to the host and gives it back, with the vendor's program
 //! `cuda-checkpoint` (driver 570 and up): lock, checkpoint; restore, unlock, each by pid.
 //!
-//! It cannot lock threads that are frozen, so a process that is stopped is refused.
+//! It cannot lock threads that are frozen, and would wait for them: a process that is stopped, or whose control group is
+//! frozen (a container that is paused), is refused before the program is run.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use std::time::Duration;
 use tokio::process::Command;
 use tokio::time::{Instant, timeout_at};
 
+use super::freezer;
 use super::process;
 use super::procfs;
 use super::{Driver, blocking};
@@ -26,7 +28,9 @@ pub enum CudaError {
     NoProgram { program: String, error: String },
     #[error("none of its processes uses CUDA")]
     NoProcess,
-    #[error("process {pid} is frozen")]
+    #[error("process {pid} is stopped; continue it first (kill -CONT {pid})")]
+    Stopped { pid: u32 },
+    #[error("the control group of process {pid} is frozen; is its container paused?")]
     Frozen { pid: u32 },
     #[error("{program} --action {action} for process {pid} took too long")]
     TimedOut {
@@ -56,7 +60,7 @@ impl Driver {
             .await?;
         for &pid in &pids {
             if procfs::stat(pid).is_some_and(|stat| matches!(stat.state, 'T' | 't')) {
-                return Err(CudaError::Frozen { pid });
+                return Err(CudaError::Stopped { pid });
             }
         }
         let mut done = Ok(());
@@ -117,7 +121,16 @@ impl Driver {
         limit: Instant,
     ) -> Result<Vec<u32>, CudaError> {
         let mark = self.shared.mark(service, generation);
-        let members = blocking(move || process::members(&mark)).await;
+        let look = move || {
+            let members = process::members(&mark);
+            let frozen = members.iter().copied().find(|&pid| freezer::is_frozen(pid));
+            (members, frozen)
+        };
+        let (members, frozen) = blocking(look).await;
+        // Even the question for its state would not be answered.
+        if let Some(pid) = frozen {
+            return Err(CudaError::Frozen { pid });
+        }
         let mut pids = Vec::new();
         for pid in members {
             match self.cuda_state(pid, limit).await {

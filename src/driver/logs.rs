@@ -151,7 +151,7 @@ impl Logs {
             let name = name_of(plane, run);
             inner.lock().remove(&name);
             // The log last: as long as it is there, the others are looked for again.
-            for extension in ["log.part", "log.1", "log"] {
+            for extension in ["log.position", "log.part", "log.1", "log"] {
                 match fs::remove_file(inner.path(&name, extension)?) {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => {
                         return Err(inner.unusable(error));
@@ -194,6 +194,22 @@ impl Logs {
         let open = OpenOptions::new()
             .append(true)
             .create(true)
+            .mode(0o600)
+            .open(&path);
+        open.map_err(|source| LogError::File {
+            path: path.display().to_string(),
+            source,
+        })
+    }
+
+    /// Where it is kept how far a log follows what is written elsewhere.
+    pub(super) fn open_position(&self, service: &ServiceName) -> Result<File, LogError> {
+        let path = self.inner.path(service, "log.position")?;
+        let open = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
             .mode(0o600)
             .open(&path);
         open.map_err(|source| LogError::File {

@@ -9,6 +9,7 @@ mod contained;
 mod credentials;
 mod cuda;
 mod docker;
+mod freezer;
 mod health;
 mod http;
 mod instance;

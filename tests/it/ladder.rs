@@ -340,7 +340,7 @@ echo "$2 $4" >> "$dir/calls"
 echo $state > "$dir/state.$4"
 "#;
 
-fn cuda_checkpoint(dir: &Path) -> String {
+pub fn cuda_checkpoint(dir: &Path) -> String {
     let program = dir.join("cuda-checkpoint");
     std::fs::write(&program, CUDA_CHECKPOINT).unwrap();
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();

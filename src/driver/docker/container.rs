@@ -15,6 +15,7 @@ use smol_str::SmolStr;
 use tokio::sync::watch;
 
 use super::engine::{CHANGE, Docker, DockerError, LOOK};
+use super::position::Piece;
 use super::recipe::{GpuWay, JobParts, Recipe, owner_labels};
 use super::watch::{Seen, wait};
 use crate::domain::container::{ContainerStatus, ImageSpec};
@@ -65,6 +66,8 @@ pub struct Container {
     started_at: String,
     /// Made by us: removed when it has ended.
     is_ours: bool,
+    /// The last that one of others had said when it was adopted.
+    pub said_before: Option<Piece>,
     seen: watch::Receiver<Seen>,
 }
 
@@ -161,13 +164,20 @@ impl Docker {
             }
             seen => seen?,
         };
-        match seen.facts.status {
-            ContainerStatus::Running => Ok(self.hold(seen, port, false)),
-            ContainerStatus::Paused => Err(StartError::Refused(format!(
-                "container '{name}' is paused; unpause it (docker unpause {name})"
-            ))),
-            _ => self.run(seen, port, false).await,
-        }
+        let said_before = self.last_said(&seen.facts.id).await;
+        let container = match seen.facts.status {
+            ContainerStatus::Running => self.hold(seen, port, false),
+            ContainerStatus::Paused => {
+                return Err(StartError::Refused(format!(
+                    "container '{name}' is paused; unpause it (docker unpause {name})"
+                )));
+            }
+            _ => self.run(seen, port, false).await?,
+        };
+        Ok(Container {
+            said_before,
+            ..container
+        })
     }
 
     /// `port` is the one that was asked for; 0 takes the one that the engine chose.
@@ -183,6 +193,7 @@ impl Docker {
             pid: seen.pid,
             started_at: seen.started_at.clone(),
             is_ours,
+            said_before: None,
             seen: self.inner.watcher.follow(seen),
         }
     }

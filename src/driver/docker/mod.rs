@@ -1,7 +1,7 @@
 //! Containers, by the engine's HTTP interface: services in ones that are there already, or in ones made of an image.
 //!
 //! `engine` the connection and whether it answers, `rules` what the operator allows, `recipe` what a container is made
-//! of, `container` one of them, `checkpoint` what a job's attempts hand on, `watch` what becomes of them, `output` what they say, `owners` who lives in which, `orphans` those nobody knows.
+//! of, `container` one of them, `checkpoint` what a job's attempts hand on, `watch` what becomes of them, `running` which run, `output` what they say, `position` how far that was copied, `owners` who lives in which, `orphans` those nobody knows.
 
 mod checkpoint;
 mod container;
@@ -9,9 +9,11 @@ mod engine;
 mod orphans;
 mod output;
 mod owners;
+mod position;
 mod recipe;
 mod registry;
 mod rules;
+mod running;
 mod watch;
 
 use std::time::Duration;
@@ -23,6 +25,7 @@ pub use orphans::Kept;
 pub(super) use output::copy;
 pub use owners::ContainerOwners;
 pub(super) use owners::Occupied;
+pub(super) use position::Copied;
 pub use recipe::JobParts;
 pub use rules::{ContainerRules, Forbidden};
 pub(super) use watch::Seen;

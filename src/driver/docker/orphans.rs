@@ -65,7 +65,15 @@ impl Docker {
             filters: Some([("label".to_owned(), labels)].into()),
             ..ListContainersOptions::default()
         };
-        self.call("list containers", LOOK, |client| async move {
+        self.listed(options, LOOK).await
+    }
+
+    pub(super) async fn listed(
+        &self,
+        options: ListContainersOptions,
+        limit: Duration,
+    ) -> Result<Vec<ContainerSummary>, DockerError> {
+        self.call("list containers", limit, |client| async move {
             client.list_containers(Some(options)).await
         })
         .await

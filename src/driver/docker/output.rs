@@ -1,25 +1,25 @@
-//! What containers say, copied into the services' logs as it comes.
+//! What containers say, copied into the services' logs as it comes: each line once, also when the engine or the gateway
+//! was away meanwhile.
 
-use std::fs::File;
-use std::io::Write;
 use std::time::Duration;
 
 use bollard::query_parameters::LogsOptions;
 use futures_util::StreamExt;
 use smol_str::SmolStr;
 
-use super::engine::Docker;
+use super::engine::{Docker, DockerError, LOOK};
+use super::position::{Copied, Piece};
 use crate::driver::blocking;
 
 /// Between tries to read on after the engine broke off.
 const AGAIN: Duration = Duration::from_secs(1);
-/// Every line begins with the engine's time in RFC 3339 with nine digits of a second, then a space.
-const TIME_CHARS: usize = 30;
+/// Pieces that are there at once are written at once.
+const PIECES_MAX: usize = 256;
 
-/// Copies what a container has said since `since` (microseconds since the epoch) and says from now on, until it has ended.
-pub async fn copy(docker: Docker, id: SmolStr, log: File, since: i64) {
-    let mut last = String::new();
-    let mut from_s = since.div_euclid(1_000_000);
+/// Copies what a container says after the position, until it has ended.
+pub async fn copy(docker: Docker, id: SmolStr, copied: Copied) {
+    // What was said before it was adopted is known from now on.
+    let mut copied = write(copied, &id).await;
     loop {
         docker.is_up().await;
         let Ok(client) = docker.client() else {
@@ -30,49 +30,66 @@ pub async fn copy(docker: Docker, id: SmolStr, log: File, since: i64) {
             stdout: true,
             stderr: true,
             timestamps: true,
-            since: i32::try_from(from_s).unwrap_or(0),
+            since: i32::try_from(copied.from_s()).unwrap_or(0),
             ..LogsOptions::default()
         };
-        let mut lines = std::pin::pin!(client.logs(&id, Some(options)));
+        copied.begin_again();
+        let mut pieces = std::pin::pin!(client.logs(&id, Some(options)).ready_chunks(PIECES_MAX));
         let broke_off = loop {
-            let bytes = match lines.next().await {
-                Some(Ok(line)) => line.into_bytes(),
-                Some(Err(error)) => {
-                    break matches!(docker.judge(error), super::DockerError::Down(_));
+            // A restart of the engine ends the stream like the container's end does.
+            let Some(some) = pieces.next().await else {
+                break !docker.state().up;
+            };
+            let mut failed = None;
+            for piece in some {
+                match piece {
+                    Ok(piece) => copied.take(&piece.into_bytes()),
+                    Err(error) => failed = Some(error),
                 }
-                // A restart of the engine ends the stream like the container's end does.
-                None => break !docker.state().up,
-            };
-            let Some((time, text)) = split(&bytes) else {
-                continue;
-            };
-            // Once more what was copied before the engine broke off.
-            if time <= last.as_str() {
-                continue;
             }
-            last = time.to_owned();
-            let Ok(mut file) = log.try_clone() else {
-                return;
-            };
-            let text = text.to_vec();
-            if blocking(move || file.write_all(&text)).await.is_err() {
-                tracing::warn!(container.id = %id, "a container's output could not be written");
+            copied = write(copied, &id).await;
+            if let Some(error) = failed {
+                break matches!(docker.judge(error), DockerError::Down(_));
             }
         };
         if !broke_off {
             return;
         }
-        from_s = seconds_of(&last).unwrap_or(from_s);
         tokio::time::sleep(AGAIN).await;
     }
 }
 
-fn split(line: &[u8]) -> Option<(&str, &[u8])> {
-    let time = std::str::from_utf8(line.get(..TIME_CHARS)?).ok()?;
-    Some((time, line.get(TIME_CHARS + 1..)?))
+async fn write(mut copied: Copied, id: &str) -> Copied {
+    let (copied, written) = blocking(move || {
+        let written = copied.write();
+        (copied, written)
+    })
+    .await;
+    if let Err(error) = written {
+        tracing::warn!(container.id = id, %error, "a container's output could not be written");
+    }
+    copied
 }
 
-fn seconds_of(time: &str) -> Option<i64> {
-    let parsed: jiff::Timestamp = time.parse().ok()?;
-    Some(parsed.as_second())
+impl Docker {
+    /// The last piece that a container has said until now; `None` when it has said nothing.
+    pub(super) async fn last_said(&self, id: &str) -> Option<Piece> {
+        let client = self.client().ok()?;
+        let options = LogsOptions {
+            stdout: true,
+            stderr: true,
+            timestamps: true,
+            tail: "1".to_owned(),
+            ..LogsOptions::default()
+        };
+        let last = async {
+            let mut pieces = std::pin::pin!(client.logs(id, Some(options)));
+            let mut last = None;
+            while let Some(Ok(piece)) = pieces.next().await {
+                last = Piece::of(&piece.into_bytes());
+            }
+            last
+        };
+        tokio::time::timeout(LOOK, last).await.ok()?
+    }
 }

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::daemon::OwnEngine;
 use super::engine::Docked;
+use super::own::OwnEngine;
 use crate::support::rng::Rng;
 
 fn number(name: &str, default: u64) -> u64 {

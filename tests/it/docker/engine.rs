@@ -75,6 +75,13 @@ impl Docked {
         ids.lines().map(str::to_owned).collect()
     }
 
+    /// Checkpoint folders of its jobs that the engine has.
+    pub fn volumes(&self) -> Vec<String> {
+        let filter = format!("label=io.rungate.ledger={}", self.ledger);
+        let names = docker(&["volume", "ls", "-q", "--filter", &filter]);
+        names.lines().map(str::to_owned).collect()
+    }
+
     pub async fn no_containers_are_left(&self) {
         until("no container is left", || async {
             self.containers().is_empty()
@@ -120,6 +127,9 @@ impl Drop for Docked {
         self.gateway.kill();
         for id in self.containers() {
             docker(&["rm", "-f", &id]);
+        }
+        for volume in self.volumes() {
+            docker(&["volume", "rm", "-f", &volume]);
         }
     }
 }

@@ -233,3 +233,42 @@ async fn doctor_lists_containers_and_orphans_without_touching_them() {
         "true"
     );
 }
+
+#[tokio::test]
+async fn the_memory_of_a_paused_container_is_not_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = crate::ladder::cuda_checkpoint(dir.path());
+    let options = options()
+        .set("RUNGATE_CUDA_CHECKPOINT", &program)
+        .set("RUNGATE_PROBE_INTERVAL_MS", "60000")
+        .set("RUNGATE_IDLE_TIMEOUT_MS", "4000");
+    let gateway = Docked::start(options).await;
+    let ladder = json!([{"step": "cuda-checkpoint", "seconds": 20}]);
+    gateway
+        .python("py", json!({"vram_gb": 1, "ladder": ladder}))
+        .await;
+    gateway.runs("py", json!({"op": "echo"})).await;
+    docker(&["pause", &gateway.container_of("py").await]);
+    gateway
+        .service_becomes("py", "/instance", json!(null))
+        .await;
+    let records = gateway.service_records("py").await;
+    let ended = records
+        .iter()
+        .find(|record| record["effect"]["type"] == "ladder_step_ended");
+    let ended = &ended.expect("a step")["effect"]["payload"];
+    assert_eq!(
+        (&ended["step"], &ended["outcome"]),
+        (&json!("cuda-checkpoint"), &json!("failed"))
+    );
+    let error = ended["error"].as_str().unwrap();
+    assert!(
+        error.contains("frozen") && error.contains("paused"),
+        "{error}"
+    );
+    assert!(
+        !dir.path().join("calls").exists(),
+        "the program was not run"
+    );
+    gateway.no_containers_are_left().await;
+}

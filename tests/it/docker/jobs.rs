@@ -37,13 +37,6 @@ impl Docked {
         .await;
     }
 
-    fn volumes(&self) -> Vec<String> {
-        let filter = format!("label=io.rungate.ledger={}", self.ledger);
-        let names = docker(&["volume", "ls", "-q", "--filter", &filter]);
-        names.lines().map(str::to_owned).collect()
-    }
-
-    /// Of its jobs; what is left of a test is removed with it.
     async fn nothing_is_left(&self) {
         self.no_containers_are_left().await;
         until("no memory is reserved", || async {

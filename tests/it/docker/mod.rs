@@ -2,10 +2,14 @@
 //! (`tests/docker/images`); without them these tests fail.
 
 mod chaos;
+mod contract;
 mod daemon;
 mod engine;
 mod faults;
+mod gpus;
 mod jobs;
+mod output;
+mod own;
 mod pulling;
 mod refusals;
 mod services;
