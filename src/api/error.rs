@@ -80,7 +80,7 @@ error_codes! {
     MissingField = "missing_field", BAD_REQUEST, "A required field is missing";
     NoActiveJob = "no_active_job", CONFLICT, "The service has no active job";
     NoEngine = "no_engine", SERVICE_UNAVAILABLE, "No container engine";
-    NoOutput = "no_output", NOT_FOUND, "The run has no container of its own";
+    NoOutput = "no_output", CONFLICT, "The run has no container of its own";
     NotFound = "not_found", NOT_FOUND, "No such path";
     NotPaused = "not_paused", CONFLICT, "The run is not paused";
     NotQueued = "not_queued", CONFLICT, "The run is not queued";

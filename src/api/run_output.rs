@@ -48,7 +48,8 @@ pub struct OutputLines {
     responses((status = 200, content(
             (OutputLines = "application/json", example = json!({"run_id": "0199f3a2-7c1e-7d0a-9c55-6f0f0d1f2a3b", "lines": ["epoch 1 of 10"]})),
             (String = "text/event-stream"))),
-        (status = 404, description = "Run 'x' not found, or it has no container of its own"),
+        (status = 404, description = "Run 'x' not found"),
+        (status = 409, description = "It has no container of its own"),
         (status = 410, description = "It was purged")))]
 async fn read(
     State(app): State<App>,
@@ -79,7 +80,8 @@ async fn read(
 /// That is everything up to 8 MiB, and of more the end: 8 MiB at least.
 #[utoipa::path(get, path = "/runs/{run_id}/output/content", tag = "runs",
     responses((status = 200, body = String, content_type = "text/plain", example = json!("epoch 1 of 10\n")),
-        (status = 404, description = "Run 'x' not found, or it has no container of its own"),
+        (status = 404, description = "Run 'x' not found"),
+        (status = 409, description = "It has no container of its own"),
         (status = 410, description = "It was purged")))]
 async fn download(
     State(app): State<App>,
@@ -102,9 +104,8 @@ async fn download(
 async fn with_container(app: &App, caller: &Caller, id: &str) -> Result<RunSummary, ApiError> {
     let run = app.run(caller, id).await?;
     if !matches!(run.spec.target, Target::Container(_)) {
-        let service = run.service.as_deref().unwrap_or("its service");
         let message = format!(
-            "Run '{id}' has no container of its own; what its service writes is at /services/{service}/logs"
+            "Run '{id}' has no container of its own; what a service writes is at /services/{{name}}/logs"
         );
         return Err(ApiError::new(ErrorCode::NoOutput, message));
     }

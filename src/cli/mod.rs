@@ -14,6 +14,7 @@ mod error;
 mod gpu;
 mod health;
 mod ledger;
+mod log_lines;
 mod logs;
 mod notify;
 mod output;

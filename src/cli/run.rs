@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use super::client::{Client, segment};
 use super::error::{CliError, Exit};
 use super::output::{facts, instant, table, text};
-use super::{Context, watch};
+use super::{Context, log_lines, watch};
 
 /// Largest payload read from a file or stdin, in bytes: the gateway takes no larger body.
 const MAX_PAYLOAD_BYTES: u64 = 64 << 20;
@@ -30,8 +30,9 @@ pub enum Run {
 Examples:
   rungate run start --type text-stats --payload '{\"files\":[\"/etc/hosts\"]}'
   rungate run start --service llama --payload-file request.json --priority 1 --watch
-  jq -c . request.json | rungate run start --type llm --payload-file - --json")]
-    Start(Start),
+  jq -c . request.json | rungate run start --type llm --payload-file - --json
+  rungate run start --image trainer:3 --gpus 1 --checkpoint-signal SIGUSR1 --watch -- --epochs 10")]
+    Start(Box<Start>),
     /// List runs, newest first
     #[command(
         after_help = "Example:\n  rungate run list --status running --json | jq -r '.items[].run_id'"
@@ -52,6 +53,18 @@ Examples:
         /// Only what comes after this cursor
         #[arg(long, default_value_t = 0, value_name = "CURSOR")]
         after: u64,
+    },
+    /// Show what the containers of a job wrote
+    #[command(after_help = "Example:\n  rungate run output 0198c0de-… --follow")]
+    Output {
+        /// The run's id
+        run: String,
+        /// At most this many lines
+        #[arg(long, short = 'n', default_value_t = 100, value_name = "N")]
+        tail: u32,
+        /// Go on as they write more, to the end of the run
+        #[arg(long, short)]
+        follow: bool,
     },
     /// Hold a run: a queued one stays out of the queue, a running one saves its state and frees its GPU
     Pause(Reasoned),
@@ -110,17 +123,19 @@ pub struct Start {
     #[arg(
         long = "type",
         value_name = "TYPE",
-        required_unless_present = "service"
+        required_unless_present_any = ["service", "image"]
     )]
     service_type: Option<String>,
     /// This service and no other
     #[arg(long, value_name = "NAME")]
     service: Option<String>,
+    #[command(flatten)]
+    container: Container,
     /// The job's payload, as JSON
-    #[arg(long, value_name = "JSON", conflicts_with = "payload_file")]
+    #[arg(long, value_name = "JSON", conflicts_with_all = ["payload_file", "image"])]
     payload: Option<String>,
     /// File that holds the payload; `-` reads standard input
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "image")]
     payload_file: Option<PathBuf>,
     /// 1 is the most urgent, 5 the least
     #[arg(long, short, value_parser = clap::value_parser!(u8).range(1..=5))]
@@ -151,6 +166,60 @@ pub struct Start {
     watch: bool,
 }
 
+/// A container of the job's own.
+#[derive(Args, Debug)]
+pub struct Container {
+    /// A container of its own, made of this image and run to its end
+    #[arg(long, value_name = "IMAGE", conflicts_with_all = ["service_type", "service"])]
+    image: Option<String>,
+    /// Whole GPUs that it gets for itself
+    #[arg(long, value_name = "N", requires = "image")]
+    gpus: Option<u32>,
+    /// GiB of GPU memory that it gets on a shared GPU
+    #[arg(long, value_name = "GIB", requires = "image")]
+    vram_gb: Option<f64>,
+    /// Environment variable, as often as wanted
+    #[arg(long, value_name = "NAME=VALUE", requires = "image", value_parser = super::service::pair)]
+    env: Vec<(String, String)>,
+    /// Folder or volume, as often as wanted; `:ro` behind it when nothing may be written
+    #[arg(long, value_name = "SOURCE:TARGET", requires = "image")]
+    volume: Vec<String>,
+    /// Sent to it before it is stopped, so that it saves its work to `RUNGATE_CHECKPOINT_DIR`
+    #[arg(long, value_name = "SIGNAL", requires = "image")]
+    checkpoint_signal: Option<String>,
+    /// What the image's entry point gets
+    #[arg(last = true, value_name = "ARGS", requires = "image")]
+    args: Vec<String>,
+}
+
+impl Container {
+    /// The member `container` of a job, if there is to be one.
+    fn member(self, timeout_seconds: Option<u64>) -> Option<Value> {
+        let mut container = json!({"image": self.image?});
+        let mut set = |name: &str, value: Option<Value>| {
+            if let Some(value) = value {
+                container[name] = value;
+            }
+        };
+        set("gpus", self.gpus.map(Value::from));
+        set("vram_gb", self.vram_gb.map(Value::from));
+        set("timeout_seconds", timeout_seconds.map(Value::from));
+        let env = self.env.into_iter().map(|(k, v)| (k, Value::from(v)));
+        let env: Map<String, Value> = env.collect();
+        set("env", (!env.is_empty()).then(|| env.into()));
+        let volumes = Some(self.volume).filter(|volumes| !volumes.is_empty());
+        set("volumes", volumes.map(Value::from));
+        set("checkpoint_signal", self.checkpoint_signal.map(Value::from));
+        set(
+            "args",
+            Some(self.args)
+                .filter(|args| !args.is_empty())
+                .map(Value::from),
+        );
+        Some(container)
+    }
+}
+
 #[derive(Args, Debug)]
 pub struct List {
     /// queued, running, paused, preempted, completed, failed or cancelled
@@ -172,6 +241,10 @@ impl Run {
             Run::List(list) => list.perform(context, &client).await,
             Run::Show { run } => show(context, &client, &run).await,
             Run::Watch { run, after } => watch::run(context.out, &client, &run, after).await,
+            Run::Output { run, tail, follow } => {
+                let path = format!("api/gateway/runs/{}/output", segment(&run));
+                log_lines::show(context, &client, path, tail, follow).await
+            }
             Run::Why { run } => why(context, &client, &run).await,
             Run::Pause(Reasoned { target, reason }) => {
                 let payload = reason_payload(reason);
@@ -236,10 +309,14 @@ impl Start {
         };
         set("service_type", self.service_type.map(Value::from));
         set("service_name", self.service.map(Value::from));
-        set("payload", Some(payload));
+        let container = self.container.member(self.timeout_seconds);
+        let is_call = container.is_none();
+        set("container", container);
+        set("payload", Some(payload).filter(|_| is_call));
         set("priority", self.priority.map(Value::from));
         set("ttl_seconds", self.ttl_seconds.map(Value::from));
-        set("timeout_seconds", self.timeout_seconds.map(Value::from));
+        let of_call = self.timeout_seconds.filter(|_| is_call);
+        set("timeout_seconds", of_call.map(Value::from));
         set("max_attempts", self.max_attempts.map(Value::from));
         set("callback_url", self.callback_url.map(Value::from));
         let mut body = json!({"job": job});

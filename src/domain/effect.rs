@@ -201,34 +201,7 @@ pub fn implied(state: &State, event: &Event) -> Option<Effect> {
                 kill_at: *kill_at,
             })
         }
-        Event::JobDispatched {
-            run,
-            attempt,
-            service,
-            generation,
-            checkpoint,
-        } => {
-            let job = state.jobs.get(run)?;
-            let dispatch = Box::new(Dispatch {
-                plane: job.plane,
-                run: *run,
-                attempt: *attempt,
-                service: service.clone(),
-                generation: *generation,
-                payload: job.payload,
-                checkpoint: *checkpoint,
-                timeout_ms: job.spec.timeout_ms,
-            });
-            let own = state.services.get(service);
-            match own.filter(|service| service.spec.worker.is_job()) {
-                Some(own) => Some(Effect::StartJob {
-                    spec: own.spec.clone(),
-                    grants: own.instance.as_ref()?.grants.clone(),
-                    job: dispatch,
-                }),
-                None => Some(Effect::Dispatch(dispatch)),
-            }
-        }
+        Event::JobDispatched { .. } => dispatched(state, event),
         Event::JobStopRequested {
             run,
             attempt,
@@ -250,6 +223,40 @@ pub fn implied(state: &State, event: &Event) -> Option<Effect> {
         | Event::JobCancelled { run, .. }
         | Event::CallbackAttempted { run, .. } => callback(state, *run),
         _ => None,
+    }
+}
+
+/// An attempt begins: by a call, or by a container of its own.
+fn dispatched(state: &State, event: &Event) -> Option<Effect> {
+    let Event::JobDispatched {
+        run,
+        attempt,
+        service,
+        generation,
+        checkpoint,
+    } = event
+    else {
+        return None;
+    };
+    let job = state.jobs.get(run)?;
+    let dispatch = Box::new(Dispatch {
+        plane: job.plane,
+        run: *run,
+        attempt: *attempt,
+        service: service.clone(),
+        generation: *generation,
+        payload: job.payload,
+        checkpoint: *checkpoint,
+        timeout_ms: job.spec.timeout_ms,
+    });
+    let own = state.services.get(service);
+    match own.filter(|service| service.spec.worker.is_job()) {
+        Some(own) => Some(Effect::StartJob {
+            spec: own.spec.clone(),
+            grants: own.instance.as_ref()?.grants.clone(),
+            job: dispatch,
+        }),
+        None => Some(Effect::Dispatch(dispatch)),
     }
 }
 

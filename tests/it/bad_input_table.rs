@@ -253,6 +253,30 @@ fn starts() -> Vec<Case> {
     ] {
         rows.push(start().json(&whole).fails(INVALID.0, INVALID.1));
     }
+    for container in [
+        "[]",
+        "{}",
+        r#"{"image":""}"#,
+        r#"{"image":"a b"}"#,
+        r#"{"image":"a","gpu":1}"#,
+        r#"{"image":"a","gpus":-1}"#,
+        r#"{"image":"a","vram_gb":1e9}"#,
+        r#"{"image":"a","args":"x"}"#,
+        r#"{"image":"a","args":["\u0000"]}"#,
+        r#"{"image":"a","volumes":["/"]}"#,
+        r#"{"image":"a","timeout_seconds":0}"#,
+        r#"{"image":"a","checkpoint_signal":"SIGKILL"}"#,
+        r#"{"image":"a","checkpoint_seconds":1}"#,
+    ] {
+        let whole = format!(r#"{{"job":{{"container":{container}}}}}"#);
+        rows.push(start().json(&whole).fails(INVALID.0, INVALID.1));
+    }
+    let both = r#"{"job":{"container":{"image":"a"},"service_type":"t"}}"#;
+    let no_engine = r#"{"job":{"container":{"image":"a"}}}"#;
+    rows.extend([
+        start().json(both).fails(INVALID.0, INVALID.1),
+        start().json(no_engine).fails(503, "no_engine"),
+    ]);
     for job in [
         "{}",
         r#"{"payload":1}"#,
@@ -350,10 +374,22 @@ fn run_reads(fixture: &Fixture) -> Vec<Case> {
         ),
         ("/api/gateway/runs/{run_id}/input_data", NO_RUN),
         ("/api/gateway/runs/{run_id}/why", NO_RUN),
+        ("/api/gateway/runs/{run_id}/output", NO_RUN),
+        ("/api/gateway/runs/{run_id}/output/content", "nope"),
         ("/api/gateway/runs/{run_id}/why", "%F0%9F%92%A9"),
     ] {
         let path = template.replace("{run_id}", bad);
         rows.push(Case::new("GET", template, &path).fails(404, "run_not_found"));
+    }
+    let output = "/api/gateway/runs/{run_id}/output";
+    for bad in ["?tail=-1", "?tail=10001", "?tail=x", "?follow=2"] {
+        let path = fixture.fill(output) + bad;
+        rows.push(Case::new("GET", output, &path).fails(INVALID.0, INVALID.1));
+    }
+    let content = "/api/gateway/runs/{run_id}/output/content";
+    for template in [output, content] {
+        let path = fixture.fill(template);
+        rows.push(Case::new("GET", template, &path).fails(409, "no_output"));
     }
     let purge = "/api/gateway/runs/{run_id}/purge";
     let purged = format!("/api/gateway/runs/{}/input_data", fixture.purged);

@@ -34,6 +34,8 @@ const ALL: [u16; 10] = [200; 10];
 const OWN: [u16; 10] = [200, 404, 404, 404, 404, 404, 404, 404, 404, 404];
 /// One's own, and all of the tenant for those who operate it.
 const SEEN: [u16; 10] = [200, 404, 404, 200, 200, 404, 404, 404, 404, 200];
+/// The same, of what has none.
+const NO_OUTPUT: [u16; 10] = [409, 404, 404, 409, 409, 404, 404, 404, 404, 409];
 /// Of a tenant that none of them is of: the administrator's.
 const FOREIGN: [u16; 10] = [404, 404, 404, 404, 404, 404, 404, 404, 404, 200];
 
@@ -82,6 +84,9 @@ const ROWS: &[Row] = &[
     ("GET", "/runs/{run_id}/input_data", SEEN),
     ("GET", "/runs/{run_id}/why", SEEN),
     ("POST", "/runs/{run_id}/purge", own_write(409)),
+    // Of a run without a container of its own; of others `docker::jobs` has it.
+    ("GET", "/runs/{run_id}/output", NO_OUTPUT),
+    ("GET", "/runs/{run_id}/output/content", NO_OUTPUT),
     ("GET", "/runs/{run_id}/ledger", SEEN),
     ("GET", "/runs/{run_id}/ledger/stream", SEEN),
     ("POST", "/runs/ledger/batch", ALL),

@@ -114,23 +114,6 @@ pub fn decide(
             attempt,
             body,
         } => cx.push_progress(plane, run, Some(attempt), body),
-        Command::JobAnswered {
-            run,
-            attempt,
-            outcome,
-        } => Ok(cx.job_answered(run, attempt, outcome)),
-        Command::JobStopDone {
-            run,
-            attempt,
-            confirmed,
-        } => Ok(cx.job_stop_done(run, attempt, confirmed)),
-        Command::CallbackTried {
-            run,
-            number,
-            status,
-            error,
-        } => Ok(cx.callback_tried(run, number, status, error)),
-        Command::NoticeTried(tried) => Ok(cx.notice_tried(*tried)),
         Command::PreemptExecute { service, preemptor } => {
             cx.preempt_execute(origin.plane, &service, preemptor)
         }
@@ -149,12 +132,29 @@ pub fn decide(
 }
 
 impl Context<'_> {
-    /// What the gateway tells of itself, and what the executor tells of instances.
+    /// What the gateway tells of itself, and what the executor tells of calls and instances.
     fn of_itself(&self, command: Command) -> Decision {
         match command {
             Command::GatewayStarted { epoch, version } => self.gateway_started(epoch, version),
             Command::GatewayStopped => self.gateway_stopped(),
             Command::Tick => Decision::done(Vec::new()),
+            Command::JobAnswered {
+                run,
+                attempt,
+                outcome,
+            } => self.job_answered(run, attempt, outcome),
+            Command::JobStopDone {
+                run,
+                attempt,
+                confirmed,
+            } => self.job_stop_done(run, attempt, confirmed),
+            Command::CallbackTried {
+                run,
+                number,
+                status,
+                error,
+            } => self.callback_tried(run, number, status, error),
+            Command::NoticeTried(tried) => self.notice_tried(*tried),
             outcome => self.instance_outcome(outcome),
         }
     }

@@ -338,8 +338,8 @@ impl State {
         self.check_preemptor(run);
     }
 
-    /// Applies an event about one job.
-    pub(super) fn apply_job(&mut self, seq: Seq, at: Timestamp, plane: PlaneId, event: &Event) {
+    /// A job comes, or comes back.
+    fn queue_job(&mut self, seq: Seq, at: Timestamp, plane: PlaneId, event: &Event) {
         match event {
             Event::JobQueued {
                 run,
@@ -373,6 +373,16 @@ impl State {
                 job.container = container.clone();
                 self.count_live(plane, true);
                 self.index_job(*run, Box::new(job));
+            }
+            _ => {}
+        }
+    }
+
+    /// Applies an event about one job.
+    pub(super) fn apply_job(&mut self, seq: Seq, at: Timestamp, plane: PlaneId, event: &Event) {
+        match event {
+            Event::JobQueued { .. } | Event::JobRevived { .. } => {
+                self.queue_job(seq, at, plane, event);
             }
             Event::JobDispatched {
                 run,

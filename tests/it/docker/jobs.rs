@@ -37,6 +37,16 @@ impl Docked {
         .await;
     }
 
+    /// A user's token.
+    async fn user(&self, name: &str) -> String {
+        let user = json!({"user_id": name});
+        let made = self
+            .post("/api/gateway/admin/users", user)
+            .await
+            .expect(200);
+        made["token"].as_str().expect("shown once").to_owned()
+    }
+
     async fn nothing_is_left(&self) {
         self.no_containers_are_left().await;
         until("no memory is reserved", || async {
@@ -73,6 +83,17 @@ async fn a_job_runs_to_its_end_and_its_output_is_followed_and_kept() {
     assert_eq!(lines.next().await.unwrap().name, "done");
 
     let told = gateway.run_becomes(&run, "completed").await;
+    let other = gateway.user("other").await;
+    for path in [
+        path.clone(),
+        format!("{path}/content"),
+        format!("{path}?follow=true"),
+    ] {
+        let asked = gateway
+            .bare(reqwest::Method::GET, &path)
+            .bearer_auth(&other);
+        assert_eq!(asked.send().await.unwrap().status(), 404, "{path}");
+    }
     assert_eq!(told["output"], json!({"exit_code": 0}));
     assert_eq!(told["workflow_id"], "job:container");
     assert_eq!(
