@@ -30,7 +30,7 @@ pub async fn copy(docker: Docker, id: SmolStr, copied: Copied) {
             stdout: true,
             stderr: true,
             timestamps: true,
-            since: i32::try_from(copied.from_s()).unwrap_or(0),
+            since: i32::try_from(copied.since_s()).unwrap_or(0),
             ..LogsOptions::default()
         };
         copied.begin_again();

@@ -141,7 +141,7 @@ impl Copied {
     }
 
     /// From which second on the engine is asked.
-    pub fn from_s(&self) -> i64 {
+    pub fn since_s(&self) -> i64 {
         (self.position.second - 1).max(0)
     }
 
@@ -263,7 +263,7 @@ mod tests {
                 let resumed = Copied::resume(&id, file(&dir, "log"), file(&dir, "kept"));
                 let mut copied = resumed.unwrap_or_else(|_| panic!("it is kept"));
                 copied.begin_again();
-                for piece in from(&all, copied.from_s()) {
+                for piece in from(&all, copied.since_s()) {
                     copied.take(piece);
                 }
                 copied.write().unwrap();
@@ -279,7 +279,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let before = Piece::of(&said(1, 5, "old"));
         let mut copied = Copied::after(before, &"c".into(), file(&dir, "log"), file(&dir, "kept"));
-        assert!(copied.from_s() < Piece::of(&said(1, 0, "")).unwrap().second);
+        assert!(copied.since_s() < Piece::of(&said(1, 0, "")).unwrap().second);
         copied.begin_again();
         for piece in [said(1, 3, "older"), said(1, 5, "old"), said(1, 6, "new")] {
             copied.take(&piece);
