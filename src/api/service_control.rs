@@ -339,7 +339,7 @@ async fn last_words(
             .filter_map(|record| match record.event {
                 Event::InstanceUnhealthy { error, .. }
                 | Event::InstanceExited {
-                    exit: Exit::NotStarted(error),
+                    exit: Exit::NotStarted(error) | Exit::NoEngine(error),
                     ..
                 } => Some(error),
                 Event::InstanceExited {

@@ -28,10 +28,17 @@ impl Instance {
         spec: &ServiceSpec,
         grants: &[Grant],
     ) -> Result<Body, Exit> {
+        let docker = self.shared.docker.clone();
+        tokio::select! {
+            biased;
+            () = docker.may_be_tried() => {}
+            () = asked(&mut self.stop) => {}
+        }
         let container = match &spec.worker {
             Worker::Image(image) => self.make(spec, image, grants, None).await,
             _ => self.shared.docker.adopt(&spec.container, spec.port).await,
         };
+        self.shared.docker.learn_space(&container);
         let container = container.map_err(StartError::exit)?;
         self.copy_output(&container, false).await;
         Ok(Body::Container(container))

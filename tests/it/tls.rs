@@ -19,22 +19,22 @@ use crate::support::wait::until;
 use crate::support::{Gateway, Options, answer, client};
 
 /// A certificate authority of its own.
-struct Authority(CertifiedIssuer<'static, KeyPair>);
+pub struct Authority(CertifiedIssuer<'static, KeyPair>);
 
 impl Authority {
-    fn new() -> Authority {
+    pub fn new() -> Authority {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         let issuer = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap());
         Authority(issuer.unwrap())
     }
 
-    fn pem(&self) -> String {
+    pub fn pem(&self) -> String {
         self.0.pem()
     }
 
     /// Writes a certificate for this machine's names, and its key.
-    fn issue(&self, cert: &Path, key: &Path) {
+    pub fn issue(&self, cert: &Path, key: &Path) {
         let names = ["localhost", "127.0.0.1"].map(str::to_owned);
         let own = KeyPair::generate().unwrap();
         let params = CertificateParams::new(names.to_vec()).unwrap();

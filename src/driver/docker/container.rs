@@ -13,10 +13,12 @@ use futures_util::StreamExt;
 use rustix::process::Signal;
 use smol_str::SmolStr;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use super::engine::{CHANGE, Docker, DockerError, LOOK};
 use super::position::Piece;
 use super::recipe::{GpuWay, JobParts, Recipe, owner_labels};
+use super::space::is_full;
 use super::watch::{Seen, wait};
 use crate::domain::container::{ContainerStatus, ImageSpec};
 use crate::domain::event::Exit;
@@ -40,7 +42,27 @@ impl From<DockerError> for StartError {
     fn from(error: DockerError) -> Self {
         match error {
             DockerError::Down(why) => StartError::NoEngine(why),
+            error @ DockerError::Full(_) => StartError::NoEngine(error.to_string()),
             error => StartError::Refused(error.to_string()),
+        }
+    }
+}
+
+impl Docker {
+    /// Returns at once, unless its disk was full a short while ago.
+    pub async fn may_be_tried(&self) {
+        if let Some(at) = self.inner.space.next_try() {
+            tokio::time::sleep_until(at).await;
+        }
+    }
+
+    /// From what became of a try.
+    pub fn learn_space(&self, tried: &Result<Container, StartError>) {
+        let space = &self.inner.space;
+        match tried {
+            Ok(_) => space.found(),
+            Err(StartError::NoEngine(why)) if is_full(why) => space.failed(Instant::now()),
+            Err(_) => {}
         }
     }
 }
@@ -306,7 +328,7 @@ impl Docker {
         };
         match tokio::time::timeout(PULL, pulling).await {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(DockerError::Down(why))) => Err(StartError::NoEngine(why)),
+            Ok(Err(error @ (DockerError::Down(_) | DockerError::Full(_)))) => Err(error.into()),
             Ok(Err(error)) => Err(StartError::Refused(format!(
                 "image '{image}' could not be pulled: {error}"
             ))),

@@ -12,12 +12,14 @@ use bollard::errors::Error;
 use tokio::sync::{Notify, watch};
 use uuid::Uuid;
 
+use super::connect::{self, ConnectError};
 use super::rules::ContainerRules;
+use super::space::{self, Space};
 use super::watch::Watcher;
 use crate::causes::with_causes;
 use crate::domain::command::Command;
 use crate::domain::container::Engine;
-use crate::driver::{Outcomes, Tasks};
+use crate::driver::{Outcomes, Tasks, blocking};
 
 /// Where an engine listens unless it is said.
 const DEFAULT_HOST: &str = "unix:///var/run/docker.sock";
@@ -28,7 +30,7 @@ pub(super) const LOOK: Duration = Duration::from_secs(5);
 /// A change, such as a start: images are unpacked, devices prepared, on a slow disk.
 pub(super) const CHANGE: Duration = Duration::from_secs(60);
 /// Ours are always shorter, but for streams, which wait for their first byte only.
-const CLIENT_LIMIT_S: u64 = 3_600;
+pub(super) const CLIENT_LIMIT_S: u64 = 3_600;
 /// Between questions to an engine that answers, and to one that does not.
 const ASK_UP: Duration = Duration::from_secs(5);
 const ASK_DOWN: Duration = Duration::from_secs(1);
@@ -72,6 +74,9 @@ pub enum DockerError {
     /// It says no.
     #[error("the container engine refuses: {0}")]
     Refused(String),
+    /// It has no room for that.
+    #[error("the container engine's disk is full; free some space there ({0})")]
+    Full(String),
 }
 
 /// Cloneable handle.
@@ -89,6 +94,7 @@ pub(super) struct Inner {
     /// Something went wrong: ask now.
     doubt: Notify,
     pub watcher: Watcher,
+    pub space: Space,
 }
 
 impl Docker {
@@ -134,6 +140,7 @@ impl Docker {
                 state: watch::Sender::new(Engine { up: false, error }),
                 doubt: Notify::new(),
                 watcher: Watcher::default(),
+                space: Space::default(),
             }),
         }
     }
@@ -210,7 +217,10 @@ impl Docker {
                 message,
             } => DockerError::NotFound(message),
             Error::DockerResponseServerError { message, .. }
-            | Error::DockerStreamError { error: message } => DockerError::Refused(message),
+            | Error::DockerStreamError { error: message } => match space::is_full(&message) {
+                true => DockerError::Full(message),
+                false => DockerError::Refused(message),
+            },
             error => {
                 self.inner.doubt.notify_one();
                 DockerError::Down(format!(
@@ -231,15 +241,20 @@ impl Docker {
 
     /// Reports each change of whether it answers, for as long as the gateway runs.
     async fn keep_asking(self, outcomes: Outcomes) {
+        let mut before = None;
         loop {
             let found = self.ask().await;
             let is_new = self.inner.state.send_if_modified(|state| {
-                let changed = state.up != found.up || (!state.up && state.error != found.error);
+                // An engine that refuses in turn in two ways is not told of each time.
+                let is_sure = state.error.is_none() || before == found.error;
+                let other = !state.up && state.error != found.error;
+                let changed = state.up != found.up || (other && is_sure);
                 if changed {
                     *state = found.clone();
                 }
                 changed
             });
+            before.clone_from(&found.error);
             if is_new {
                 match &found.error {
                     None => tracing::info!(
@@ -279,7 +294,11 @@ impl Docker {
                     error: None,
                 }
             }
-            Ok(Err(error)) => down(&self.inner.host, &error),
+            Ok(Err(error)) => {
+                // The next one may find other certificates.
+                *self.kept_client() = None;
+                down(&self.inner.host, &error)
+            }
             Err(_) => Engine {
                 up: false,
                 error: Some(format!(
@@ -291,25 +310,38 @@ impl Docker {
     }
 
     /// A kept connection that answers, or a new one, in the newest version that both sides know.
-    async fn connect(&self) -> Result<bollard::Docker, Error> {
+    async fn connect(&self) -> Result<bollard::Docker, ConnectError> {
         let kept = self.kept_client().clone();
         if let Some(client) = kept {
             client.ping().await?;
             return Ok(client);
         }
-        let mut client = bollard::Docker::connect_with_host(&self.inner.host)?;
-        client.set_timeout(Duration::from_secs(CLIENT_LIMIT_S));
+        let inner = self.inner.clone();
+        let client = blocking(move || connect::connect(&inner.host)).await?;
         debug_assert!(client.client_version() == *API_DEFAULT_VERSION);
-        client.negotiate_version().await
+        Ok(client.negotiate_version().await?)
     }
 }
 
 /// In words that end a sentence, and say what to do.
-fn down(host: &str, error: &Error) -> Engine {
+fn down(host: &str, error: &ConnectError) -> Engine {
+    let error = match error {
+        ConnectError::Unusable(why) => {
+            format!("the container engine at {host} cannot be asked: {why}")
+        }
+        ConnectError::Engine(error) => unanswered(host, error),
+    };
+    Engine {
+        up: false,
+        error: Some(error),
+    }
+}
+
+fn unanswered(host: &str, error: &Error) -> String {
     let text = with_causes(error);
-    let error = if matches!(error, Error::SocketNotFoundError(_)) || text.contains("No such file") {
+    if matches!(error, Error::SocketNotFoundError(_)) || text.contains("No such file") {
         format!("no container engine was found at {host}; start it, or set docker_host")
-    } else if text.contains("ermission denied") {
+    } else if host.starts_with("unix://") && text.contains("ermission denied") {
         format!(
             "the container engine at {host} lets this user in no more than others; add the gateway's user to its group"
         )
@@ -317,9 +349,5 @@ fn down(host: &str, error: &Error) -> Engine {
         format!(
             "the container engine at {host} does not answer ({text}); start it, or set docker_host"
         )
-    };
-    Engine {
-        up: false,
-        error: Some(error),
     }
 }

@@ -1,9 +1,10 @@
 //! Containers, by the engine's HTTP interface: services in ones that are there already, or in ones made of an image.
 //!
-//! `engine` the connection and whether it answers, `rules` what the operator allows, `recipe` what a container is made
+//! `connect` the ways to an engine, with `tls` and `ssh`, `engine` the connection and whether it answers, `space` its disk, `rules` what the operator allows, `recipe` what a container is made
 //! of, `container` one of them, `checkpoint` what a job's attempts hand on, `watch` what becomes of them, `running` which run, `output` what they say, `position` how far that was copied, `owners` who lives in which, `orphans` those nobody knows.
 
 mod checkpoint;
+mod connect;
 mod container;
 mod engine;
 mod orphans;
@@ -14,6 +15,9 @@ mod recipe;
 mod registry;
 mod rules;
 mod running;
+mod space;
+mod ssh;
+mod tls;
 mod watch;
 
 use std::time::Duration;

@@ -4,6 +4,7 @@
 mod chaos;
 mod contract;
 mod daemon;
+mod disk;
 mod engine;
 mod faults;
 mod gpus;
@@ -12,4 +13,5 @@ mod output;
 mod own;
 mod pulling;
 mod refusals;
+mod remote;
 mod services;

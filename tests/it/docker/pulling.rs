@@ -16,10 +16,11 @@ use sha2::{Digest, Sha256};
 
 use super::engine::{BUSYBOX, Docked, docker, options};
 
+pub const PASSWORD: &str = "s3cret-of-the-registry";
 const MANIFEST: &str = "application/vnd.docker.distribution.manifest.v2+json";
 
 /// What it has, by digest, and what it was asked without the password.
-struct Registry {
+pub struct Registry {
     blobs: HashMap<String, Vec<u8>>,
     manifest: Vec<u8>,
     refused: Mutex<u32>,
@@ -43,7 +44,7 @@ fn shell(command: &str) -> Vec<u8> {
 
 impl Registry {
     /// Of an image that the engine has.
-    fn of(image: &str) -> Registry {
+    pub fn of(image: &str) -> Registry {
         let dir = tempfile::tempdir().unwrap();
         let saved = dir.path().join("image.tar").display().to_string();
         docker(&["save", "-o", &saved, image]);
@@ -70,7 +71,7 @@ impl Registry {
     }
 
     /// Its port on 127.0.0.1.
-    async fn serve(self: Arc<Self>) -> u16 {
+    pub async fn serve(self: Arc<Self>) -> u16 {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = listener.local_addr().unwrap().port();
         let router = Router::new()
@@ -82,7 +83,7 @@ impl Registry {
     }
 
     fn admits(&self, headers: &HeaderMap) -> bool {
-        let wanted = format!("Basic {}", STANDARD.encode("puller:s3cret-of-the-registry"));
+        let wanted = format!("Basic {}", STANDARD.encode(format!("puller:{PASSWORD}")));
         let good = headers
             .get(header::AUTHORIZATION)
             .is_some_and(|value| *value == wanted);
@@ -139,6 +140,12 @@ async fn object(
     }
 }
 
+/// A file that lets in who has the right password.
+pub fn credentials(port: u16, password: &str) -> String {
+    let pair = STANDARD.encode(format!("puller:{password}"));
+    json!({"auths": {format!("127.0.0.1:{port}"): {"auth": pair}}}).to_string()
+}
+
 #[tokio::test]
 async fn an_allowed_image_is_pulled_with_credentials_and_never_silently() {
     let registry = Arc::new(Registry::of(BUSYBOX));
@@ -153,11 +160,7 @@ async fn an_allowed_image_is_pulled_with_credentials_and_never_silently() {
         .set("RUNGATE_CRASH_LOOP_DEATHS", "1")
         .set("RUNGATE_DOCKER_CREDENTIALS", &file.display().to_string());
     // With another's password it is refused, and said so.
-    let auth = |password: &str| {
-        let pair = STANDARD.encode(format!("puller:{password}"));
-        json!({"auths": {format!("127.0.0.1:{port}"): {"auth": pair}}}).to_string()
-    };
-    std::fs::write(&file, auth("wrong")).unwrap();
+    std::fs::write(&file, credentials(port, "wrong")).unwrap();
     let gateway = Docked::start(allowed).await;
     gateway.register(service("a")).await;
     let refused = gateway
@@ -168,7 +171,7 @@ async fn an_allowed_image_is_pulled_with_credentials_and_never_silently() {
     assert!(detail.contains("could not be pulled"), "{detail}");
     assert!(*registry.refused.lock().unwrap() > 0);
 
-    std::fs::write(&file, auth("s3cret-of-the-registry")).unwrap();
+    std::fs::write(&file, credentials(port, PASSWORD)).unwrap();
     gateway.register(service("b")).await;
     let started = gateway
         .post("/services/b/start", json!({}))
