@@ -18,6 +18,9 @@ use crate::domain::state::service::{Instance, InstancePhase, Service};
 /// The result of a job whose container has done its work; what it wrote is kept apart.
 const ENDED_WELL: &[u8] = br#"{"exit_code":0}"#;
 
+/// Milliseconds before a job's container is tried again that its engine did not make.
+const NO_ENGINE_PAUSE_MS: u64 = 5_000;
+
 impl Context<'_> {
     /// The service and its instance, if `generation` is the current one and still there.
     pub(super) fn instance(
@@ -310,12 +313,14 @@ impl Context<'_> {
                 (_, exit) => events.extend(self.failed(run, job, failure_of(exit), None)),
             }
         }
+        // Its service stays for as long, and with it nothing is tried.
+        let is_away = matches!(exit, Exit::NoEngine(_));
         events.push(Event::InstanceExited {
             service,
             generation: instance.generation,
             exit,
             expected: true,
-            retry_at: None,
+            retry_at: is_away.then(|| self.now + NO_ENGINE_PAUSE_MS),
             deaths: 0,
         });
         events

@@ -185,13 +185,19 @@ fn registered(service: &Service) -> Vec<Event> {
         .collect()
 }
 
-/// A job's service without an instance: it is for a start that was decided, or that room is held for, and else goes.
-pub(super) fn absent_upkeep(state: &State, service: &Service) -> Option<Vec<Event>> {
+/// A job's service without an instance: it is for a start that was decided, for room that is held, or for a pause; else it
+/// goes.
+pub(super) fn absent_upkeep(
+    state: &State,
+    service: &Service,
+    now: Timestamp,
+) -> Option<Vec<Event>> {
     let name = &service.spec.name;
     let removed = Event::ServiceRemoved {
         service: name.clone(),
     };
-    (!state.holds.contains_key(name)).then(|| vec![removed])
+    let rests = service.retry_at.is_some_and(|at| at > now);
+    (!rests && !state.holds.contains_key(name)).then(|| vec![removed])
 }
 
 /// What follows for a job's container from where the job stands.

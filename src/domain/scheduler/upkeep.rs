@@ -111,7 +111,7 @@ fn service_upkeep(
 ) -> Option<Vec<Event>> {
     let service = state.services.get(name)?;
     match (&service.instance, &service.spec.worker) {
-        (None, Worker::Job { .. }) => container::absent_upkeep(state, service),
+        (None, Worker::Job { .. }) => container::absent_upkeep(state, service, now),
         (None, _) => absent_upkeep(state, settings, now, service),
         (Some(instance), Worker::Job { run, .. }) => {
             container::upkeep(state, (service, instance), *run, now)

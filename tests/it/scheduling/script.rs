@@ -529,9 +529,11 @@ impl Script {
                 }
             }
             "exited" => {
-                let exit = line.number("code").map_or(Exit::Unknown, |code| {
-                    Exit::Code(i32::try_from(code).unwrap())
-                });
+                let exit = match line.number("code") {
+                    Some(code) => Exit::Code(i32::try_from(code).unwrap()),
+                    None if line.has("away") => Exit::NoEngine("it is away".to_owned()),
+                    None => Exit::Unknown,
+                };
                 Command::InstanceExited {
                     service,
                     generation,

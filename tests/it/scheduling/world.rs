@@ -282,7 +282,12 @@ impl World {
             (_, Stage::Gone) => Command::InstanceExited {
                 service,
                 generation,
-                exit: Exit::Code(i32::from(luck == Luck::Bad)),
+                exit: match stage {
+                    Stage::Starting if generation.0.is_multiple_of(2) => {
+                        Exit::NoEngine("away".to_owned())
+                    }
+                    _ => Exit::Code(i32::from(luck == Luck::Bad)),
+                },
             },
             (Stage::Starting, _) => Command::InstanceHealthy {
                 service,
