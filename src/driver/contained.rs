@@ -17,6 +17,8 @@ use crate::domain::event::Exit;
 use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::spec::{Grant, ServiceSpec, Worker};
 
+const STOPPED: &str = "it was stopped before it started";
+
 impl Instance {
     /// Makes and starts a container, or starts the one that is there.
     pub(super) async fn contain(
@@ -28,7 +30,7 @@ impl Instance {
         tokio::select! {
             biased;
             () = docker.may_be_tried() => {}
-            () = asked(&mut self.stop) => {}
+            () = asked(&mut self.stop) => return Err(Exit::NotStarted(STOPPED.to_owned())),
         }
         let container = match &spec.worker {
             Worker::Image(image) => self.make(spec, image, grants).await,
@@ -55,7 +57,7 @@ impl Instance {
             biased;
             prepared = docker.prepare(image, say) => prepared?,
             () = asked(&mut self.stop) => {
-                return Err(StartError::Refused("it was stopped before it started".to_owned()));
+                return Err(StartError::Refused(STOPPED.to_owned()));
             }
         }
         let mark = self.mark();
