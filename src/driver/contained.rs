@@ -20,25 +20,28 @@ use crate::domain::spec::{Grant, ServiceSpec, Worker};
 
 /// How long the rest of a container's output is read when it has ended.
 const LAST_WORDS: Duration = Duration::from_secs(60);
+const STOPPED: &str = "it was stopped before it started";
 
 impl Instance {
-    /// Makes and starts a container, or starts the one that is there.
+    /// Makes and starts a container, of a job's attempt if there is one, or starts the one that is there.
     pub(super) async fn contain(
         &mut self,
         spec: &ServiceSpec,
         grants: &[Grant],
+        job: Option<&(Box<ImageSpec>, JobParts)>,
     ) -> Result<Body, Exit> {
         let docker = self.shared.docker.clone();
         tokio::select! {
             biased;
+            () = asked(&mut self.stop) => return Err(Exit::NotStarted(STOPPED.to_owned())),
             () = docker.may_be_tried() => {}
-            () = asked(&mut self.stop) => {}
         }
-        let container = match &spec.worker {
-            Worker::Image(image) => self.make(spec, image, grants, None).await,
-            _ => self.shared.docker.adopt(&spec.container, spec.port).await,
+        let container = match (job, &spec.worker) {
+            (Some((image, parts)), _) => self.make(spec, image, grants, Some(parts)).await,
+            (None, Worker::Image(image)) => self.make(spec, image, grants, None).await,
+            _ => docker.adopt(&spec.container, spec.port).await,
         };
-        self.shared.docker.learn_space(&container);
+        docker.learn_space(&container);
         let container = container.map_err(StartError::exit)?;
         self.copy_output(&container, false).await;
         Ok(Body::Container(container))
@@ -49,21 +52,15 @@ impl Instance {
         mut self,
         spec: Arc<ServiceSpec>,
         grants: Vec<Grant>,
-        (image, parts): (Box<ImageSpec>, JobParts),
+        job: (Box<ImageSpec>, JobParts),
     ) {
-        if self.stop.borrow().is_some() {
-            let why = "it was stopped before it started".to_owned();
-            return self.never_started(Exit::NotStarted(why));
-        }
         self.said_before = self.said().await;
-        match self.make(&spec, &image, &grants, Some(&parts)).await {
-            Ok(container) => {
-                self.copy_output(&container, false).await;
-                let body = Body::Container(container);
+        match self.contain(&spec, &grants, Some(&job)).await {
+            Ok(body) => {
                 self.report_spawned(&body);
                 self.live(body, &spec, First::Running).await;
             }
-            Err(error) => self.never_started(error.exit()),
+            Err(exit) => self.never_started(exit),
         }
     }
 
@@ -83,7 +80,7 @@ impl Instance {
             biased;
             prepared = docker.prepare(image, say) => prepared?,
             () = asked(&mut self.stop) => {
-                return Err(StartError::Refused("it was stopped before it started".to_owned()));
+                return Err(StartError::Refused(STOPPED.to_owned()));
             }
         }
         let mark = self.mark();

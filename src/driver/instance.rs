@@ -110,7 +110,7 @@ impl Instance {
                 let spawned = self.spawn(&spec, grants).await;
                 spawned.map(Body::process).map_err(Exit::NotStarted)
             }
-            Worker::Container | Worker::Image(_) => self.contain(&spec, &grants).await,
+            Worker::Container | Worker::Image(_) => self.contain(&spec, &grants, None).await,
             Worker::Job { .. } => Err(Exit::NotStarted(
                 "a job's container needs its job".to_owned(),
             )),
