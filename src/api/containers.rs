@@ -14,6 +14,7 @@ use super::routes::Routes;
 use super::services::{ADOPTED, Service};
 use super::state::App;
 use crate::domain::container::ImageSpec;
+use crate::domain::scheduler::container::run_of;
 use crate::domain::spec::{GpuSource, ServiceSpec, Worker};
 use crate::driver::{DockerError, Forbidden};
 
@@ -123,7 +124,10 @@ pub async fn must_exist(app: &App, spec: &ServiceSpec) -> Result<(), ApiError> {
 pub struct Container {
     pub id: String,
     pub name: String,
-    pub service: String,
+    /// Null for the container of a job.
+    pub service: Option<String>,
+    /// The job whose own container it is.
+    pub run_id: Option<String>,
     pub generation: u64,
     /// As the engine has it: `created`, `running`, `paused`, `exited`, …
     pub state: String,
@@ -151,7 +155,7 @@ pub struct ContainerList {
 /// List the containers that bear this gateway's label, and tell which are orphans.
 #[utoipa::path(get, path = "/containers", tag = "services",
     responses((status = 200, body = ContainerList, example = json!({"engine": {"up": true, "error": null}, "containers": [{
-        "id": "4c01db0b339c", "name": "rungate-0199a7c2-stats-3", "service": "stats", "generation": 3, "state": "running", "orphan": false
+        "id": "4c01db0b339c", "name": "rungate-0199a7c2-stats-3", "service": "stats", "run_id": null, "generation": 3, "state": "running", "orphan": false
     }]}))))]
 async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<ContainerList>, ApiError> {
     let (kept, error) = match app.docker.kept().await {
@@ -164,10 +168,12 @@ async fn list(State(app): State<App>, _caller: Caller) -> Result<Json<ContainerL
             let generation = view.instance.as_ref().map(|instance| instance.generation);
             view.spec.name == kept.service && generation == Some(kept.generation)
         });
+        let job = run_of(&kept.service);
         Container {
             id: kept.id.to_string(),
             name: kept.name,
-            service: kept.service.to_string(),
+            service: job.is_none().then(|| kept.service.to_string()),
+            run_id: job.map(|(_, run)| run.to_string()),
             generation: kept.generation.0,
             state: kept.state,
             orphan: !lives,

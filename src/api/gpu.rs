@@ -18,6 +18,9 @@ use super::service_owner::sees;
 use super::services::{gib, is_healthy, is_running, source_name};
 use super::state::App;
 use crate::coordinator::GpuStatus;
+use crate::domain::identity::Role;
+use crate::domain::ids::ServiceName;
+use crate::domain::scheduler::container::run_of;
 use crate::domain::tenant::DEFAULT_TENANT;
 use crate::domain::time::Timestamp;
 use crate::gpu::{GpuReading, ProcessReading, Sample};
@@ -112,7 +115,10 @@ fn describe(look: &Look, services: &HashMap<&str, &ServiceView>, strangers: bool
         .reservations
         .iter()
         .filter(|(service, _)| services.contains_key(service.as_str()))
-        .map(|(service, mib)| json!({"service": service.as_str(), "memory_mb": mib}))
+        .map(|(holder, mib)| {
+            let (service, run) = named(holder);
+            json!({"service": service, "run_id": run, "memory_mb": mib})
+        })
         .collect();
     let processes = match reading {
         Some(reading) => measured(reading, services, strangers),
@@ -180,12 +186,15 @@ fn measured(
             None => strangers,
         });
     let entry = |process: &ProcessReading| {
+        let owner = process.owner.as_ref();
+        let (service, run) = owner.map_or((None, None), |(name, _)| named(name));
         json!({
             "pid": process.pid,
             "type": process.kind(),
             "name": process.name.as_str(),
             "memory_mb": process.memory_mib.unwrap_or(0),
-            "service": process.owner.as_ref().map(|(service, _)| service.as_str()),
+            "service": service,
+            "run_id": run,
         })
     };
     told.map(entry).collect()
@@ -193,18 +202,39 @@ fn measured(
 
 /// The processes of these services that hold memory of a GPU, where none are seen.
 fn processes(gpu: &GpuStatus, services: &HashMap<&str, &ServiceView>) -> Vec<Value> {
-    let entry = |(service, mib): &(crate::domain::ids::ServiceName, u64)| {
+    let entry = |(service, mib): &(ServiceName, u64)| {
         let instance = services.get(service.as_str())?.instance.as_ref()?;
         let process = instance.process.as_ref()?;
+        let (service, run) = named(service);
         Some(json!({
-            "pid": process.pid, "type": "C", "name": service.as_str(), "memory_mb": mib,
-            "service": service.as_str(),
+            "pid": process.pid, "type": "C", "name": service.or(run.as_deref()), "memory_mb": mib,
+            "service": service, "run_id": run,
         }))
     };
     gpu.reservations.iter().filter_map(entry).collect()
 }
 
-/// The services that exist for a caller: of the memory of others it is told how much, not whose.
+/// The service that holds memory, or the run whose own container does.
+fn named(holder: &ServiceName) -> (Option<&str>, Option<String>) {
+    match run_of(holder) {
+        Some((_, run)) => (None, Some(run.to_string())),
+        None => (Some(holder.as_str()), None),
+    }
+}
+
+/// Who holds memory, as far as the caller is told: its services, and its runs with containers of their own. Of the memory
+/// of others it is told how much, not whose.
+async fn holders(app: &App, caller: &Caller) -> Result<Vec<ServiceView>, ApiError> {
+    let all = caller.principal.power() == Role::Admin;
+    let mut views = app.scan(|ledger| ledger.services()).await?;
+    views.retain(|view| match run_of(&view.spec.name) {
+        Some((plane, _)) => all || plane == caller.plane(),
+        None => sees(caller, view),
+    });
+    Ok(views)
+}
+
+/// The services that exist for a caller.
 async fn seen(app: &App, caller: &Caller) -> Result<Vec<ServiceView>, ApiError> {
     let mut views = app.scan(|ledger| ledger.services()).await?;
     views.retain(|view| sees(caller, view));
@@ -226,7 +256,7 @@ fn by_name(views: &[ServiceView]) -> HashMap<&str, &ServiceView> {
 }))))]
 async fn gpu(State(app): State<App>, caller: Caller) -> Result<Json<Value>, ApiError> {
     let all = look(&app).await?;
-    let views = seen(&app, &caller).await?;
+    let views = holders(&app, &caller).await?;
     let (services, strangers) = (by_name(&views), sees_strangers(&caller));
     let gpus: Vec<Value> = all
         .iter()

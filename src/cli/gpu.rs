@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::Context;
 use super::client::segment;
 use super::error::{CliError, Exit};
-use super::output::{table, text};
+use super::output::{holder, table, text};
 use keys::Keys;
 
 /// Moves to the top and clears what is below.
@@ -139,7 +139,7 @@ fn words(answer: &Value) -> String {
 
 fn row(gpu: &Value) -> Vec<String> {
     let holders = gpu["reservations"].as_array().into_iter().flatten();
-    let holders: Vec<String> = holders.map(|holder| text(holder, "service")).collect();
+    let holders: Vec<String> = holders.map(holder).collect();
     let health = match gpu["quarantine"]["detail"].as_str() {
         Some(detail) => format!("{}: {}", text(gpu, "health"), super::output::plain(detail)),
         None => text(gpu, "health"),
@@ -180,7 +180,7 @@ fn picture(answer: &Value) -> String {
                     text(process, "pid"),
                     text(process, "type"),
                     text(process, "memory_mb"),
-                    text(process, "service"),
+                    holder(process),
                     text(process, "name"),
                 ]
             })

@@ -94,6 +94,14 @@ pub fn facts(pairs: &[(&str, String)]) -> String {
     lines.join("\n")
 }
 
+/// Whose memory, process or container something is: a service's, or a job's.
+pub fn holder(value: &Value) -> String {
+    match text(value, "run_id") {
+        run if run.is_empty() => text(value, "service"),
+        run => format!("job {run}"),
+    }
+}
+
 /// A member as text: empty for null and absent, JSON for what is no scalar. Control characters cannot
 /// reach the terminal.
 pub fn text(value: &Value, name: &str) -> String {

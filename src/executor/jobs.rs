@@ -14,8 +14,9 @@ use crate::domain::spec::{Grant, ServiceSpec};
 use crate::domain::time::Timestamp;
 use crate::driver::{DockerError, JobParts};
 
-/// Between looks for what ended jobs have left behind.
+/// Between looks for what ended jobs have left behind; the first comes when the engine has had time to answer.
 const LOOK_EVERY: Duration = Duration::from_secs(60);
+const FIRST_LOOK: Duration = Duration::from_secs(2);
 
 /// Where a run stands, for who keeps something of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,8 +76,10 @@ async fn making(
 
 /// Removes what ended jobs have left behind, for as long as there is an executor.
 pub(super) async fn clear(inner: Weak<Inner>) {
+    let mut pause = FIRST_LOOK;
     loop {
-        tokio::time::sleep(LOOK_EVERY).await;
+        tokio::time::sleep(pause).await;
+        pause = LOOK_EVERY;
         let Some(inner) = inner.upgrade() else {
             return;
         };

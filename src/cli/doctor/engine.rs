@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::super::Context;
 use super::super::error::{CliError, Exit};
-use super::super::output::{table, text};
+use super::super::output::{holder, table, text};
 use super::Finding;
 use crate::config::Config;
 use crate::server::probe_engine;
@@ -51,7 +51,7 @@ fn words(answer: &Value) -> String {
         vec![
             id,
             text(container, "name"),
-            text(container, "service"),
+            holder(container),
             text(container, "state"),
             verdict.to_owned(),
         ]

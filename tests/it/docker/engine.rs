@@ -126,7 +126,8 @@ impl Drop for Docked {
     fn drop(&mut self) {
         self.gateway.kill();
         for id in self.containers() {
-            docker(&["rm", "-f", &id]);
+            // The gateway may have been about to remove it.
+            let _ = Command::new("docker").args(["rm", "-f", &id]).output();
         }
         for volume in self.volumes() {
             docker(&["volume", "rm", "-f", &volume]);

@@ -210,7 +210,6 @@ async fn a_preempted_job_saves_its_work_and_goes_on_from_it() {
         (&json!("checkpoint"), &json!("done"))
     );
     gateway.nothing_is_left().await;
-    assert_eq!(gateway.volumes().len(), 2, "removed later");
 }
 
 #[tokio::test]
@@ -243,6 +242,39 @@ async fn jobs_outlive_the_gateway_and_are_done_once() {
     }
     gateway.run_becomes(&stopped, "cancelled").await;
     gateway.nothing_is_left().await;
+}
+
+#[tokio::test]
+async fn what_a_job_leaves_behind_is_kept_for_as_long_as_it_may_be_needed() {
+    let mut gateway = Docked::start(options()).await;
+    let done = gateway.start_job(script("echo done", json!({}))).await;
+    let fails = "
+        if [ -f $RUNGATE_CHECKPOINT_DIR/step ]; then echo went on; exit 0; fi
+        echo 1 >$RUNGATE_CHECKPOINT_DIR/step; exit 1";
+    let failed = gateway.start_job(script(fails, json!({}))).await;
+    gateway.run_becomes(&done, "completed").await;
+    gateway.run_becomes(&failed, "failed").await;
+    assert_eq!(gateway.volumes().len(), 2);
+
+    gateway.gateway.stop().await;
+    gateway.gateway.launch().await;
+    until_engine("of the one that completed nothing is needed", || {
+        gateway.volumes().len() == 1
+    })
+    .await;
+    gateway.command("again", &failed, "retry", json!({})).await;
+    gateway.run_becomes(&failed, "completed").await;
+    assert_eq!(gateway.output(&failed).await, ["went on"]);
+    assert_eq!(gateway.output(&done).await, ["done"]);
+
+    gateway.gateway.stop().await;
+    gateway.gateway.options = options().set("RUNGATE_DOCKER_JOBS_KEEP_HOURS", "0");
+    gateway.gateway.launch().await;
+    until("what they wrote is gone", || async {
+        gateway.output(&done).await.is_empty() && gateway.output(&failed).await.is_empty()
+    })
+    .await;
+    until_engine("no folder is left", || gateway.volumes().is_empty()).await;
 }
 
 #[tokio::test]
