@@ -102,11 +102,11 @@ async fn a_start_that_fails_says_why_and_leaves_no_container() {
     gateway
         .python(
             "sick",
-            json!({"env": {"HEALTH": "never"}, "startup_timeout_seconds": 1}),
+            json!({"env": {"HEALTH": "never"}, "startup_timeout_seconds": 4}),
         )
         .await;
     let why = fails_to_start(&gateway, "sick").await;
-    assert!(why.contains("503") && why.contains("1000 ms"), "{why}");
+    assert!(why.contains("503") && why.contains("4000 ms"), "{why}");
 
     gateway
         .python("program", json!({"args": ["/no/such/program"]}))
