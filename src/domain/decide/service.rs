@@ -175,7 +175,7 @@ impl Context<'_> {
                 .max();
             return Err(Rejection::InsufficientVram {
                 service: name.clone(),
-                required_mib: service.need_mib(),
+                required_mib: self.state.need_mib(service),
                 available_mib: free.unwrap_or(0),
             });
         };

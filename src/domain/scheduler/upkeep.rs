@@ -328,11 +328,11 @@ fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bo
             && state.serves(service, job)
             && state.may_use(job.plane, service)
     });
-    let need = service.need_mib();
+    let need = state.need_mib(service);
     let gpus = usize::try_from(service.spec.gpus).unwrap_or(usize::MAX);
     let fits = match (hold.grants.as_slice(), service.sleeping()) {
         (held, Some(asleep)) => {
-            held == placement::grants_again(service, asleep)
+            held == placement::grants_again(state, service, asleep)
                 && placement::could_wake(state, service, asleep)
         }
         // One that was changed to need none may have learned a need before.
