@@ -294,7 +294,10 @@ impl Request<'_, '_> {
 }
 
 /// The most urgent priority among the jobs that wait for `service`.
-fn best_waiting(state: &State, service: &Service) -> Option<crate::domain::spec::Priority> {
+pub(super) fn best_waiting(
+    state: &State,
+    service: &Service,
+) -> Option<crate::domain::spec::Priority> {
     let targets = service.targets();
     targets
         .iter()

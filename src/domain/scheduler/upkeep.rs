@@ -37,28 +37,40 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
         let at = state
             .services
             .get(&name)
-            .and_then(|service| next_deadline(settings, service))
-            .filter(|at| *at > now);
+            .and_then(|service| next_deadline(state, settings, service, now));
         state.timers.set(TimerKey::Service(name), at);
     }
     holds_upkeep(state, now)
 }
 
 /// When time alone changes something for a service: the end of its start, of its drain, of the wait before a
-/// restart, or of its idling.
-fn next_deadline(settings: &Settings, service: &Service) -> Option<Timestamp> {
+/// restart, of its idling, or of the wait for room in host memory.
+fn next_deadline(
+    state: &State,
+    settings: &Settings,
+    service: &Service,
+    now: Timestamp,
+) -> Option<Timestamp> {
     let Some(instance) = &service.instance else {
-        return service.retry_at;
+        return service.retry_at.filter(|at| *at > now);
     };
-    match &instance.phase {
+    let at = match &instance.phase {
         InstancePhase::Starting { deadline } | InstancePhase::Waking { deadline } => {
             Some(*deadline)
         }
         InstancePhase::Yielding { .. } => instance.rung.as_ref().map(|rung| rung.deadline),
+        InstancePhase::Draining { .. } if instance.active.is_empty() => None,
         InstancePhase::Draining { deadline, .. } => *deadline,
         InstancePhase::Ready => idle_end(settings, service, instance),
-        _ => None,
-    }
+        _ => return None,
+    };
+    let may_leave = matches!(
+        instance.phase,
+        InstancePhase::Draining { .. } | InstancePhase::Ready
+    );
+    let waits = may_leave && instance.active.is_empty();
+    at.filter(|at| *at > now)
+        .or_else(|| waits.then(|| ladder::host_wait_ends(state, now))?)
 }
 
 /// When an instance without work is stopped, if nobody asked for it by hand and it holds a GPU.

@@ -603,6 +603,7 @@ impl State {
                 });
                 self.keep_wanted(service, cause);
                 self.drop_promises_on(service);
+                self.look_at_leaving();
             }
             _ => {}
         }
