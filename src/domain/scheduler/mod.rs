@@ -171,17 +171,8 @@ fn try_harder(
         job,
     };
     let make_room = |worst| {
-        startable.iter().find_map(|service| {
-            let request = Request {
-                state,
-                bid: &bid,
-                run,
-                service,
-                worst,
-            };
-            let plan = request.plan()?;
-            Some(make_room(&request, plan))
-        })
+        let mut startable = startable.iter();
+        startable.find_map(|service| clear(&bid, run, service, worst))
     };
     let events = make_room(Leave::Idle)
         .or_else(|| preempt_place(all, &bid, run))
@@ -286,6 +277,33 @@ fn give_up_sleep(state: &State, startable: &[&Service], now: Timestamp) -> Optio
         .find(|service| service.sleeping().is_some() && placement::fit_elsewhere(state, service))?;
     let instance = service.instance.as_ref()?;
     Some(ladder::stop(service, instance, StopCause::Idle, now))
+}
+
+/// Makes room for a service; one that sleeps where there would still be none ends, to be started anew.
+fn clear(bid: &Bid, run: RunId, service: &Service, worst: Leave) -> Option<Vec<Event>> {
+    let state = bid.fair.state;
+    let anew = anew(state, service);
+    let request = Request {
+        state,
+        bid,
+        run,
+        service: anew.as_ref().unwrap_or(service),
+        worst,
+    };
+    let plan = request.plan()?;
+    match (&service.instance, &anew) {
+        (Some(asleep), Some(_)) => Some(ladder::stop(service, asleep, StopCause::Idle, bid.now)),
+        _ => Some(make_room(&request, plan)),
+    }
+}
+
+/// A service whose instance sleeps and could not wake if all others left its GPUs, as if it had none.
+fn anew(state: &State, service: &Service) -> Option<Service> {
+    let asleep = service.sleeping()?;
+    (!placement::could_wake(state, service, asleep)).then(|| Service {
+        instance: None,
+        ..service.clone()
+    })
 }
 
 /// One that sleeps, else the service that fits now with the smallest need.

@@ -55,6 +55,13 @@ fn fit_again(state: &State, service: &Service, asleep: &Asleep) -> Option<Vec<Gr
     grants.iter().all(fits).then_some(grants)
 }
 
+/// Whether the GPUs that a sleeping instance had are there, and may be used.
+pub fn has_its_gpus(state: &State, asleep: &Asleep) -> bool {
+    let gpus = asleep.grants.iter().map(|grant| state.gpus.get(&grant.gpu));
+    gpus.into_iter()
+        .all(|gpu| gpu.is_some_and(|gpu| gpu.present && gpu.quarantine.is_none()))
+}
+
 /// Whether a sleeping instance can have its memory again when all others have left: its GPUs are there.
 pub fn could_wake(state: &State, service: &Service, asleep: &Asleep) -> bool {
     let there = |grant: &Grant| {

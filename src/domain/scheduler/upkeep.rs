@@ -182,11 +182,8 @@ fn instance_upkeep(
         }
         InstancePhase::Asleep => {
             let asleep = instance.asleep.as_ref()?;
-            // It takes nothing any more, or its GPUs are gone.
-            let cause = match (
-                service.enabled,
-                placement::could_wake(state, service, asleep),
-            ) {
+            // It takes nothing any more, or its GPUs are not to be had any more. Memory that others take comes back.
+            let cause = match (service.enabled, placement::has_its_gpus(state, asleep)) {
                 (false, _) => StopCause::Disabled,
                 (true, false) => StopCause::Idle,
                 (true, true) => return None,
