@@ -92,6 +92,31 @@ pub fn free_stranded(state: &State, now: Timestamp) -> Option<Vec<Event>> {
     stranded.map(|(_, victims)| requeue(victims))
 }
 
+/// An instance that drains to make room which nobody holds any more, and that still has work, takes work again. Looked at
+/// when nothing else is left to decide, as its room may be held for another at once.
+pub fn take_back(state: &State) -> Option<Vec<Event>> {
+    let is_victim = |name| state.holds.values().any(|hold| hold.victims.contains(name));
+    let (service, instance) = state.services.values().find_map(|service| {
+        let instance = service.instance.as_ref()?;
+        let drains_for_room = matches!(
+            &instance.phase,
+            InstancePhase::Draining {
+                cause: StopCause::Room { .. },
+                ..
+            }
+        );
+        let has_work = service.enabled && !instance.active.is_empty();
+        let free = drains_for_room && has_work && !is_victim(&service.spec.name);
+        free.then_some((service, instance))
+    })?;
+    let ready_at = instance.ready_at.unwrap_or(instance.started_at);
+    Some(vec![Event::InstanceReady {
+        service: service.spec.name.clone(),
+        generation: instance.generation,
+        startup_ms: ready_at.millis_since(instance.started_at),
+    }])
+}
+
 /// A place promised, or a service that is up, on its way, or about to be tried again.
 fn has_prospect(state: &State, now: Timestamp, run: RunId, job: &Job) -> bool {
     let may_come = |service: &&Service| {
