@@ -272,6 +272,7 @@ impl Context<'_> {
             return self.container_ended(instance, service, exit);
         }
         let mut events = self.abandon_jobs(instance, &service, &exit);
+        events.extend(ladder::cut_off(entry, instance, self.now));
         let lived_ms = instance.ready_at.map_or(0, |at| self.now.millis_since(at));
         let earlier = if lived_ms >= self.settings.crash_loop_reset_ms {
             0

@@ -207,7 +207,9 @@ fn host_room<'a>(
         return HostRoom::There;
     }
     // What an earlier step was to move there is not there twice.
-    let others_mib = state.sleeping_host_mib().saturating_sub(instance.host_mib());
+    let others_mib = state
+        .sleeping_host_mib()
+        .saturating_sub(instance.host_mib());
     if others_mib + mib <= most {
         return HostRoom::There;
     }
@@ -326,6 +328,18 @@ pub fn ended_of_instance(
         error,
         took_ms: now.millis_since(rung.since),
         freed_mib: freed_mib(&instance.grants, held),
+    })
+}
+
+/// The end of a step that was taking an instance's memory when something else came between.
+pub fn cut_off(service: &Service, instance: &Instance, now: Timestamp) -> Option<Event> {
+    let held = &instance.grants;
+    let taking = instance
+        .rung
+        .as_ref()
+        .filter(|rung| rung.step.takes_memory());
+    taking.and_then(|_| {
+        ended_of_instance(service, instance, StepOutcome::Interrupted, None, held, now)
     })
 }
 
