@@ -353,12 +353,16 @@ impl Instance {
         let mut unsent = Some(Signal::TERM);
         loop {
             let kill_at = self.stop.borrow_and_update().unwrap_or_default();
+            let mut is_lost = false;
             if let Some(signal) = unsent {
                 // A container engine that does not answer must not keep the KILL from being tried.
                 let late = signal == Signal::TERM && matches!(body, Body::Container(_));
                 tokio::select! {
                     biased;
-                    reached = body.signal(signal) => if reached { self.report_signalled(signal) },
+                    reached = body.signal(signal) => match reached {
+                        true => self.report_signalled(signal),
+                        false => is_lost = signal == Signal::KILL,
+                    },
                     // The engine's answer may come after the end that it is about.
                     () = async { body.exited().await; tokio::time::sleep(ANSWER_WAIT).await } => return,
                     () = tokio::time::sleep(until(kill_at)), if late => {}
@@ -371,6 +375,8 @@ impl Instance {
                 () = body.exited() => return,
                 _ = self.stop.changed(), if !is_killed => {}
                 () = tokio::time::sleep(until(kill_at)), if !is_killed => unsent = Some(Signal::KILL),
+                // The engine did not take it, and is waited for before it is asked again.
+                () = tokio::time::sleep(ANSWER_WAIT), if is_lost => unsent = Some(Signal::KILL),
             }
         }
     }
