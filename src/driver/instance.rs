@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::body::Body;
 use super::contained;
 use super::health::{Prober, Verdict};
+use super::meter::{StillHeld, until_ended};
 use super::out_of_memory::ended_out_of_memory;
 use super::outcome::InOrder;
 use super::process::{self, Process, Spawn};
@@ -192,7 +193,7 @@ impl Instance {
 
     /// Reports the release once no process bears the mark, killing what still does, and its memory was seen free.
     pub async fn release(self) {
-        process::killed_and_gone(&self.mark()).await;
+        self.ended(process::killed_and_gone(&self.mark())).await;
         self.shared.revoke(&self.service, self.generation).await;
         let (meter, service) = (&self.shared.meter, &self.service);
         // Before the release, so that nothing else is started there.
@@ -200,6 +201,13 @@ impl Instance {
             self.outcomes.report(held.into_outcome());
         }
         self.report_released();
+    }
+
+    /// Awaits the end of what was killed. Its GPUs are told of when that takes too long: what it holds there may stay.
+    async fn ended(&self, ending: impl Future<Output = ()>) {
+        let stuck = self.shared.meter.stuck(&self.service, self.generation);
+        let told = |held: StillHeld| self.outcomes.report(held.into_outcome());
+        until_ended(ending, stuck, told).await;
     }
 
     async fn look_for(&self, recorded: Option<ProcessIdentity>) -> Option<Process> {
@@ -370,6 +378,9 @@ impl Instance {
             }
             let is_killed = unsent == Some(Signal::KILL);
             unsent = None;
+            if is_killed && !is_lost {
+                return self.ended(body.exited()).await;
+            }
             tokio::select! {
                 biased;
                 () = body.exited() => return,

@@ -179,10 +179,28 @@ impl Meter for Measured {
         let owner = (service.clone(), generation);
         Box::pin(async move { self.wait_until_free(&owner).await })
     }
+
+    fn stuck(
+        &self,
+        service: &ServiceName,
+        generation: Generation,
+    ) -> BoxFuture<'_, Vec<StillHeld>> {
+        let owner = (service.clone(), generation);
+        Box::pin(async move {
+            tokio::time::sleep(self.wait).await;
+            let gpus = self.gpus_of(&owner).await.into_iter();
+            let told = |gpu| StillHeld {
+                gpu,
+                detail: format!("service '{}' was killed and does not end", owner.0),
+            };
+            gpus.map(told).collect()
+        })
+    }
 }
 
 impl Measured {
-    async fn wait_until_free(&self, owner: &Owner) -> Vec<StillHeld> {
+    /// The GPUs on which an instance has memory.
+    async fn gpus_of(&self, owner: &Owner) -> Vec<GpuUuid> {
         let wanted = owner.clone();
         let asked = self.handle.ask(move |state, _, _| {
             let all = grants(state).into_iter();
@@ -190,7 +208,11 @@ impl Measured {
             own.map(|(gpu, ..)| gpu).collect::<Vec<GpuUuid>>()
         });
         // Nobody answers any more when the gateway stops; a restarted one waits anew.
-        let gpus = asked.await.unwrap_or_default();
+        asked.await.unwrap_or_default()
+    }
+
+    async fn wait_until_free(&self, owner: &Owner) -> Vec<StillHeld> {
+        let gpus = self.gpus_of(owner).await;
         if gpus.is_empty() {
             return Vec::new();
         }
