@@ -121,7 +121,7 @@ impl Instance {
                 self.report_spawned(&body);
                 self.live(body, &spec, First::Healthy).await;
             }
-            Err(exit) => self.never_started(exit),
+            Err(exit) => self.broke_off(exit).await,
         }
     }
 
@@ -419,6 +419,12 @@ impl Instance {
 
     pub(super) fn mark(&self) -> Mark {
         self.shared.mark(&self.service, self.generation)
+    }
+
+    /// Something of it may have been there.
+    pub(super) async fn broke_off(self, exit: Exit) {
+        self.report_exited(exit);
+        self.release().await;
     }
 
     pub(super) fn never_started(self, exit: Exit) {
