@@ -343,7 +343,7 @@ pub fn cut_off(service: &Service, instance: &Instance, now: Timestamp) -> Option
     })
 }
 
-/// The same step once more.
+/// The same step once more, after a restart of the gateway.
 pub fn again(
     service: &Service,
     instance: &Instance,
@@ -351,14 +351,12 @@ pub fn again(
     now: Timestamp,
 ) -> Option<Event> {
     let rung = instance.rung.as_ref()?;
-    Some(began(
-        service,
-        instance,
-        cause,
-        rung.number,
-        rung.step.clone(),
-        now,
-    ))
+    let step = rung.step.clone();
+    let mut began = began(service, instance, cause, rung.number, step, now);
+    if let Event::LadderStepBegan { attempt, .. } = &mut began {
+        *attempt = 1;
+    }
+    Some(began)
 }
 
 /// The last steps: TERM now, KILL when the time of `stop` is over. Where a ladder was declared they are steps of it.
