@@ -53,6 +53,10 @@ impl Clock {
                 } => stop_at,
                 Effect::StopCall { deadline, .. } => deadline,
                 Effect::SendCallback { not_before, .. } => not_before,
+                Effect::AskCheckpoint(asking) => &mut asking.deadline,
+                Effect::TakeMemory(taking) => &mut taking.deadline,
+                Effect::WakeInstance(waking) => &mut waking.deadline,
+                Effect::SendNotice(sending) => &mut sending.not_before,
                 _ => continue,
             };
             *at = Timestamp(at.0.saturating_sub(ahead_us));
@@ -65,6 +69,9 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::domain::effect::{AskCheckpoint, TakeMemory, WakeInstance};
+    use crate::domain::ids::{Generation, RunId, ServiceName};
+    use crate::domain::ladder::{Ask, Step};
 
     #[test]
     fn a_clock_set_back_slows_the_ledgers_and_never_stops_it() {
@@ -77,6 +84,70 @@ mod tests {
         assert_eq!(clock.advance(Timestamp(500_000), after(0)).0, 1_000_000);
         assert_eq!(clock.advance(Timestamp(600_000), after(100)).0, 1_050_000);
         assert_eq!(clock.advance(Timestamp(1_500_000), after(200)).0, 1_500_000);
+    }
+
+    /// The wall clock has been set back by an hour.
+    #[test]
+    fn every_deadline_of_an_effect_is_told_by_the_wall_clock() {
+        let at = now() + 3_600_000;
+        let clock = Clock {
+            last: at,
+            read: Instant::now(),
+        };
+        let (service, generation) = (ServiceName::from("s"), Generation(1));
+        let run = RunId(uuid::Uuid::nil());
+        let mut effects = [
+            Effect::StopInstance {
+                service: service.clone(),
+                generation,
+                kill_at: at,
+            },
+            Effect::StopCall {
+                run,
+                attempt: 1,
+                service: service.clone(),
+                generation,
+                reason: "pause",
+                deadline: at,
+            },
+            Effect::AskCheckpoint(Box::new(AskCheckpoint {
+                run,
+                attempt: 1,
+                service: service.clone(),
+                generation,
+                number: 0,
+                ask: Ask::Path("/c".into()),
+                deadline: at,
+            })),
+            Effect::TakeMemory(Box::new(TakeMemory {
+                service: service.clone(),
+                generation,
+                number: 0,
+                step: Step::Kill,
+                grants: Vec::new(),
+                is_anew: false,
+                deadline: at,
+            })),
+            Effect::WakeInstance(Box::new(WakeInstance {
+                service,
+                generation,
+                step: Step::Kill,
+                deadline: at,
+            })),
+        ];
+        clock.to_wall(&mut effects);
+        for effect in &effects {
+            let told = match effect {
+                Effect::StopInstance { kill_at, .. } => *kill_at,
+                Effect::StopCall { deadline, .. } => *deadline,
+                Effect::AskCheckpoint(asking) => asking.deadline,
+                Effect::TakeMemory(taking) => taking.deadline,
+                Effect::WakeInstance(waking) => waking.deadline,
+                other => panic!("{other:?}"),
+            };
+            let off_ms = (told - now()).abs() / 1_000;
+            assert!(off_ms < 60_000, "{effect:?} is off by {off_ms} ms");
+        }
     }
 
     #[test]

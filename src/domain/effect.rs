@@ -147,6 +147,8 @@ pub struct TakeMemory {
     pub number: u32,
     pub step: Step,
     pub grants: Vec<Grant>,
+    /// An earlier gateway process began it: it may have taken effect already.
+    pub is_anew: bool,
     pub deadline: Timestamp,
 }
 
@@ -262,6 +264,51 @@ fn dispatched(state: &State, event: &Event) -> Option<Effect> {
 
 fn of_ladder(state: &State, event: &Event) -> Option<Effect> {
     match event {
+        Event::LadderStepBegan { run: Some(_), .. } => of_run(state, event),
+        Event::LadderStepBegan {
+            service,
+            generation,
+            run: None,
+            attempt,
+            number,
+            step,
+            deadline,
+            ..
+        } => {
+            let instance = state.services.get(service)?.instance.as_ref()?;
+            step.takes_memory().then(|| {
+                Effect::TakeMemory(Box::new(TakeMemory {
+                    service: service.clone(),
+                    generation: *generation,
+                    number: *number,
+                    step: step.clone(),
+                    grants: instance.grants.clone(),
+                    is_anew: *attempt > 0,
+                    deadline: *deadline,
+                }))
+            })
+        }
+        Event::InstanceWakeRequested {
+            service,
+            generation,
+            deadline,
+            ..
+        } => {
+            let instance = state.services.get(service)?.instance.as_ref()?;
+            Some(Effect::WakeInstance(Box::new(WakeInstance {
+                service: service.clone(),
+                generation: *generation,
+                step: instance.asleep.as_ref()?.step.clone(),
+                deadline: *deadline,
+            })))
+        }
+        _ => None,
+    }
+}
+
+/// The step of a ladder that began for a run.
+fn of_run(state: &State, event: &Event) -> Option<Effect> {
+    match event {
         Event::LadderStepBegan {
             service,
             generation,
@@ -292,41 +339,6 @@ fn of_ladder(state: &State, event: &Event) -> Option<Effect> {
                 }
                 _ => None,
             }
-        }
-        Event::LadderStepBegan {
-            service,
-            generation,
-            run: None,
-            number,
-            step,
-            deadline,
-            ..
-        } => {
-            let instance = state.services.get(service)?.instance.as_ref()?;
-            step.takes_memory().then(|| {
-                Effect::TakeMemory(Box::new(TakeMemory {
-                    service: service.clone(),
-                    generation: *generation,
-                    number: *number,
-                    step: step.clone(),
-                    grants: instance.grants.clone(),
-                    deadline: *deadline,
-                }))
-            })
-        }
-        Event::InstanceWakeRequested {
-            service,
-            generation,
-            deadline,
-            ..
-        } => {
-            let instance = state.services.get(service)?.instance.as_ref()?;
-            Some(Effect::WakeInstance(Box::new(WakeInstance {
-                service: service.clone(),
-                generation: *generation,
-                step: instance.asleep.as_ref()?.step.clone(),
-                deadline: *deadline,
-            })))
         }
         _ => None,
     }

@@ -480,7 +480,7 @@ pub enum Event {
         service: ServiceName,
         generation: Generation,
         run: Option<RunId>,
-        /// 0 where it is for the instance.
+        /// For the instance 0, or 1 where a restart of the gateway begins the step anew.
         attempt: Attempt,
         cause: Option<StopCause>,
         /// Its place in the ladder, from 0.

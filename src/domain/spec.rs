@@ -205,6 +205,11 @@ impl ServiceSpec {
         self.vram_mib > 0 || self.gpus > 0
     }
 
+    /// Whether what was learned of the one's need of GPU memory holds for the other.
+    pub fn needs_memory_as(&self, other: &ServiceSpec) -> bool {
+        (self.vram_mib, self.gpus, &self.worker) == (other.vram_mib, other.gpus, &other.worker)
+    }
+
     /// The path a job is posted to: the service's own or that of its type
     /// (`contracts/gpu-gateway.md` section 4).
     pub fn dispatch_path(&self) -> &str {

@@ -60,7 +60,7 @@ impl Instance {
                 self.report_spawned(&body);
                 self.live(body, &spec, First::Running).await;
             }
-            Err(exit) => self.never_started(exit),
+            Err(exit) => self.broke_off(exit).await,
         }
     }
 

@@ -48,30 +48,27 @@ pub enum CudaError {
 }
 
 impl Driver {
-    /// Takes the memory of every CUDA process of an instance; when one cannot be done, gives back what was taken.
+    /// Takes the memory of every CUDA process of an instance, but for those whose memory is taken; when one cannot be done,
+    /// gives back what was taken.
     pub async fn take_cuda(
         &self,
         service: &ServiceName,
         generation: Generation,
         limit: Instant,
     ) -> Result<(), CudaError> {
-        let pids = self
-            .cuda_pids(service, generation, "running", limit)
-            .await?;
-        for &pid in &pids {
+        let all = self.cuda_processes(service, generation, limit).await?;
+        let running = in_state(&all, &["running"]);
+        for &pid in &running {
             if procfs::stat(pid).is_some_and(|stat| matches!(stat.state, 'T' | 't')) {
                 return Err(CudaError::Stopped { pid });
             }
         }
-        let mut done = Ok(());
-        for action in ["lock", "checkpoint"] {
-            for &pid in &pids {
-                if done.is_ok() {
-                    done = self.cuda(action, pid, limit).await;
-                }
-            }
-        }
+        let unfinished = in_state(&all, &["running", "locked"]);
+        let done = self
+            .act([("lock", &running), ("checkpoint", &unfinished)], limit)
+            .await;
         if done.is_err() {
+            let pids: Vec<u32> = all.into_iter().map(|(pid, _)| pid).collect();
             self.undo(&pids).await;
         }
         done
@@ -84,10 +81,21 @@ impl Driver {
         generation: Generation,
         limit: Instant,
     ) -> Result<(), CudaError> {
-        let found = self.cuda_pids(service, generation, "checkpointed", limit);
-        let pids = found.await?;
-        for action in ["restore", "unlock"] {
-            for &pid in &pids {
+        let all = self.cuda_processes(service, generation, limit).await?;
+        let taken = in_state(&all, &["checkpointed"]);
+        let locked = in_state(&all, &["checkpointed", "locked"]);
+        self.act([("restore", &taken), ("unlock", &locked)], limit)
+            .await
+    }
+
+    /// Each action for its processes, until one fails.
+    async fn act(
+        &self,
+        actions: [(&'static str, &Vec<u32>); 2],
+        limit: Instant,
+    ) -> Result<(), CudaError> {
+        for (action, pids) in actions {
+            for &pid in pids {
                 self.cuda(action, pid, limit).await?;
             }
         }
@@ -112,14 +120,14 @@ impl Driver {
         }
     }
 
-    /// The processes of an instance that are CUDA's in this state; those that use no CUDA have none.
-    async fn cuda_pids(
+    /// The processes of an instance that use CUDA, with their states: some may be where they are to be already, as a gateway
+    /// that was killed left them.
+    async fn cuda_processes(
         &self,
         service: &ServiceName,
         generation: Generation,
-        wanted: &str,
         limit: Instant,
-    ) -> Result<Vec<u32>, CudaError> {
+    ) -> Result<Vec<(u32, String)>, CudaError> {
         let mark = self.shared.mark(service, generation);
         let look = move || {
             let members = process::members(&mark);
@@ -131,17 +139,17 @@ impl Driver {
         if let Some(pid) = frozen {
             return Err(CudaError::Frozen { pid });
         }
-        let mut pids = Vec::new();
+        let mut all = Vec::new();
         for pid in members {
             match self.cuda_state(pid, limit).await {
-                Ok(state) if state == wanted => pids.push(pid),
+                Ok(state) => all.push((pid, state)),
                 Err(error @ CudaError::NoProgram { .. }) => return Err(error),
-                Ok(_) | Err(_) => {}
+                Err(_) => {}
             }
         }
-        match pids.is_empty() {
+        match in_state(&all, &["running", "locked", "checkpointed"]).is_empty() {
             true => Err(CudaError::NoProcess),
-            false => Ok(pids),
+            false => Ok(all),
         }
     }
 
@@ -207,4 +215,10 @@ impl Driver {
             error: complaint.trim().chars().take(COMPLAINT_MAX_CHARS).collect(),
         })
     }
+}
+
+fn in_state(all: &[(u32, String)], states: &[&str]) -> Vec<u32> {
+    let mut found = all.to_vec();
+    found.retain(|(_, state)| states.contains(&state.as_str()));
+    found.into_iter().map(|(pid, _)| pid).collect()
 }

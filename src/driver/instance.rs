@@ -14,6 +14,7 @@ use tokio::time::Instant;
 use super::body::Body;
 use super::contained;
 use super::health::{Prober, Verdict};
+use super::meter::{StillHeld, until_ended};
 use super::out_of_memory::ended_out_of_memory;
 use super::outcome::InOrder;
 use super::process::{self, Process, Spawn};
@@ -120,7 +121,7 @@ impl Instance {
                 self.report_spawned(&body);
                 self.live(body, &spec, First::Healthy).await;
             }
-            Err(exit) => self.never_started(exit),
+            Err(exit) => self.broke_off(exit).await,
         }
     }
 
@@ -192,7 +193,7 @@ impl Instance {
 
     /// Reports the release once no process bears the mark, killing what still does, and its memory was seen free.
     pub async fn release(self) {
-        process::killed_and_gone(&self.mark()).await;
+        self.ended(process::killed_and_gone(&self.mark())).await;
         self.shared.revoke(&self.service, self.generation).await;
         let (meter, service) = (&self.shared.meter, &self.service);
         // Before the release, so that nothing else is started there.
@@ -200,6 +201,13 @@ impl Instance {
             self.outcomes.report(held.into_outcome());
         }
         self.report_released();
+    }
+
+    /// Awaits the end of what was killed. Its GPUs are told of when that takes too long: what it holds there may stay.
+    async fn ended(&self, ending: impl Future<Output = ()>) {
+        let stuck = self.shared.meter.stuck(&self.service, self.generation);
+        let told = |held: StillHeld| self.outcomes.report(held.into_outcome());
+        until_ended(ending, stuck, told).await;
     }
 
     async fn look_for(&self, recorded: Option<ProcessIdentity>) -> Option<Process> {
@@ -353,12 +361,16 @@ impl Instance {
         let mut unsent = Some(Signal::TERM);
         loop {
             let kill_at = self.stop.borrow_and_update().unwrap_or_default();
+            let mut is_lost = false;
             if let Some(signal) = unsent {
                 // A container engine that does not answer must not keep the KILL from being tried.
                 let late = signal == Signal::TERM && matches!(body, Body::Container(_));
                 tokio::select! {
                     biased;
-                    reached = body.signal(signal) => if reached { self.report_signalled(signal) },
+                    reached = body.signal(signal) => match reached {
+                        true => self.report_signalled(signal),
+                        false => is_lost = signal == Signal::KILL,
+                    },
                     // The engine's answer may come after the end that it is about.
                     () = async { body.exited().await; tokio::time::sleep(ANSWER_WAIT).await } => return,
                     () = tokio::time::sleep(until(kill_at)), if late => {}
@@ -366,11 +378,16 @@ impl Instance {
             }
             let is_killed = unsent == Some(Signal::KILL);
             unsent = None;
+            if is_killed && !is_lost {
+                return self.ended(body.exited()).await;
+            }
             tokio::select! {
                 biased;
                 () = body.exited() => return,
                 _ = self.stop.changed(), if !is_killed => {}
                 () = tokio::time::sleep(until(kill_at)), if !is_killed => unsent = Some(Signal::KILL),
+                // The engine did not take it, and is waited for before it is asked again.
+                () = tokio::time::sleep(ANSWER_WAIT), if is_lost => unsent = Some(Signal::KILL),
             }
         }
     }
@@ -402,6 +419,12 @@ impl Instance {
 
     pub(super) fn mark(&self) -> Mark {
         self.shared.mark(&self.service, self.generation)
+    }
+
+    /// Something of it may have been there.
+    pub(super) async fn broke_off(self, exit: Exit) {
+        self.report_exited(exit);
+        self.release().await;
     }
 
     pub(super) fn never_started(self, exit: Exit) {

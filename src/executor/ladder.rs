@@ -158,7 +158,7 @@ async fn take(inner: &Inner, taking: &TakeMemory) -> Ended {
     };
     let before = measured(inner, at, &taking.grants);
     let taken = match &taking.step {
-        Step::Sleep { call, .. } => fall_asleep(inner, &endpoint, call, limit).await,
+        Step::Sleep { call, .. } => posted(inner, &endpoint, (call, &call.path), true, limit).await,
         Step::CudaCheckpoint { .. } => match inner.driver.take_cuda(at.0, at.1, limit).await {
             Ok(()) => Ok(()),
             Err(error @ CudaError::NoProgram { .. }) => {
@@ -178,16 +178,19 @@ async fn take(inner: &Inner, taking: &TakeMemory) -> Ended {
     }
 }
 
-async fn fall_asleep(
+/// What an engine refuses to do once more counts when it says that it is in that state.
+async fn posted(
     inner: &Inner,
     endpoint: &Endpoint,
-    call: &SleepCall,
+    (call, path): (&SleepCall, &str),
+    wanted: bool,
     limit: Instant,
 ) -> Result<(), String> {
-    post(inner, endpoint, &call.path, None, limit).await?;
-    match &call.is_sleeping_path {
-        Some(path) => sleeps(inner, endpoint, path, true, limit).await,
-        None => Ok(()),
+    let posted = post(inner, endpoint, path, None, limit).await;
+    match (&posted, &call.is_sleeping_path) {
+        (Ok(()), Some(path)) => sleeps(inner, endpoint, path, wanted, limit).await,
+        (Err(_), Some(path)) if asked(inner, endpoint, path).await == Ok(wanted) => Ok(()),
+        _ => posted,
     }
 }
 
@@ -259,19 +262,30 @@ async fn given_back(
 ) -> Ended {
     let total = |grants: &[Grant]| grants.iter().map(|grant| grant.mib).sum::<u64>();
     let granted = total(&taking.grants);
-    // Where nothing was seen before, what was granted counts.
-    let had = before.as_deref().map_or(granted, total);
+    // Where nothing was seen before, what was granted counts; as it does where the memory may have been taken before.
+    let had = match &before {
+        Some(before) if !taking.is_anew => total(before),
+        _ => granted,
+    };
     loop {
         let left = limit.saturating_duration_since(Instant::now());
         let sampled = timeout(left, inner.driver.meter().next_sample()).await;
-        let Some(held) = measured(inner, at, &taking.grants) else {
-            return (StepOutcome::Done, None, None);
+        let is_over = sampled.is_err() || Instant::now() >= limit;
+        let held = match measured(inner, at, &taking.grants) {
+            Some(held) => held,
+            None if before.is_none() => return (StepOutcome::Done, None, None),
+            // It could be measured before, and may be again.
+            None if is_over => {
+                let error = "its GPU memory cannot be measured any more".to_owned();
+                return (StepOutcome::Failed, Some(error), None);
+            }
+            None => continue,
         };
         let mib = total(&held);
         if sampled.is_ok() && mib <= had * MOST_HELD_PERCENT / 100 {
             return (StepOutcome::Done, None, Some(held));
         }
-        if sampled.is_err() || Instant::now() >= limit {
+        if is_over {
             let error = format!("it said that it is done and still holds {mib} MiB of GPU memory");
             return (StepOutcome::Failed, Some(error), Some(held));
         }
@@ -297,10 +311,7 @@ async fn wake_up(inner: &Inner, waking: &WakeInstance) -> Result<(), String> {
     let endpoint = endpoint(inner, at.0, at.1, limit).await?;
     match &waking.step {
         Step::Sleep { call, .. } => {
-            post(inner, &endpoint, &call.wake_path, None, limit).await?;
-            if let Some(path) = &call.is_sleeping_path {
-                sleeps(inner, &endpoint, path, false, limit).await?;
-            }
+            posted(inner, &endpoint, (call, &call.wake_path), false, limit).await?;
         }
         _ => inner
             .driver

@@ -9,11 +9,13 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::config::Config;
-use crate::coordinator::Handle;
+use crate::coordinator::{Handle, SubmitError};
 use crate::domain::command::Command;
 use crate::domain::ids::{Generation, GpuUuid, ServiceName};
 use crate::driver::{ContainerOwners, Meter, Outcomes, StillHeld, Tasks, Unmetered, mark_of};
-use crate::gpu::{self, Freed, Machine, Minutes, Owner, Owners, Sample, Sampler, Samples, Watch};
+use crate::gpu::{
+    self, Freed, GpuReading, Machine, Minutes, Owner, Owners, Sample, Sampler, Samples, Watch,
+};
 
 /// Between two looks at whether memory has come free.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -161,8 +163,7 @@ impl Meter for Measured {
     ) -> Option<u64> {
         let newest = self.samples.newest()?;
         let reading = newest.gpus.iter().find(|r| r.facts.uuid == *gpu)?;
-        let held = reading.held_by(&(service.clone(), generation));
-        Some(held.unwrap_or(0))
+        held_on(reading, &(service.clone(), generation))
     }
 
     fn next_sample(&self) -> BoxFuture<'_, ()> {
@@ -179,18 +180,46 @@ impl Meter for Measured {
         let owner = (service.clone(), generation);
         Box::pin(async move { self.wait_until_free(&owner).await })
     }
+
+    fn stuck(
+        &self,
+        service: &ServiceName,
+        generation: Generation,
+    ) -> BoxFuture<'_, Vec<StillHeld>> {
+        let owner = (service.clone(), generation);
+        Box::pin(async move {
+            tokio::time::sleep(self.wait).await;
+            let gpus = self.gpus_of(&owner).await.into_iter();
+            let told = |gpu| StillHeld {
+                gpu,
+                detail: format!("service '{}' was killed and does not end", owner.0),
+            };
+            gpus.map(told).collect()
+        })
+    }
 }
 
 impl Measured {
+    /// The GPUs on which an instance has memory.
+    async fn gpus_of(&self, owner: &Owner) -> Vec<GpuUuid> {
+        loop {
+            let wanted = owner.clone();
+            let asked = self.handle.ask(move |state, _, _| {
+                let all = grants(state).into_iter();
+                let own = all.filter(|(_, owner, _)| *owner == wanted);
+                own.map(|(gpu, ..)| gpu).collect::<Vec<GpuUuid>>()
+            });
+            match asked.await {
+                // A coordinator that has too much to do is asked again.
+                Err(SubmitError::Overloaded) => tokio::time::sleep(PAUSE).await,
+                // Nobody answers any more when the gateway stops; a restarted one waits anew.
+                asked => return asked.unwrap_or_default(),
+            }
+        }
+    }
+
     async fn wait_until_free(&self, owner: &Owner) -> Vec<StillHeld> {
-        let wanted = owner.clone();
-        let asked = self.handle.ask(move |state, _, _| {
-            let all = grants(state).into_iter();
-            let own = all.filter(|(_, owner, _)| *owner == wanted);
-            own.map(|(gpu, ..)| gpu).collect::<Vec<GpuUuid>>()
-        });
-        // Nobody answers any more when the gateway stops; a restarted one waits anew.
-        let gpus = asked.await.unwrap_or_default();
+        let gpus = self.gpus_of(owner).await;
         if gpus.is_empty() {
             return Vec::new();
         }
@@ -217,6 +246,18 @@ impl Measured {
     }
 }
 
+/// MiB that an instance holds on a GPU; `None` where memory is not told by process.
+fn held_on(reading: &GpuReading, owner: &Owner) -> Option<u64> {
+    let mut may_be_its = reading
+        .processes
+        .iter()
+        .filter(|process| process.owner.as_ref().is_none_or(|of| of == owner));
+    match may_be_its.all(|process| process.memory_mib.is_some()) {
+        true => Some(reading.held_by(owner).unwrap_or(0)),
+        false => None,
+    }
+}
+
 fn still_held(
     history: &[Arc<Sample>],
     sample: &Sample,
@@ -231,4 +272,62 @@ fn still_held(
         }),
     };
     gpus.iter().filter_map(look).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use smol_str::SmolStr;
+
+    use super::*;
+    use crate::domain::spec::{GpuFacts, GpuSource};
+    use crate::gpu::ProcessReading;
+
+    fn owner() -> Owner {
+        ("s".into(), Generation(1))
+    }
+
+    fn process(memory_mib: Option<u64>, owner: Option<Owner>) -> ProcessReading {
+        ProcessReading {
+            pid: 1,
+            name: SmolStr::default(),
+            memory_mib,
+            computes: true,
+            draws: false,
+            owner,
+        }
+    }
+
+    fn reading(processes: Vec<ProcessReading>) -> GpuReading {
+        GpuReading {
+            facts: GpuFacts {
+                uuid: "g".into(),
+                index: 0,
+                name: SmolStr::default(),
+                memory_mib: 24_000,
+                source: GpuSource::Simulated,
+            },
+            parent: None,
+            unified: false,
+            used_mib: 0,
+            free_mib: 0,
+            utilization_pct: None,
+            temperature_c: None,
+            power_mw: None,
+            clock_mhz: None,
+            memory_clock_mhz: None,
+            ecc_uncorrected: None,
+            processes,
+        }
+    }
+
+    #[test]
+    fn memory_that_is_not_told_by_process_is_not_taken_for_none() {
+        let (own, other) = (Some(owner()), Some(("t".into(), Generation(1))));
+        let held = |processes| held_on(&reading(processes), &owner());
+        assert_eq!(held(vec![process(Some(700), own.clone())]), Some(700));
+        assert_eq!(held(Vec::new()), Some(0));
+        assert_eq!(held(vec![process(None, own)]), None);
+        assert_eq!(held(vec![process(None, None)]), None, "it may be its");
+        assert_eq!(held(vec![process(None, other)]), Some(0));
+    }
 }

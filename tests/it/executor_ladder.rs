@@ -29,6 +29,10 @@ struct Engine {
     /// It answers well and keeps its memory.
     lies: AtomicBool,
     asleep: AtomicBool,
+    /// It refuses to do what it has done already.
+    refuses_twice: AtomicBool,
+    /// So many looks at the GPU come to nothing once it sleeps.
+    unseen: AtomicU64,
     /// It answers checkpoints with 500.
     broken: AtomicBool,
     checkpoints: AtomicU64,
@@ -38,7 +42,13 @@ struct Watching(Arc<Engine>);
 
 impl Meter for Watching {
     fn held_mib(&self, _: &ServiceName, _: Generation, gpu: &GpuUuid) -> Option<u64> {
-        (gpu == "g0").then(|| self.0.held_mib.load(Ordering::SeqCst))
+        let one_less = |left: u64| left.checked_sub(1);
+        let unseen = &self.0.unseen;
+        let is_unseen = self.0.asleep.load(Ordering::SeqCst)
+            && unseen
+                .fetch_update(Ordering::SeqCst, Ordering::SeqCst, one_less)
+                .is_ok();
+        (gpu == "g0" && !is_unseen).then(|| self.0.held_mib.load(Ordering::SeqCst))
     }
 
     fn next_sample(&self) -> BoxFuture<'_, ()> {
@@ -51,7 +61,9 @@ impl Meter for Watching {
 }
 
 async fn fall_asleep(State(engine): State<Arc<Engine>>) -> StatusCode {
-    engine.asleep.store(true, Ordering::SeqCst);
+    if engine.asleep.swap(true, Ordering::SeqCst) && engine.refuses_twice.load(Ordering::SeqCst) {
+        return StatusCode::CONFLICT;
+    }
     if !engine.lies.load(Ordering::SeqCst) {
         engine.held_mib.store(700, Ordering::SeqCst);
     }
@@ -59,8 +71,10 @@ async fn fall_asleep(State(engine): State<Arc<Engine>>) -> StatusCode {
 }
 
 async fn wake_up(State(engine): State<Arc<Engine>>) -> StatusCode {
-    engine.asleep.store(false, Ordering::SeqCst);
-    StatusCode::OK
+    match engine.asleep.swap(false, Ordering::SeqCst) {
+        false if engine.refuses_twice.load(Ordering::SeqCst) => StatusCode::CONFLICT,
+        _ => StatusCode::OK,
+    }
 }
 
 async fn is_sleeping(State(engine): State<Arc<Engine>>) -> axum::Json<bool> {
@@ -129,6 +143,15 @@ impl Steps {
 
     /// Puts it to sleep as step `number`; how that ended, with the error and what is held.
     async fn sleep(&self, number: u32, gpu: &str) -> (StepOutcome, String, Option<Vec<Grant>>) {
+        self.begin(number, gpu, false).await
+    }
+
+    async fn begin(
+        &self,
+        number: u32,
+        gpu: &str,
+        is_anew: bool,
+    ) -> (StepOutcome, String, Option<Vec<Grant>>) {
         self.executor
             .perform(Effect::TakeMemory(Box::new(TakeMemory {
                 service: service(),
@@ -139,6 +162,7 @@ impl Steps {
                     gpu: gpu.into(),
                     mib: 16_384,
                 }],
+                is_anew,
                 deadline: soon(1_500),
             })));
         let of_step = |command: &Command| match command {
@@ -152,6 +176,22 @@ impl Steps {
             _ => None,
         };
         self.world.recorder.first(of_step).await
+    }
+
+    /// Wakes it; what went wrong.
+    async fn wake(&self) -> Option<String> {
+        self.executor
+            .perform(Effect::WakeInstance(Box::new(WakeInstance {
+                service: service(),
+                generation: Generation(1),
+                step: step(),
+                deadline: soon(5_000),
+            })));
+        let woken = |command: &Command| match command {
+            Command::InstanceWoken { error, .. } => Some(error.clone()),
+            _ => None,
+        };
+        self.world.recorder.first(woken).await
     }
 }
 
@@ -173,19 +213,7 @@ async fn sleep_is_believed_when_the_memory_is_seen_to_be_free() {
     let (outcome, error, held) = steps.sleep(0, "g0").await;
     assert_eq!((outcome, error.as_str()), (StepOutcome::Done, ""));
     assert_eq!(held.unwrap()[0].mib, 700);
-    steps
-        .executor
-        .perform(Effect::WakeInstance(Box::new(WakeInstance {
-            service: service(),
-            generation: Generation(1),
-            step: step(),
-            deadline: soon(5_000),
-        })));
-    let woken = |command: &Command| match command {
-        Command::InstanceWoken { error, .. } => Some(error.clone()),
-        _ => None,
-    };
-    assert_eq!(steps.world.recorder.first(woken).await, None);
+    assert_eq!(steps.wake().await, None);
     assert!(!steps.engine.asleep.load(Ordering::SeqCst));
 }
 
@@ -232,4 +260,42 @@ async fn a_checkpoint_is_asked_for_by_a_post_and_its_answer_counts() {
         assert_eq!(steps.world.recorder.first(of_step).await, wanted);
     }
     assert_eq!(steps.engine.checkpoints.load(Ordering::SeqCst), 2);
+}
+
+#[tokio::test]
+async fn a_step_begun_anew_that_took_effect_before_is_done() {
+    let steps = Steps::new().await;
+    steps.engine.refuses_twice.store(true, Ordering::SeqCst);
+    assert_eq!(steps.sleep(0, "g0").await.0, StepOutcome::Done);
+    // Of a step that is not begun anew half of what was there has to go.
+    let (outcome, error, _) = steps.sleep(1, "g0").await;
+    assert_eq!(outcome, StepOutcome::Failed);
+    assert!(error.contains("still holds 700 MiB"), "{error}");
+    // The gateway was killed before it could record the first.
+    let (outcome, error, held) = steps.begin(2, "g0", true).await;
+    assert_eq!((outcome, error.as_str()), (StepOutcome::Done, ""));
+    assert_eq!(held.unwrap()[0].mib, 700);
+}
+
+#[tokio::test]
+async fn a_wake_up_begun_anew_of_what_is_awake_is_done() {
+    let steps = Steps::new().await;
+    steps.engine.refuses_twice.store(true, Ordering::SeqCst);
+    assert_eq!(steps.wake().await, None);
+}
+
+#[tokio::test]
+async fn memory_that_was_seen_before_is_looked_for_until_it_is_seen_again() {
+    let steps = Steps::new().await;
+    steps.engine.unseen.store(3, Ordering::SeqCst);
+    let (outcome, error, held) = steps.sleep(0, "g0").await;
+    assert_eq!((outcome, error.as_str()), (StepOutcome::Done, ""));
+    assert_eq!(held.unwrap()[0].mib, 700);
+    assert_eq!(steps.wake().await, None);
+    // It stays out of sight.
+    steps.engine.held_mib.store(16_000, Ordering::SeqCst);
+    steps.engine.unseen.store(u64::MAX, Ordering::SeqCst);
+    let (outcome, error, held) = steps.sleep(1, "g0").await;
+    assert_eq!((outcome, held), (StepOutcome::Failed, None));
+    assert!(error.contains("cannot be measured any more"), "{error}");
 }

@@ -371,6 +371,42 @@ async fn the_vendors_program_takes_memory_and_gives_it_back_process_by_process()
     assert_eq!(calls, expected);
 }
 
+/// A gateway that was killed may have left a process half way, or all the way, which its record does not tell.
+#[tokio::test]
+async fn processes_that_are_where_they_are_to_be_count_as_done() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = cuda_checkpoint(dir.path());
+    let gateway = with_gpu(&[("RUNGATE_CUDA_CHECKPOINT", &program)]).await;
+    let members = json!({"vram_gb": 16, "ladder": [{"step": "cuda-checkpoint", "seconds": 20}]});
+    gateway
+        .register(worker_service(&gateway, "w", "w", members))
+        .await;
+    let long = json!({"service_type": "w", "payload": {"operation": "sleep", "ms": 2_000}});
+    let first = gateway.start_job(long.clone()).await;
+    gateway.run_becomes(&first, "running").await;
+    let pid = gateway.service("w").await["instance"]["pid"].clone();
+    let state = dir.path().join(format!("state.{pid}"));
+    let rounds = [
+        ("locked", "running", vec!["checkpoint"]),
+        ("checkpointed", "locked", vec!["unlock"]),
+    ];
+    for (before_sleep, before_waking, expected) in rounds {
+        std::fs::write(&state, before_sleep).unwrap();
+        gateway
+            .service_becomes("w", "/instance/phase", json!("sleeping"))
+            .await;
+        std::fs::write(&state, before_waking).unwrap();
+        let next = gateway.start_job(long.clone()).await;
+        gateway.run_becomes(&next, "running").await;
+        let calls = dir.path().join("calls");
+        let said = std::fs::read_to_string(&calls).unwrap();
+        let expected: Vec<String> = expected.iter().map(|a| format!("{a} {pid}")).collect();
+        assert_eq!(said.lines().collect::<Vec<_>>(), expected);
+        std::fs::remove_file(&calls).unwrap();
+    }
+    assert_eq!(gateway.service("w").await["instance"]["pid"], pid);
+}
+
 #[tokio::test]
 async fn a_process_whose_memory_cannot_be_taken_is_unlocked_again_and_stopped() {
     let dir = tempfile::tempdir().unwrap();

@@ -221,7 +221,8 @@ impl Context<'_> {
         }
     }
 
-    /// One that never became healthy is stopped; one that was is drained, so that what still works may end.
+    /// One that never became healthy is stopped; one that was is drained, so that what still works may end, also when it
+    /// drains already for room that may not be needed after all.
     fn unhealthy(&self, service: ServiceName, generation: Generation, error: String) -> Vec<Event> {
         let Some((entry, instance)) = self.instance(&service, generation) else {
             return Vec::new();
@@ -238,7 +239,11 @@ impl Context<'_> {
                     stop(entry, instance, StopCause::StartupTimeout, self.now),
                 ]
             }
-            InstancePhase::Ready => {
+            InstancePhase::Ready
+            | InstancePhase::Draining {
+                cause: StopCause::Room { .. },
+                ..
+            } => {
                 let deadline = self.now + entry.spec.grace_ms;
                 vec![
                     seen,
@@ -267,6 +272,7 @@ impl Context<'_> {
             return self.container_ended(instance, service, exit);
         }
         let mut events = self.abandon_jobs(instance, &service, &exit);
+        events.extend(ladder::cut_off(entry, instance, self.now));
         let lived_ms = instance.ready_at.map_or(0, |at| self.now.millis_since(at));
         let earlier = if lived_ms >= self.settings.crash_loop_reset_ms {
             0

@@ -6,6 +6,7 @@ use super::{Context, Decision};
 use crate::domain::command::{Rejection, Reply};
 use crate::domain::event::{Event, JobStopCause, RequeueCause, StartCause, StopCause};
 use crate::domain::ids::{Generation, PlaneId, RunId, ServiceName};
+use crate::domain::scheduler::ladder::cut_off;
 use crate::domain::scheduler::upkeep::{drain, stop, stop_active};
 use crate::domain::scheduler::{best_victim, placement, start};
 use crate::domain::spec::ServiceSpec;
@@ -131,7 +132,7 @@ impl Context<'_> {
         if matches!(instance.phase, InstancePhase::Exited { .. }) {
             return Err(Rejection::ServiceStopping(name));
         }
-        let mut events = Vec::new();
+        let mut events: Vec<Event> = cut_off(service, instance, self.now).into_iter().collect();
         if service.enabled {
             events.push(Event::ServiceDisabled { service: name });
         }
@@ -175,7 +176,7 @@ impl Context<'_> {
                 .max();
             return Err(Rejection::InsufficientVram {
                 service: name.clone(),
-                required_mib: service.need_mib(),
+                required_mib: self.state.need_mib(service),
                 available_mib: free.unwrap_or(0),
             });
         };
@@ -273,7 +274,11 @@ impl Context<'_> {
             InstancePhase::Stopping { .. } | InstancePhase::Exited { .. } => {
                 vec![stop(service, instance, cause, self.now)]
             }
-            _ if instance.active.is_empty() => vec![stop(service, instance, cause, self.now)],
+            _ if instance.active.is_empty() => {
+                let stop = stop(service, instance, cause, self.now);
+                let cut_off = cut_off(service, instance, self.now);
+                cut_off.into_iter().chain([stop]).collect()
+            }
             _ if drain_first => {
                 let deadline = self.now + self.settings.drain_ms;
                 vec![drain(service, instance, cause, Some(deadline))]

@@ -6,7 +6,7 @@ use super::fair::Fair;
 use super::queue::Parking;
 use super::room::{Bid, Leave, Request};
 use super::upkeep::stop;
-use super::{Outcome, hasten, make_room, may_start, placement, start, wake_at};
+use super::{Outcome, hasten, make_room, may_start, placement, start, start_held, wake_at};
 use crate::domain::container::JobContainer;
 use crate::domain::event::{Event, StartCause, StopCause};
 use crate::domain::ids::{Generation, PlaneId, RunId, ServiceName};
@@ -92,7 +92,8 @@ pub(super) fn try_shape(
         };
         // Room is being made for it, or the container of its last attempt has to leave first.
         if let Some(service) = state.services.get(&name_of(job.plane, run)) {
-            if let Some(events) = hasten(&[service], &bid, run) {
+            let started = start_held(state, &state.usable(lane, &[service]), now);
+            if let Some(events) = started.or_else(|| hasten(&[service], &bid, run)) {
                 return Outcome::Act(events);
             }
             let (wake_at, by_share) = wake_at(&bid, &[service], false);

@@ -22,7 +22,7 @@ use crate::domain::settings::Settings;
 use crate::domain::spec::Target;
 use crate::domain::state::State;
 use crate::domain::state::account::{Account, Amount};
-use crate::domain::state::service::Service;
+use crate::domain::state::service::{Instance, InstancePhase, Service};
 use crate::domain::tenant::DEFAULT_WEIGHT;
 use crate::domain::time::Timestamp;
 
@@ -365,7 +365,14 @@ impl State {
     /// Whether places of a service are on their way: it comes up, or room is made for it.
     pub fn is_coming(&self, service: &Service) -> bool {
         let instance = service.instance.as_ref();
-        self.holds.contains_key(&service.spec.name) || instance.is_some_and(|i| i.is_coming())
+        // Nobody can look for it.
+        let is_lost = |i: &Instance| {
+            i.phase == InstancePhase::Finding
+                && service.spec.worker.is_container()
+                && !self.engine.up
+        };
+        self.holds.contains_key(&service.spec.name)
+            || instance.is_some_and(|i| i.is_coming() && !is_lost(i))
     }
 
     /// Places on their way for `target`, of services that are one tenant's alone.

@@ -2,6 +2,7 @@
 
 use smol_str::SmolStr;
 
+use super::room::best_waiting;
 use super::upkeep;
 use crate::domain::event::{Event, JobStopCause, StopCause};
 use crate::domain::ids::{RunId, ServiceName};
@@ -10,8 +11,11 @@ use crate::domain::settings::Settings;
 use crate::domain::spec::{Grant, ServiceSpec};
 use crate::domain::state::State;
 use crate::domain::state::job::{Job, Phase};
-use crate::domain::state::service::{Instance, Service};
+use crate::domain::state::service::{Instance, InstancePhase, Service};
 use crate::domain::time::Timestamp;
+
+/// Milliseconds after a KILL, or after its process was gone, for which the end of an instance is waited for.
+const END_MS: u64 = 10_000;
 
 /// The decision to stop a running attempt, and the first step of it where the service has declared a ladder. One that is
 /// being stopped already only gets another cause, and goes straight to the end if that is to cancel.
@@ -155,7 +159,7 @@ fn descend(
 ) -> Option<Vec<Event>> {
     let mut events = Vec::new();
     for (number, step) in steps {
-        match host_room(state, settings, service, instance, &step) {
+        match host_room(state, settings, (service, instance), &step, now) {
             HostRoom::There => {
                 events.push(began(service, instance, cause, number, step, now));
                 return Some(events);
@@ -185,7 +189,8 @@ fn descend(
 /// Whether there is room in host memory for what a step would move there.
 enum HostRoom<'a> {
     There,
-    /// When the one that has slept for the longest is gone, which may be on its way already.
+    /// When one that sleeps is gone, which may be on its way already: of those for which nobody waits the one that has
+    /// slept for the longest, else of the others.
     After(Option<(&'a ServiceName, &'a Instance)>),
     Never,
 }
@@ -193,44 +198,74 @@ enum HostRoom<'a> {
 fn host_room<'a>(
     state: &'a State,
     settings: &Settings,
-    service: &Service,
-    instance: &Instance,
+    (service, instance): (&Service, &Instance),
     step: &Step,
+    now: Timestamp,
 ) -> HostRoom<'a> {
     let (mib, most) = (instance.granted_mib(), settings.sleep_host_max_mib);
     if !step.fills_host() {
         return HostRoom::There;
     }
-    if mib > most {
-        return HostRoom::Never;
-    }
-    if state.sleeping_host_mib() + mib <= most {
+    // What an earlier step was to move there is not there twice.
+    let others_mib = state
+        .sleeping_host_mib()
+        .saturating_sub(instance.host_mib());
+    if others_mib + mib <= most {
         return HostRoom::There;
     }
     let others = state
         .services
         .values()
         .filter(|other| other.spec.name != service.spec.name);
-    let mut on_its_way = false;
+    let (mut on_its_way, mut leaving_mib) = (false, 0);
     let mut sleepers = Vec::new();
     for other in others {
         let Some(instance) = other.instance.as_ref().filter(|i| i.host_mib() > 0) else {
             continue;
         };
         match other.sleeping() {
-            Some(asleep) => sleepers.push((asleep.since, &other.spec.name, instance)),
+            // Room is being made for it to wake.
+            Some(_) if state.holds.contains_key(&other.spec.name) => continue,
+            Some(asleep) => {
+                let is_awaited = best_waiting(state, other).is_some();
+                sleepers.push((is_awaited, asleep.since, &other.spec.name, instance));
+            }
+            None if end_given_up_at(instance).is_some_and(|at| at <= now) => continue,
             // It falls asleep, wakes or ends just now.
             None => on_its_way = true,
         }
+        leaving_mib += instance.host_mib();
     }
-    let longest = sleepers
+    if others_mib.saturating_sub(leaving_mib) + mib > most {
+        return HostRoom::Never;
+    }
+    let first = sleepers
         .into_iter()
-        .min_by_key(|(since, name, _)| (*since, *name));
-    match longest {
+        .min_by_key(|(is_awaited, since, name, _)| (*is_awaited, *since, *name));
+    match first {
         _ if on_its_way => HostRoom::After(None),
-        Some((_, name, instance)) => HostRoom::After(Some((name, instance))),
+        Some((.., name, instance)) => HostRoom::After(Some((name, instance))),
         None => HostRoom::Never,
     }
+}
+
+/// When the end of an instance has taken so long that nothing waits for it any more.
+fn end_given_up_at(instance: &Instance) -> Option<Timestamp> {
+    match instance.phase {
+        InstancePhase::Stopping { kill_at, .. } => Some(kill_at + END_MS),
+        InstancePhase::Exited { .. } => Some(instance.since + END_MS),
+        _ => None,
+    }
+}
+
+/// When an instance that waits for room in host memory is to be looked at again, if nothing happens before.
+pub fn host_wait_ends(state: &State, now: Timestamp) -> Option<Timestamp> {
+    let instances = state.services.values().filter_map(|s| s.instance.as_ref());
+    instances
+        .filter(|instance| instance.host_mib() > 0)
+        .filter_map(end_given_up_at)
+        .filter(|at| *at > now)
+        .min()
 }
 
 fn began(
@@ -296,7 +331,19 @@ pub fn ended_of_instance(
     })
 }
 
-/// The same step once more.
+/// The end of a step that was taking an instance's memory when something else came between.
+pub fn cut_off(service: &Service, instance: &Instance, now: Timestamp) -> Option<Event> {
+    let held = &instance.grants;
+    let taking = instance
+        .rung
+        .as_ref()
+        .filter(|rung| rung.step.takes_memory());
+    taking.and_then(|_| {
+        ended_of_instance(service, instance, StepOutcome::Interrupted, None, held, now)
+    })
+}
+
+/// The same step once more, after a restart of the gateway.
 pub fn again(
     service: &Service,
     instance: &Instance,
@@ -304,14 +351,12 @@ pub fn again(
     now: Timestamp,
 ) -> Option<Event> {
     let rung = instance.rung.as_ref()?;
-    Some(began(
-        service,
-        instance,
-        cause,
-        rung.number,
-        rung.step.clone(),
-        now,
-    ))
+    let step = rung.step.clone();
+    let mut began = began(service, instance, cause, rung.number, step, now);
+    if let Event::LadderStepBegan { attempt, .. } = &mut began {
+        *attempt = 1;
+    }
+    Some(began)
 }
 
 /// The last steps: TERM now, KILL when the time of `stop` is over. Where a ladder was declared they are steps of it.

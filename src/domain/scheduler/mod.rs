@@ -52,7 +52,9 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
         state.queue.park(&target, parking);
         state.timers.set(TimerKey::Shape(target), wake_at);
     }
-    decided.or_else(|| upkeep::free_stranded(state, now))
+    decided
+        .or_else(|| upkeep::free_stranded(state, now))
+        .or_else(|| upkeep::take_back(state))
 }
 
 /// What trying a shape came to.
@@ -129,8 +131,8 @@ fn try_shape(fair: &Fair, settings: &Settings, now: Timestamp, target: &Target) 
     Outcome::Park(parking, wake_at)
 }
 
-/// The ways to get a job going that finds no free place, the least harmful first: a place on its way, a new
-/// instance, one in the room of an idle one, another job's place, another instance's room.
+/// The ways to get a job going that finds no free place, the least harmful first: free memory instead of that which others
+/// are to leave, a place on its way, a new instance, one in the room of an idle one, another job's place, another instance's room.
 fn try_harder(
     state: &State,
     settings: &Settings,
@@ -141,6 +143,9 @@ fn try_harder(
     fair: &Fair,
 ) -> Outcome {
     let (_, run) = key;
+    if let Some(events) = start_held(state, all, now) {
+        return Outcome::Act(events);
+    }
     let enough_for = places_coming(state, job, all, fair);
     if enough_for.is_some() {
         let parking = Parking {
@@ -171,17 +176,8 @@ fn try_harder(
         job,
     };
     let make_room = |worst| {
-        startable.iter().find_map(|service| {
-            let request = Request {
-                state,
-                bid: &bid,
-                run,
-                service,
-                worst,
-            };
-            let plan = request.plan()?;
-            Some(make_room(&request, plan))
-        })
+        let mut startable = startable.iter();
+        startable.find_map(|service| clear(&bid, run, service, worst))
     };
     let events = make_room(Leave::Idle)
         .or_else(|| preempt_place(all, &bid, run))
@@ -286,6 +282,48 @@ fn give_up_sleep(state: &State, startable: &[&Service], now: Timestamp) -> Optio
         .find(|service| service.sleeping().is_some() && placement::fit_elsewhere(state, service))?;
     let instance = service.instance.as_ref()?;
     Some(ladder::stop(service, instance, StopCause::Idle, now))
+}
+
+/// Makes room for a service; one that sleeps where there would still be none ends, to be started anew.
+fn clear(bid: &Bid, run: RunId, service: &Service, worst: Leave) -> Option<Vec<Event>> {
+    let state = bid.fair.state;
+    let anew = anew(state, service);
+    let request = Request {
+        state,
+        bid,
+        run,
+        service: anew.as_ref().unwrap_or(service),
+        worst,
+    };
+    let plan = request.plan()?;
+    match (&service.instance, &anew) {
+        (Some(asleep), Some(_)) => Some(ladder::stop(service, asleep, StopCause::Idle, bid.now)),
+        _ => Some(make_room(&request, plan)),
+    }
+}
+
+/// A service whose instance sleeps and could not wake if all others left its GPUs, as if it had none.
+fn anew(state: &State, service: &Service) -> Option<Service> {
+    let asleep = service.sleeping()?;
+    (!placement::could_wake(state, service, asleep)).then(|| Service {
+        instance: None,
+        ..service.clone()
+    })
+}
+
+/// A service for which others leave, though it fits by now: their end may take long.
+fn start_held(state: &State, all: &[&Service], now: Timestamp) -> Option<Vec<Event>> {
+    let held = all.iter().filter(|service| {
+        state.holds.contains_key(&service.spec.name) && may_start(state, service, now)
+    });
+    let (service, grants) = held
+        .filter_map(|service| Some((service, placement::fit(state, service)?)))
+        .next()?;
+    let released = Event::RoomReleased {
+        service: service.spec.name.clone(),
+    };
+    let start = start(service, grants, StartCause::Scheduler, now);
+    Some(vec![released, start])
 }
 
 /// One that sleeps, else the service that fits now with the smallest need.

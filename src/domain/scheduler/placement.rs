@@ -20,18 +20,18 @@ pub fn fit(state: &State, service: &Service) -> Option<Vec<Grant>> {
 fn fit_anew(state: &State, service: &Service) -> Option<Vec<Grant>> {
     let own = &service.spec.name;
     if service.spec.gpus == 0 {
-        fit_one(state, own, service.need_mib())
+        fit_one(state, own, state.need_mib(service))
     } else {
-        fit_whole(state, own, service.spec.gpus, service.need_mib())
+        fit_whole(state, own, service.spec.gpus, state.need_mib(service))
     }
 }
 
 /// What a sleeping instance needs again: the GPUs that it had, with what it is known to need by now.
-pub fn grants_again(service: &Service, asleep: &Asleep) -> Vec<Grant> {
+pub fn grants_again(state: &State, service: &Service, asleep: &Asleep) -> Vec<Grant> {
     let again = |grant: &Grant| Grant {
         gpu: grant.gpu.clone(),
         mib: match service.spec.gpus {
-            0 => grant.mib.max(service.need_mib()),
+            0 => grant.mib.max(state.need_mib(service)),
             _ => grant.mib,
         },
     };
@@ -40,7 +40,7 @@ pub fn grants_again(service: &Service, asleep: &Asleep) -> Vec<Grant> {
 
 fn fit_again(state: &State, service: &Service, asleep: &Asleep) -> Option<Vec<Grant>> {
     let own = &service.spec.name;
-    let grants = grants_again(service, asleep);
+    let grants = grants_again(state, service, asleep);
     let fits = |grant: &Grant| {
         let Some(gpu) = state.gpus.get(&grant.gpu) else {
             return false;
@@ -55,17 +55,24 @@ fn fit_again(state: &State, service: &Service, asleep: &Asleep) -> Option<Vec<Gr
     grants.iter().all(fits).then_some(grants)
 }
 
+/// Whether the GPUs that a sleeping instance had are there, and may be used.
+pub fn has_its_gpus(state: &State, asleep: &Asleep) -> bool {
+    let gpus = asleep.grants.iter().map(|grant| state.gpus.get(&grant.gpu));
+    gpus.into_iter()
+        .all(|gpu| gpu.is_some_and(|gpu| gpu.present && gpu.quarantine.is_none()))
+}
+
 /// Whether a sleeping instance can have its memory again when all others have left: its GPUs are there.
 pub fn could_wake(state: &State, service: &Service, asleep: &Asleep) -> bool {
     let there = |grant: &Grant| {
         let usable = state.gpus.get(&grant.gpu).map_or(0, Gpu::usable_mib);
         let need = match service.spec.gpus {
             0 => grant.mib,
-            _ => service.need_mib(),
+            _ => state.need_mib(service),
         };
         usable > 0 && usable >= need
     };
-    grants_again(service, asleep).iter().all(there)
+    grants_again(state, service, asleep).iter().all(there)
 }
 
 /// Whether a sleeping service would fit if it were started anew, what it still holds not being counted on.
@@ -73,7 +80,7 @@ pub fn fit_elsewhere(state: &State, service: &Service) -> bool {
     if !service.spec.needs_gpu() {
         return true;
     }
-    let need = service.need_mib();
+    let need = state.need_mib(service);
     let own = &service.spec.name;
     let free = |uuid: &GpuUuid| {
         let available = state.balance_mib(uuid, Some(own)) - signed(state.remains_mib(own, uuid));
@@ -147,7 +154,7 @@ pub fn could_fit(state: &State, service: &Service) -> bool {
     if !service.spec.needs_gpu() {
         return true;
     }
-    let need = service.need_mib();
+    let need = state.need_mib(service);
     let enough = state
         .gpus
         .values()

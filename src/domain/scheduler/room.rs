@@ -78,7 +78,7 @@ impl Request<'_, '_> {
         if !placement::could_wake(self.state, self.service, asleep) {
             return None;
         }
-        let grants = placement::grants_again(self.service, asleep);
+        let grants = placement::grants_again(self.state, self.service, asleep);
         let mut victims = BTreeSet::new();
         for grant in &grants {
             let usable = self.state.gpus.get(&grant.gpu)?.usable_mib();
@@ -96,7 +96,7 @@ impl Request<'_, '_> {
     }
 
     fn plan_one(&self) -> Option<Plan> {
-        let need = self.service.need_mib();
+        let need = self.state.need_mib(self.service);
         self.state
             .gpus
             .iter()
@@ -120,7 +120,7 @@ impl Request<'_, '_> {
 
     /// The cheapest GPUs that can be emptied. An instance that spans several is counted with each.
     fn plan_whole(&self) -> Option<Plan> {
-        let need = self.service.need_mib();
+        let need = self.state.need_mib(self.service);
         let mut ways: Vec<(Vec<Cost>, u64, &GpuUuid)> = self
             .state
             .gpus
@@ -294,7 +294,10 @@ impl Request<'_, '_> {
 }
 
 /// The most urgent priority among the jobs that wait for `service`.
-fn best_waiting(state: &State, service: &Service) -> Option<crate::domain::spec::Priority> {
+pub(super) fn best_waiting(
+    state: &State,
+    service: &Service,
+) -> Option<crate::domain::spec::Priority> {
     let targets = service.targets();
     targets
         .iter()

@@ -37,28 +37,40 @@ pub fn step(state: &mut State, settings: &Settings, now: Timestamp) -> Option<Ve
         let at = state
             .services
             .get(&name)
-            .and_then(|service| next_deadline(settings, service))
-            .filter(|at| *at > now);
+            .and_then(|service| next_deadline(state, settings, service, now));
         state.timers.set(TimerKey::Service(name), at);
     }
     holds_upkeep(state, now)
 }
 
 /// When time alone changes something for a service: the end of its start, of its drain, of the wait before a
-/// restart, or of its idling.
-fn next_deadline(settings: &Settings, service: &Service) -> Option<Timestamp> {
+/// restart, of its idling, or of the wait for room in host memory.
+fn next_deadline(
+    state: &State,
+    settings: &Settings,
+    service: &Service,
+    now: Timestamp,
+) -> Option<Timestamp> {
     let Some(instance) = &service.instance else {
-        return service.retry_at;
+        return service.retry_at.filter(|at| *at > now);
     };
-    match &instance.phase {
+    let at = match &instance.phase {
         InstancePhase::Starting { deadline } | InstancePhase::Waking { deadline } => {
             Some(*deadline)
         }
         InstancePhase::Yielding { .. } => instance.rung.as_ref().map(|rung| rung.deadline),
+        InstancePhase::Draining { .. } if instance.active.is_empty() => None,
         InstancePhase::Draining { deadline, .. } => *deadline,
         InstancePhase::Ready => idle_end(settings, service, instance),
-        _ => None,
-    }
+        _ => return None,
+    };
+    let may_leave = matches!(
+        instance.phase,
+        InstancePhase::Draining { .. } | InstancePhase::Ready
+    );
+    let waits = may_leave && instance.active.is_empty();
+    at.filter(|at| *at > now)
+        .or_else(|| waits.then(|| ladder::host_wait_ends(state, now))?)
 }
 
 /// When an instance without work is stopped, if nobody asked for it by hand and it holds a GPU.
@@ -78,6 +90,31 @@ pub fn free_stranded(state: &State, now: Timestamp) -> Option<Vec<Event>> {
         })
     });
     stranded.map(|(_, victims)| requeue(victims))
+}
+
+/// An instance that drains to make room which nobody holds any more, and that still has work, takes work again. Looked at
+/// when nothing else is left to decide, as its room may be held for another at once.
+pub fn take_back(state: &State) -> Option<Vec<Event>> {
+    let is_victim = |name| state.holds.values().any(|hold| hold.victims.contains(name));
+    let (service, instance) = state.services.values().find_map(|service| {
+        let instance = service.instance.as_ref()?;
+        let drains_for_room = matches!(
+            &instance.phase,
+            InstancePhase::Draining {
+                cause: StopCause::Room { .. },
+                ..
+            }
+        );
+        let has_work = service.enabled && !instance.active.is_empty();
+        let free = drains_for_room && has_work && !is_victim(&service.spec.name);
+        free.then_some((service, instance))
+    })?;
+    let ready_at = instance.ready_at.unwrap_or(instance.started_at);
+    Some(vec![Event::InstanceReady {
+        service: service.spec.name.clone(),
+        generation: instance.generation,
+        startup_ms: ready_at.millis_since(instance.started_at),
+    }])
 }
 
 /// A place promised, or a service that is up, on its way, or about to be tried again.
@@ -170,11 +207,8 @@ fn instance_upkeep(
         }
         InstancePhase::Asleep => {
             let asleep = instance.asleep.as_ref()?;
-            // It takes nothing any more, or its GPUs are gone.
-            let cause = match (
-                service.enabled,
-                placement::could_wake(state, service, asleep),
-            ) {
+            // It takes nothing any more, or its GPUs are not to be had any more. Memory that others take comes back.
+            let cause = match (service.enabled, placement::has_its_gpus(state, asleep)) {
                 (false, _) => StopCause::Disabled,
                 (true, false) => StopCause::Idle,
                 (true, true) => return None,
@@ -328,11 +362,11 @@ fn is_sound(state: &State, service: &Service, hold: &Hold, now: Timestamp) -> bo
             && state.serves(service, job)
             && state.may_use(job.plane, service)
     });
-    let need = service.need_mib();
+    let need = state.need_mib(service);
     let gpus = usize::try_from(service.spec.gpus).unwrap_or(usize::MAX);
     let fits = match (hold.grants.as_slice(), service.sleeping()) {
         (held, Some(asleep)) => {
-            held == placement::grants_again(service, asleep)
+            held == placement::grants_again(state, service, asleep)
                 && placement::could_wake(state, service, asleep)
         }
         // One that was changed to need none may have learned a need before.

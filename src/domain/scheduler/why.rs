@@ -382,7 +382,7 @@ fn asleep(state: &State, service: &Service) -> Blocking {
     let name = &service.spec.name;
     let grants = service
         .sleeping()
-        .map(|asleep| placement::grants_again(service, asleep))
+        .map(|asleep| placement::grants_again(state, service, asleep))
         .unwrap_or_default();
     let missing = grants.iter().find_map(|grant| {
         let free = state.available_mib_besides(&grant.gpu, Some(name));
@@ -422,7 +422,7 @@ fn absent(state: &State, service: &Service, now: Timestamp) -> Blocking {
     if let Some(blocking) = quarantined(state, service) {
         return blocking;
     }
-    let need = service.need_mib();
+    let need = state.need_mib(service);
     if !placement::could_fit(state, service) {
         let largest = state
             .gpus
@@ -460,7 +460,7 @@ fn quarantined(state: &State, service: &Service) -> Option<Blocking> {
     if placement::fit(state, service).is_some() {
         return None;
     }
-    let would_do = |gpu: &&Gpu| gpu.present && gpu.facts.memory_mib >= service.need_mib();
+    let would_do = |gpu: &&Gpu| gpu.present && gpu.facts.memory_mib >= state.need_mib(service);
     let gpu = state
         .gpus
         .values()

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::State;
+use super::service::Service;
 use crate::domain::event::Event;
 use crate::domain::ids::{GpuUuid, RunId, ServiceName};
 use crate::domain::machine::Quarantine;
@@ -84,6 +85,14 @@ impl State {
             .filter(|instance| instance.is_leaving())
             .map(|instance| mib_on(&instance.grants, gpu))
             .sum()
+    }
+
+    /// MiB that an instance of `service` needs now. What was learned once, or raised to, is not asked of GPUs that can give
+    /// less by now; what was declared is.
+    pub fn need_mib(&self, service: &Service) -> u64 {
+        let largest = self.gpus.values().map(Gpu::usable_mib).max().unwrap_or(0);
+        let learned = service.learned_mib.unwrap_or(0).min(largest);
+        service.spec.vram_mib.max(learned)
     }
 
     /// MiB of `gpu` reserved for the instance of a service.

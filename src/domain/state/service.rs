@@ -127,7 +127,7 @@ impl Service {
         }
     }
 
-    /// MiB that an instance needs: declared or learned, whichever is larger.
+    /// MiB that an instance is known to need: declared or learned, whichever is larger.
     pub fn need_mib(&self) -> u64 {
         self.spec.vram_mib.max(self.learned_mib.unwrap_or(0))
     }
@@ -413,6 +413,9 @@ impl State {
             }
             Event::ServiceUpdated { spec } => {
                 self.edit_service(&spec.name, |service| {
+                    if !spec.needs_memory_as(&service.spec) {
+                        service.learned_mib = None;
+                    }
                     service.spec = spec.clone();
                     service.forget_deaths();
                 });
@@ -600,6 +603,7 @@ impl State {
                 });
                 self.keep_wanted(service, cause);
                 self.drop_promises_on(service);
+                self.look_at_leaving();
             }
             _ => {}
         }

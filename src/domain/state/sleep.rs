@@ -203,7 +203,6 @@ impl State {
                 gpu.reserved_mib += grant.mib;
             }
         }
-        self.gpus
-            .retain(|_, gpu| gpu.present || gpu.reserved_mib > 0);
+        self.forget_absent_gpus();
     }
 }

@@ -15,6 +15,7 @@ use smol_str::SmolStr;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use super::ASK_AGAIN;
 use super::engine::{CHANGE, Docker, DockerError, LOOK};
 use super::position::Piece;
 use super::recipe::{GpuWay, JobParts, Recipe, owner_labels};
@@ -27,6 +28,9 @@ use crate::driver::procfs::Mark;
 
 /// How long an image may be pulled.
 const PULL: Duration = Duration::from_secs(3_600);
+
+/// Between tries to remove one that must not be left running.
+const REMOVE_AGAIN: Duration = Duration::from_secs(1);
 
 /// Why no container came to be.
 #[derive(Debug, thiserror::Error)]
@@ -152,13 +156,20 @@ impl Docker {
         if making.job.is_some()
             && let Err(error) = self.make_folder(&made.id).await
         {
-            self.remove(&made.id).await;
+            self.remove_surely(&made.id).await;
             return Err(error.into());
         }
-        Ok(self.look(&made.id).await?)
+        match self.look(&made.id).await {
+            Ok(seen) => Ok(seen),
+            Err(error) => {
+                self.remove_surely(&made.id).await;
+                Err(error.into())
+            }
+        }
     }
 
-    /// Starts it; one of ours that does not start is removed.
+    /// Starts it. When the engine goes away meanwhile it is waited for: whoever hears that a container did not start takes its
+    /// memory for free. One of ours is removed then.
     pub async fn run(&self, seen: Seen, port: u16, is_ours: bool) -> Result<Container, StartError> {
         let id = seen.facts.id.clone();
         let started = self
@@ -167,13 +178,35 @@ impl Docker {
                 async move { client.start_container(&id, None).await }
             })
             .await;
-        if let Err(error) = started {
-            if is_ours {
-                self.remove(&id).await;
+        let running = match started {
+            Ok(()) => self.look(&id).await,
+            Err(error) => Err(error),
+        };
+        match running {
+            Ok(seen) => Ok(self.hold(seen, port, is_ours)),
+            Err(error) if is_ours => {
+                self.remove_surely(&id).await;
+                Err(error.into())
             }
-            return Err(error.into());
+            Err(error @ DockerError::Down(_)) => match self.look_surely(&id).await? {
+                seen if seen.facts.status == ContainerStatus::Running => {
+                    Ok(self.hold(seen, port, is_ours))
+                }
+                _ => Err(error.into()),
+            },
+            Err(error) => Err(error.into()),
         }
-        Ok(self.hold(self.look(&id).await?, port, is_ours))
+    }
+
+    /// Looks at a container, waiting for an engine that does not answer.
+    async fn look_surely(&self, id: &str) -> Result<Seen, DockerError> {
+        loop {
+            self.is_up().await;
+            match self.look(id).await {
+                Err(DockerError::Down(_)) => tokio::time::sleep(ASK_AGAIN).await,
+                seen => return seen,
+            }
+        }
     }
 
     /// The container of that name, started if it does not run.
@@ -258,9 +291,30 @@ impl Docker {
         .await
     }
 
+    /// Removes one of ours as `remove` does, waiting for an engine that does not answer, and as long as it runs.
+    async fn remove_surely(&self, id: &str) {
+        loop {
+            self.is_up().await;
+            if self.remove(id).await.is_ok() {
+                return;
+            }
+            let runs = |seen: &Seen| {
+                let status = seen.facts.status;
+                matches!(status, ContainerStatus::Running | ContainerStatus::Paused)
+            };
+            match self.look(id).await {
+                Ok(seen) if !runs(&seen) => return,
+                _ => tokio::time::sleep(REMOVE_AGAIN).await,
+            }
+        }
+    }
+
     /// Removes one of ours, killing it if it runs, with the volumes that have no name. What cannot be removed now, the
     /// orphans' sweep removes.
-    pub async fn remove(&self, id: &str) {
+    ///
+    /// # Errors
+    /// It is there still.
+    pub async fn remove(&self, id: &str) -> Result<(), DockerError> {
         let options = RemoveContainerOptions {
             force: true,
             v: true,
@@ -272,9 +326,10 @@ impl Docker {
             })
             .await;
         match removed {
-            Ok(()) | Err(DockerError::NotFound(_)) => {}
+            Ok(()) | Err(DockerError::NotFound(_)) => Ok(()),
             Err(error) => {
                 tracing::warn!(container.id = id, %error, "a container could not be removed yet");
+                Err(error)
             }
         }
     }
@@ -435,7 +490,8 @@ impl Container {
     /// Removes one of ours.
     pub async fn clear(&self) {
         if self.is_ours {
-            self.docker.remove(&self.id).await;
+            // What stays, the orphans' sweep removes.
+            let _ = self.docker.remove(&self.id).await;
         }
     }
 }

@@ -117,7 +117,8 @@ impl Docker {
             if let Err(error @ DockerError::Down(_)) = stopped {
                 return Err(error);
             }
-            self.remove(&orphan.id).await;
+            // The next sweep tries again.
+            let _ = self.remove(&orphan.id).await;
         }
         Ok(())
     }

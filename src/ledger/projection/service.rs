@@ -117,6 +117,9 @@ pub fn apply(view: Option<ServiceView>, event: &Event, at: Timestamp) -> Option<
     match event {
         Event::ServiceRemoved { .. } => return None,
         Event::ServiceUpdated { spec } => {
+            if !spec.needs_memory_as(&view.spec) {
+                view.learned_mib = None;
+            }
             view.spec = (**spec).clone();
             view.updated_at = at;
             forgive(&mut view);

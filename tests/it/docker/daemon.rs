@@ -1,5 +1,7 @@
 //! Engines that die, hang and come back: ones of the tests' own, beside the machine's.
 
+use std::time::Duration;
+
 use serde_json::json;
 
 use super::engine::Docked;
@@ -92,4 +94,33 @@ async fn an_engine_that_hangs_is_told_and_holds_nothing_else_up() {
     gateway.run_becomes(&local, "completed").await;
     engine.signal(rustix::process::Signal::CONT);
     gateway.run_becomes(&run, "completed").await;
+}
+
+#[tokio::test]
+async fn a_kill_that_the_engine_did_not_take_is_sent_again() {
+    let mut engine = OwnEngine::start(17, true).await;
+    let gateway = Docked::start(engine.options()).await;
+    let stubborn = json!({"vram_gb": 1, "grace_seconds": 4, "env": {"IGNORE_TERM": "1"}});
+    gateway.python("py", stubborn).await;
+    gateway.runs("py", json!({"op": "echo"})).await;
+    // It is answered when the service has stopped.
+    let stop = gateway.post("/services/py/stop", json!({}));
+    let _ = tokio::time::timeout(Duration::from_millis(500), stop).await;
+    until("the engine took TERM", || async {
+        let events = gateway.service_events("py").await;
+        events.contains(&"instance_signalled".to_owned())
+    })
+    .await;
+    // KILL is due meanwhile, and lost with the engine.
+    engine.signal(rustix::process::Signal::STOP);
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    engine.kill();
+    engine.spawn();
+    engine.answers().await;
+    gateway
+        .service_becomes("py", "/instance", json!(null))
+        .await;
+    assert_eq!(engine.containers(), 0);
+    let vram = gateway.get("/vram").await.expect(200);
+    assert_eq!(vram["reserved_mb"], 0);
 }

@@ -11,6 +11,7 @@ mod gpus;
 mod jobs;
 mod output;
 mod own;
+mod proxy;
 mod pulling;
 mod refusals;
 mod remote;

@@ -193,7 +193,7 @@ impl Watch {
                     grants.len()
                 );
                 hold!(
-                    grants.iter().all(|g| g.mib == entry.need_mib()),
+                    grants.iter().all(|g| g.mib == state.need_mib(entry)),
                     "{service} got another amount"
                 );
             }
@@ -802,9 +802,9 @@ fn room_for(state: &State, service: &Service) -> bool {
             .sum();
         let taken = gpu.reserved_mib + held;
         if service.spec.gpus > 0 {
-            taken == 0 && gpu.usable_mib() > 0 && gpu.usable_mib() >= service.need_mib()
+            taken == 0 && gpu.usable_mib() > 0 && gpu.usable_mib() >= state.need_mib(service)
         } else {
-            gpu.usable_mib() >= taken + service.need_mib() && gpu.usable_mib() > 0
+            gpu.usable_mib() >= taken + state.need_mib(service) && gpu.usable_mib() > 0
         }
     });
     fitting.count() >= service.spec.gpus.max(1) as usize

@@ -446,7 +446,7 @@ impl Play {
         waiting.into_iter().find(|run| {
             let job = &state.jobs[run];
             let possible = state.services.values().any(|s| {
-                let sizes = GPUS.iter().filter(|mib| **mib >= s.need_mib()).count();
+                let sizes = GPUS.iter().filter(|mib| **mib >= state.need_mib(s)).count();
                 let fits = s.spec.gpus == 0 && s.spec.vram_mib == 0
                     || sizes >= s.spec.gpus.max(1) as usize;
                 state.serves(s, job) && fits
