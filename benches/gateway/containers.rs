@@ -1,5 +1,5 @@
 //! Services in containers: from a job's submit to its container's receiving the call, and what a cold start adds to
-//! `docker start`. Needs an engine and the images of `tests/docker/images`; without them this group says so and is left out.
+//! `docker start`; and what a job with a container of its own adds to `docker run`. Needs an engine and the images of `tests/docker/images`; without them this group says so and is left out.
 
 use std::process::Command;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -50,6 +50,7 @@ async fn rounds(process: &Process, rounds: usize) -> Result<Vec<Figure>, Failure
         .await?;
     let floor = Floor::create()?;
     let (mut cold, mut floors, mut p99) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut runs, mut jobs) = (Vec::new(), Vec::new());
     // The first is not counted: everything is cold.
     for round in 0..=rounds {
         let floor_ms = floor.start().await?;
@@ -66,7 +67,11 @@ async fn rounds(process: &Process, rounds: usize) -> Result<Vec<Figure>, Failure
         gateway
             .post("/services/s/stop", Bytes::from_static(b"{}"))
             .await?;
+        let run_ms = run_ms()?;
+        let job_ms = job_ms(&mut gateway).await?;
         if round > 0 {
+            runs.push(run_ms);
+            jobs.push(job_ms - run_ms);
             floors.push(floor_ms);
             cold.push(cold_ms - floor_ms);
             p99.push(waits[JOBS * 99 / 100]);
@@ -85,13 +90,39 @@ async fn rounds(process: &Process, rounds: usize) -> Result<Vec<Figure>, Failure
         "ms",
         &p99,
     );
-    Ok(vec![started, added, warm.bar(Bar::AtMost(5.0))])
+    let run = Figure::of(GROUP, "`docker run --rm` of `true`", "ms", &runs);
+    let job = "a job in a container of its own, submit to completed, adds to that";
+    let job = Figure::of(GROUP, job, "ms", &jobs);
+    Ok(vec![started, added, warm.bar(Bar::AtMost(5.0)), run, job])
 }
 
 /// From the submit of one job to what its worker says of when the call came, by the same clock.
 async fn received_after_ms(gateway: &mut Connection) -> Result<f64, Failure> {
     let sent = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64();
-    let job = json!({"job": {"service_type": "s", "payload": {"op": "echo"}}});
+    let job = json!({"service_type": "s", "payload": {"op": "echo"}});
+    let result = result_of(gateway, job).await?;
+    let received = result["received_at"].as_f64().ok_or("no received_at")?;
+    Ok((received - sent) * 1e3)
+}
+
+/// The same program by the engine's own command line, which waits for its end and removes the container.
+fn run_ms() -> Result<f64, Failure> {
+    let began = Instant::now();
+    docker(&["run", "--rm", "--init", IMAGE, "true"])?;
+    Ok(began.elapsed().as_secs_f64() * 1e3)
+}
+
+/// From a job's submit until it is seen to have completed.
+async fn job_ms(gateway: &mut Connection) -> Result<f64, Failure> {
+    let began = Instant::now();
+    let job = json!({"container": {"image": IMAGE, "args": ["true"]}});
+    result_of(gateway, job).await?;
+    Ok(began.elapsed().as_secs_f64() * 1e3)
+}
+
+/// Starts a job and waits for its result.
+async fn result_of(gateway: &mut Connection, job: Value) -> Result<Value, Failure> {
+    let job = json!({"job": job});
     let answer = gateway
         .post(START_PATH, Bytes::from(job.to_string()))
         .await?;
@@ -105,9 +136,7 @@ async fn received_after_ms(gateway: &mut Connection) -> Result<f64, Failure> {
         let job = gateway.get(&format!("/queue/{run}")).await?;
         let job: Value = serde_json::from_slice(&job)?;
         if let Some(result) = job["result"].as_str() {
-            let result: Value = serde_json::from_str(result)?;
-            let received = result["received_at"].as_f64().ok_or("no received_at")?;
-            return Ok((received - sent) * 1e3);
+            return Ok(serde_json::from_str(result)?);
         }
         if Instant::now() > deadline {
             return Err("a job did not end".into());
