@@ -90,6 +90,7 @@ impl Instance {
             port: spec.port,
             grants,
             grace_ms: spec.grace_ms,
+            mps_percent: spec.mps_percent,
             job,
         };
         let made = docker.create(making).await?;

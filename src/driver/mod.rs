@@ -2,7 +2,7 @@
 //! requests, reports outcomes as commands, decides nothing about when.
 //!
 //! `instance` one life from start to release, `body` what it lives in, `contained` and `docker` containers, `credentials` its token, `process` signals and exits, `procfs` who is who, `health` probes,
-//! `orphans` what nobody knows any more, `cuda` GPU memory taken to the host, `logs` their output, `meter` their GPU memory, `out_of_memory` the want of it, `outcome` the seam to the coordinator, `tasks` spawning.
+//! `orphans` what nobody knows any more, `cuda` GPU memory taken to the host, `logs` their output, `meter` their GPU memory, `mps` sharing one, `out_of_memory` the want of it, `outcome` the seam to the coordinator, `tasks` spawning.
 
 mod body;
 mod contained;
@@ -15,6 +15,7 @@ mod http;
 mod instance;
 mod logs;
 mod meter;
+mod mps;
 mod orphans;
 mod out_of_memory;
 mod outcome;

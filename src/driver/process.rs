@@ -16,6 +16,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use super::credentials::VARIABLE as TOKEN_FILE_VARIABLE;
+use super::mps;
 use super::procfs::{self, MARK_VARIABLE, Mark};
 use crate::domain::event::Exit;
 use crate::domain::spec::Grant;
@@ -299,27 +300,8 @@ fn environment(
         ("SPT_NOENV", "1".to_owned()),
     ];
     all.extend(ours.map(|(name, value)| (name.to_owned(), value)));
-    if let Some(percent) = mps_percent.filter(|_| !grants.is_empty()) {
-        all.extend(mps(grants, percent));
-    }
+    all.extend(mps::variables(grants, mps_percent));
     all
-}
-
-/// What the vendor's MPS goes by: a share of the threads, and the grant as the limit on each GPU, which are counted as
-/// `CUDA_VISIBLE_DEVICES` has them. Source: NVIDIA, Multi-Process Service, "Environment Variables".
-fn mps(grants: &[Grant], percent: u8) -> [(String, String); 2] {
-    let limit = |(index, grant): (usize, &Grant)| format!("{index}={}M", grant.mib);
-    let limits: Vec<String> = grants.iter().enumerate().map(limit).collect();
-    [
-        (
-            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE".to_owned(),
-            percent.to_string(),
-        ),
-        (
-            "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT".to_owned(),
-            limits.join(","),
-        ),
-    ]
 }
 
 /// AMD's runtime names its GPUs by 16 digits, NVIDIA's by a UUID.
@@ -378,16 +360,5 @@ mod tests {
             ""
         );
         assert!(!seen.contains_key("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"));
-    }
-
-    #[test]
-    fn under_mps_the_grant_is_the_limit() {
-        let grants = [("A", 4_096), ("B", 512)].map(|(gpu, mib)| Grant {
-            gpu: gpu.into(),
-            mib,
-        });
-        let [threads, memory] = mps(&grants, 30);
-        assert_eq!(threads.1, "30");
-        assert_eq!(memory.1, "0=4096M,1=512M");
     }
 }

@@ -105,6 +105,7 @@ pub struct Making<'a> {
     pub port: u16,
     pub grants: &'a [Grant],
     pub grace_ms: u64,
+    pub mps_percent: Option<u8>,
     pub job: Option<&'a JobParts>,
 }
 
@@ -137,6 +138,7 @@ impl Docker {
             host_port: making.port,
             grants: making.grants,
             gpu_way,
+            mps_percent: making.mps_percent,
             is_local: self.is_local(),
             grace_ms: making.grace_ms,
             job: making.job,

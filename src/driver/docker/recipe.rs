@@ -14,6 +14,7 @@ use super::rules::{ContainerRules, Forbidden};
 use crate::domain::container::{ImageSpec, Ipc, Volume};
 use crate::domain::ids::{PlaneId, RunId};
 use crate::domain::spec::Grant;
+use crate::driver::mps;
 use crate::driver::procfs::{MARK_VARIABLE, Mark};
 
 /// Whose ledger a container belongs to: one that bears another is never touched.
@@ -103,6 +104,7 @@ pub struct Recipe<'a> {
     pub host_port: u16,
     pub grants: &'a [Grant],
     pub gpu_way: Option<GpuWay>,
+    pub mps_percent: Option<u8>,
     /// The engine sees this machine's files.
     pub is_local: bool,
     /// Milliseconds between TERM and KILL, should the engine stop it by itself.
@@ -230,6 +232,8 @@ impl Recipe<'_> {
                 format!("RUNGATE_GENERATION={}", self.mark.generation),
             ]),
         }
+        let shared = mps::variables(self.grants, self.mps_percent).into_iter();
+        ours.extend(shared.map(|(name, value)| format!("{name}={value}")));
         if self.gpus().is_empty() {
             // Hides every GPU where the vendor's runtime is the engine's default.
             ours.push("NVIDIA_VISIBLE_DEVICES=void".into());
@@ -335,6 +339,7 @@ mod tests {
             host_port: 4_000,
             grants,
             gpu_way: Some(GpuWay::Runtime),
+            mps_percent: None,
             is_local: true,
             grace_ms: 1_500,
             job: None,
@@ -392,6 +397,30 @@ mod tests {
                 .contains(&"NVIDIA_VISIBLE_DEVICES=void".to_owned())
         );
         assert_eq!(none.host_config.unwrap().device_requests, None);
+    }
+
+    #[test]
+    fn mps_is_told_what_was_granted_when_it_is_asked_for() {
+        let (mark, spec, rules) = (mark(), ImageSpec::default(), ContainerRules::default());
+        let grants = [Grant {
+            gpu: "GPU-1".into(),
+            mib: 4_096,
+        }];
+        let told = |mps_percent| {
+            let recipe = Recipe {
+                mps_percent,
+                ..recipe(&mark, &spec, &rules, &grants)
+            };
+            let mut env = recipe.body().unwrap().env.unwrap();
+            env.retain(|entry| entry.starts_with("CUDA_MPS"));
+            env
+        };
+        assert_eq!(told(None), Vec::<String>::new());
+        let wanted = [
+            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE=30",
+            "CUDA_MPS_PINNED_DEVICE_MEM_LIMIT=0=4096M",
+        ];
+        assert_eq!(told(Some(30)), wanted);
     }
 
     #[test]
