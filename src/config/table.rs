@@ -109,7 +109,7 @@ settings! {
     gpu_history_ms: u64, "RUNGATE_GPU_HISTORY_MS", &[], (1_000, 86_400_000), "60000".to_owned(),
         "Milliseconds of looks at the GPUs that are summed up in one record of the ledger.";
     gpu_release_wait_ms: u64, "RUNGATE_GPU_RELEASE_WAIT_MS", &[], SPAN, "30000".to_owned(),
-        "Milliseconds that the GPU memory of an ended instance may stay taken before that GPU is quarantined.";
+        "Milliseconds that the GPU memory of an ended instance may stay taken, and that the end of a killed one may take, before that GPU is quarantined.";
     session_idle_ms: u64, "RUNGATE_SESSION_IDLE_MS", &[], (1_000, 7 * 86_400_000), "7200000".to_owned(),
         "Milliseconds without a request after which a browser's session ends.";
     session_ttl_ms: u64, "RUNGATE_SESSION_TTL_MS", &[], (1_000, 7 * 86_400_000), "28800000".to_owned(),

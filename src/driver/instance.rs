@@ -421,8 +421,11 @@ impl Instance {
         self.shared.mark(&self.service, self.generation)
     }
 
-    /// Something of it may have been there.
+    /// What an engine went away from may have run; what was refused has not.
     pub(super) async fn broke_off(self, exit: Exit) {
+        if !matches!(exit, Exit::NoEngine(_)) {
+            return self.never_started(exit);
+        }
         self.report_exited(exit);
         self.release().await;
     }
