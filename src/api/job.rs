@@ -12,6 +12,7 @@ use super::fields::{Fields, TextRule};
 use super::job_container::{ContainerJob, ContainerRequest};
 use crate::domain::command::Command;
 use crate::domain::ids::RunId;
+use crate::domain::scheduler::container::NAME_PREFIX;
 use crate::domain::spec::{JobSpec, Priority, Target};
 
 /// Longest name of a type or a service.
@@ -66,9 +67,17 @@ impl JobRequest {
     /// Reads it; faults are recorded in `fields`. Durations become milliseconds.
     pub fn read(fields: &Fields) -> JobRequest {
         let name = TextRule::name(MAX_NAME_CHARS);
+        let service_name = fields.text("service_name", name);
+        if service_name
+            .as_ref()
+            .is_some_and(|name| name.starts_with(NAME_PREFIX))
+        {
+            let message = "Value error, no service has such a name";
+            fields.fault("service_name", "value_error", message);
+        }
         JobRequest {
             service_type: fields.text("service_type", name),
-            service_name: fields.text("service_name", name),
+            service_name,
             container: None,
             payload: fields
                 .raw("payload")
@@ -241,6 +250,7 @@ mod tests {
             r#""callback_url":"http://u:p@x/""#,
             r#""callback_url":"nonsense""#,
             r#""service_name":"a\u0000b""#,
+            r#""service_name":"_job.0.x""#,
         ] {
             let error = command(&format!(r#"{{"service_type":"t","payload":1,{wrong}}}"#)).err();
             assert_eq!(error.unwrap().errors.len(), 1, "{wrong}");

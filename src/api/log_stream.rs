@@ -23,7 +23,7 @@ pub const MAX_TAIL: u64 = 10_000;
 
 /// Silence after which a comment is sent.
 const HEARTBEAT: Duration = Duration::from_secs(5);
-/// Silence after which it is looked whether a run has ended: all that it wrote is read by then.
+/// Silence after which it is looked whether a run has ended; all that it wrote is read after another.
 const LOOK_AFTER: Duration = Duration::from_millis(400);
 
 /// How many of the last lines are wanted, and whether the caller stays.
@@ -55,7 +55,7 @@ pub fn stream(
         let _place = place;
         let mut lines = std::pin::pin!(lines);
         yield Ok::<_, std::convert::Infallible>(retry.clone());
-        let mut last_sent = Instant::now();
+        let (mut last_sent, mut is_over) = (Instant::now(), false);
         while watch.admits(Instant::now()) {
             let mut pause = last_sent + HEARTBEAT;
             if run.is_some() {
@@ -66,9 +66,13 @@ pub fn stream(
                 () = stopping.cancelled() => break,
                 line = lines.next() => line,
                 () = tokio::time::sleep_until(watch.due_by(pause)) => {
-                    if let Some(run) = run && has_ended(&app, run).await {
-                        yield Ok(done(run.1));
+                    // What was written just before the end is read by the next time.
+                    if let Some((_, id)) = run.filter(|_| is_over) {
+                        yield Ok(done(id));
                         return;
+                    }
+                    if let Some(run) = run {
+                        is_over = has_ended(&app, run).await;
                     }
                     if last_sent.elapsed() >= HEARTBEAT {
                         last_sent = Instant::now();

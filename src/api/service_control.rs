@@ -206,9 +206,17 @@ pub async fn control(
     };
     let gone = wait(app, name, app.config.service_stop_wait, |view| {
         let instance = view.and_then(|view| view.instance.as_ref());
-        // One that has fallen asleep leaves no more.
-        let stays = |i: &InstanceView| i.phase != InstancePhase::Sleeping;
-        (!instance.is_some_and(stays)).then_some(())
+        // One that has fallen asleep, or another that took its place in the same commit, leaves no more.
+        let leaves = |i: &InstanceView| {
+            matches!(
+                i.phase,
+                InstancePhase::Draining
+                    | InstancePhase::Stopping
+                    | InstancePhase::Exited
+                    | InstancePhase::Yielding
+            )
+        };
+        (!instance.is_some_and(leaves)).then_some(())
     });
     match gone.await? {
         Some(()) => submit(app, caller, command).await,

@@ -294,6 +294,10 @@ impl Start {
     }
 
     fn body(self) -> Result<Value, CliError> {
+        if self.container.image.is_none() && !self.container.args.is_empty() {
+            let message = "arguments behind -- are those of a container: give --image";
+            return Err(CliError::Usage(message.to_owned()));
+        }
         let payload = match (&self.payload, &self.payload_file) {
             (Some(text), _) => text.clone(),
             (None, Some(path)) => read_payload(path)?,

@@ -19,7 +19,7 @@ use crate::domain::ids::{Generation, ServiceName};
 use crate::domain::spec::{Grant, ServiceSpec, Worker};
 
 /// How long the rest of a container's output is read when it has ended.
-const LAST_WORDS: Duration = Duration::from_secs(60);
+const LAST_WORDS: Duration = Duration::from_secs(30);
 const STOPPED: &str = "it was stopped before it started";
 
 impl Instance {
@@ -130,6 +130,11 @@ impl Instance {
             match container {
                 Ok(container) => {
                     let container = container?;
+                    if spec.worker.is_job() && !container.has_begun() {
+                        // It would tell an exit code all the same. A start that is under way over there ends with it.
+                        container.remove_surely().await;
+                        return None;
+                    }
                     self.copy_output(&container, true).await;
                     return Some(container);
                 }
@@ -164,12 +169,12 @@ impl Instance {
         .await;
         match opened {
             Ok(copied) => {
-                let copying =
-                    docker::copy(self.shared.docker.clone(), container.id.clone(), copied);
-                let (done, over) = oneshot::channel::<()>();
-                self.copied = Some(over);
+                let (docker, id) = (self.shared.docker.clone(), container.id.clone());
+                let (ended, is_over) = oneshot::channel();
+                let (done, copied_all) = oneshot::channel::<()>();
+                self.copied = Some((ended, copied_all));
                 self.shared.tasks.spawn("container output", async move {
-                    copying.await;
+                    docker::copy(docker, id, copied, is_over).await;
                     drop(done);
                 });
             }
@@ -182,10 +187,19 @@ impl Instance {
 
     /// Returns when all that a container said before its end is in the log, as its removal takes it away.
     pub(super) async fn output_copied(&mut self) {
-        if let Some(copied) = self.copied.take()
-            && tokio::time::timeout(LAST_WORDS, copied).await.is_err()
-        {
+        let Some((ended, copied_all)) = self.copied.take() else {
+            return;
+        };
+        // One who copies no more needs not be told.
+        let _ = ended.send(());
+        if tokio::time::timeout(LAST_WORDS, copied_all).await.is_err() {
             tracing::warn!(service.name = %self.service, "the end of a container's output is lost");
+        }
+        // What the next attempt says begins a line, and a follower is told lines.
+        let (logs, name) = (self.shared.logs.clone(), self.service.clone());
+        if let Err(error) = blocking(move || logs.end_line(&name)).await {
+            let error = with_causes(&error);
+            tracing::warn!(service.name = %self.service, error, "a log could not be written");
         }
     }
 

@@ -35,6 +35,9 @@ use crate::domain::time::Timestamp;
 /// How long the answer to a signal is waited for when its receiver has ended already.
 const ANSWER_WAIT: Duration = Duration::from_secs(1);
 
+/// Of a job's container, when it is looked for and nothing of it has run: held against nobody.
+const NEVER_BEGUN: &str = "the gateway ended before the container was started";
+
 /// What a restarted gateway remembers of an instance.
 pub(super) struct Found {
     /// `None` when the gateway died between the spawn and its record.
@@ -73,8 +76,8 @@ pub(super) struct Instance {
     began: Instant,
     /// How many bytes its service's log had before it.
     pub(super) said_before: u64,
-    /// Ends when all that its container said is in the log.
-    pub(super) copied: Option<oneshot::Receiver<()>>,
+    /// Tells who copies its container's output that the container has ended; and the end of the copying.
+    pub(super) copied: Option<(oneshot::Sender<()>, oneshot::Receiver<()>)>,
 }
 
 impl Instance {
@@ -145,7 +148,10 @@ impl Instance {
                 .map(Body::process),
         };
         let Some(body) = body else {
-            self.report_exited(Exit::Unknown);
+            self.report_exited(match spec.worker.is_job() && found.process.is_none() {
+                true => Exit::NoEngine(NEVER_BEGUN.to_owned()),
+                false => Exit::Unknown,
+            });
             return self.release().await;
         };
         if found.process.is_none() {
@@ -412,8 +418,14 @@ impl Instance {
             self.output_copied().await;
         }
         self.report_exited(exit);
-        self.output_copied().await;
-        body.clear().await;
+        if body.container().is_some() {
+            self.output_copied().await;
+            // A gateway that is killed before its end is on disk finds it again, and how it ended.
+            if !self.outcomes.taken().await {
+                return;
+            }
+            body.clear().await;
+        }
         self.release().await;
     }
 

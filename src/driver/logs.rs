@@ -188,6 +188,20 @@ impl Logs {
         Ok(whole)
     }
 
+    /// Ends the last line of a log, if it has no end. Blocks.
+    pub(super) fn end_line(&self, service: &ServiceName) -> Result<(), LogError> {
+        let _cut = self.inner.lock();
+        let mut file = Opened::open(self.inner.path(service, "log")?)?;
+        let last = file.read(file.len.saturating_sub(1), 1)?;
+        if !matches!(last.as_slice(), [] | [b'\n']) {
+            use std::io::Write;
+            let mut log = self.open(service)?;
+            log.write_all(b"\n")
+                .map_err(|source| self.inner.unusable(source))?;
+        }
+        Ok(())
+    }
+
     /// Opened so that each write goes to the end, even after a cut; readable by the gateway's user only.
     pub(super) fn open(&self, service: &ServiceName) -> Result<File, LogError> {
         let path = self.inner.path(service, "log")?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use super::Tasks;
 use crate::domain::command::Command;
@@ -42,15 +42,15 @@ impl Outcomes {
         Self { sink }
     }
 
-    /// Returns when `outcome` was taken, however long that takes, or when the coordinator has stopped.
-    pub async fn report(&self, outcome: Command) {
+    /// Returns when `outcome` was taken, however long that takes, or when the coordinator has stopped: tells whether it was.
+    pub async fn report(&self, outcome: Command) -> bool {
         let mut pause = RETRY_FIRST;
         loop {
             match self.sink.submit(outcome.clone()).await {
-                Ok(()) => return,
+                Ok(()) => return true,
                 Err(NotTaken::Stopped) => {
                     tracing::debug!("an outcome came after the coordinator had stopped");
-                    return;
+                    return false;
                 }
                 Err(NotTaken::Overloaded) => {
                     tokio::time::sleep(pause).await;
@@ -67,23 +67,41 @@ impl Outcomes {
         let (sender, mut receiver) = mpsc::unbounded_channel();
         let outcomes = self.clone();
         tasks.spawn("instance outcomes", async move {
-            while let Some(outcome) = receiver.recv().await {
-                outcomes.report(outcome).await;
+            let mut all_taken = true;
+            while let Some(report) = receiver.recv().await {
+                match report {
+                    Report::Outcome(outcome) => all_taken &= outcomes.report(*outcome).await,
+                    // Whoever asked may not wait any more.
+                    Report::Taken(asked) => drop(asked.send(all_taken)),
+                }
             }
         });
         InOrder { sender }
     }
 }
 
+/// What is sent to who reports in order.
+enum Report {
+    Outcome(Box<Command>),
+    /// Asks whether all outcomes before were taken.
+    Taken(oneshot::Sender<bool>),
+}
+
 /// Reports outcomes one after the other.
 pub(super) struct InOrder {
-    sender: mpsc::UnboundedSender<Command>,
+    sender: mpsc::UnboundedSender<Report>,
 }
 
 impl InOrder {
     pub(super) fn report(&self, outcome: Command) {
         // The receiver lives as long as its task set; a stopped set takes no outcomes any more.
-        let _ = self.sender.send(outcome);
+        let _ = self.sender.send(Report::Outcome(Box::new(outcome)));
+    }
+
+    /// Returns when all that was reported is on disk; `false` when it never will be, as the coordinator has stopped.
+    pub(super) async fn taken(&self) -> bool {
+        let (asked, answer) = oneshot::channel();
+        self.sender.send(Report::Taken(asked)).is_ok() && answer.await.unwrap_or(false)
     }
 }
 

@@ -489,6 +489,16 @@ impl Container {
         }
     }
 
+    /// Whether it was ever started.
+    pub fn has_begun(&self) -> bool {
+        self.seen.borrow().facts.status != ContainerStatus::Created
+    }
+
+    /// Removes it, waiting for an engine that does not answer.
+    pub async fn remove_surely(&self) {
+        self.docker.remove_surely(&self.id).await;
+    }
+
     /// Removes one of ours.
     pub async fn clear(&self) {
         if self.is_ours {

@@ -6,6 +6,7 @@ use std::time::Duration;
 use bollard::query_parameters::LogsOptions;
 use futures_util::StreamExt;
 use smol_str::SmolStr;
+use tokio::sync::oneshot;
 
 use super::engine::{Docker, DockerError, LOOK};
 use super::position::{Copied, Piece};
@@ -16,46 +17,106 @@ const AGAIN: Duration = Duration::from_secs(1);
 /// Pieces that are there at once are written at once.
 const PIECES_MAX: usize = 256;
 
-/// Copies what a container says after the position, until it has ended.
-pub async fn copy(docker: Docker, id: SmolStr, copied: Copied) {
+/// Silence after which the engine is asked anew, twice as long each time: its stream may stand still for ever when it has
+/// cut its own log meanwhile.
+const SILENCE: Duration = Duration::from_secs(5);
+const SILENCE_MAX: Duration = Duration::from_secs(300);
+
+/// Copies what a container says after the position, until it has ended, which `is_over` tells.
+pub async fn copy(docker: Docker, id: SmolStr, copied: Copied, mut is_over: oneshot::Receiver<()>) {
     // What was said before it was adopted is known from now on.
     let mut copied = write(copied, &id).await;
+    let (mut over, mut silence) = (false, SILENCE);
     loop {
         docker.is_up().await;
-        let Ok(client) = docker.client() else {
-            continue;
+        let before = copied.progress();
+        let told = (!over).then_some(&mut is_over);
+        let read;
+        (copied, read) = read_on(&docker, &id, copied, told, silence).await;
+        silence = match copied.progress() == before {
+            true => (silence * 2).min(SILENCE_MAX),
+            false => SILENCE,
         };
-        let options = LogsOptions {
-            follow: true,
-            stdout: true,
-            stderr: true,
-            timestamps: true,
-            since: i32::try_from(copied.since_s()).unwrap_or(0),
-            ..LogsOptions::default()
-        };
-        copied.begin_again();
-        let mut pieces = std::pin::pin!(client.logs(&id, Some(options)).ready_chunks(PIECES_MAX));
-        let broke_off = loop {
-            // A restart of the engine ends the stream like the container's end does.
-            let Some(some) = pieces.next().await else {
-                break !docker.state().up;
-            };
-            let mut failed = None;
-            for piece in some {
-                match piece {
-                    Ok(piece) => copied.take(&piece.into_bytes()),
-                    Err(error) => failed = Some(error),
-                }
-            }
-            copied = write(copied, &id).await;
-            if let Some(error) = failed {
-                break matches!(docker.judge(error), DockerError::Down(_));
-            }
-        };
-        if !broke_off {
-            return;
+        match read {
+            Read::BrokeOff => tokio::time::sleep(AGAIN).await,
+            Read::Silent => {}
+            Read::Told => over = true,
+            Read::Ended if over => return,
+            Read::Ended => tokio::select! {
+                _ = &mut is_over => over = true,
+                () = tokio::time::sleep(AGAIN) => {}
+            },
         }
-        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// Why reading stopped.
+enum Read {
+    /// The engine went away.
+    BrokeOff,
+    Silent,
+    /// The container has ended: what it said last is to be read, as a stream has not all of it.
+    Told,
+    Ended,
+}
+
+async fn read_on(
+    docker: &Docker,
+    id: &SmolStr,
+    mut copied: Copied,
+    is_over: Option<&mut oneshot::Receiver<()>>,
+    silence: Duration,
+) -> (Copied, Read) {
+    let Ok(client) = docker.client() else {
+        return (copied, Read::BrokeOff);
+    };
+    let options = LogsOptions {
+        follow: is_over.is_some(),
+        stdout: true,
+        stderr: true,
+        timestamps: true,
+        since: i32::try_from(copied.since_s()).unwrap_or(0),
+        ..LogsOptions::default()
+    };
+    copied.begin_again();
+    let mut pieces = std::pin::pin!(client.logs(id, Some(options)).ready_chunks(PIECES_MAX));
+    let told = async {
+        match is_over {
+            // By who waits no more, too.
+            Some(is_over) => drop(is_over.await),
+            None => std::future::pending().await,
+        }
+    };
+    let mut told = std::pin::pin!(told);
+    loop {
+        let some = tokio::select! {
+            biased;
+            some = pieces.next() => some,
+            () = &mut told => return (copied, Read::Told),
+            () = tokio::time::sleep(silence) => return (copied, Read::Silent),
+        };
+        // A restart of the engine ends the stream like the container's end does.
+        let Some(some) = some else {
+            let read = if docker.state().up {
+                Read::Ended
+            } else {
+                Read::BrokeOff
+            };
+            return (copied, read);
+        };
+        let mut failed = None;
+        for piece in some {
+            match piece {
+                Ok(piece) => copied.take(&piece.into_bytes()),
+                Err(error) => failed = Some(error),
+            }
+        }
+        copied = write(copied, id).await;
+        if let Some(error) = failed {
+            let is_down = matches!(docker.judge(error), DockerError::Down(_));
+            let read = if is_down { Read::BrokeOff } else { Read::Ended };
+            return (copied, read);
+        }
     }
 }
 

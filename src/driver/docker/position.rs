@@ -140,6 +140,17 @@ impl Copied {
         }
     }
 
+    /// Grows with each piece.
+    pub fn progress(&self) -> (i64, u64, u64) {
+        let Position {
+            second,
+            pieces,
+            pieces_before,
+            ..
+        } = self.position;
+        (second, pieces, pieces_before)
+    }
+
     /// From which second on the engine is asked.
     pub fn since_s(&self) -> i64 {
         (self.position.second - 1).max(0)

@@ -60,7 +60,9 @@ impl Docked {
 async fn said(lines: &mut EventSource) -> String {
     let event = lines.next().await.expect("a line");
     let data: Value = serde_json::from_str(&event.data).unwrap();
-    data["line"].as_str().expect("a line").to_owned()
+    let line = data["line"].as_str();
+    line.unwrap_or_else(|| panic!("no line: {event:?}"))
+        .to_owned()
 }
 
 #[tokio::test]
@@ -298,16 +300,61 @@ async fn a_container_that_is_removed_by_others_costs_an_attempt() {
 #[tokio::test]
 async fn what_is_said_last_is_kept_however_much_it_is() {
     let gateway = Docked::start(options()).await;
-    let run = gateway
+    // More than the engine keeps of it, faster than it is read; and a line without an end.
+    let much =
+        "yes aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa | head -c 40000000";
+    let much = gateway
+        .start_job(script(&format!("{much}; echo; echo the end"), json!({})))
+        .await;
+    let cut = gateway
         .start_job(script(
-            "i=0; while [ $i -lt 60000 ]; do echo line $i; i=$((i+1)); done; echo the end",
+            "echo a line; sleep 0.3; printf 'the end'",
             json!({}),
         ))
         .await;
-    gateway.run_becomes(&run, "completed").await;
-    let lines = gateway.output(&run).await;
-    assert_eq!(lines.last().map(String::as_str), Some("the end"));
-    assert_eq!(lines[lines.len() - 2], "line 59999");
+    let path = format!("/api/gateway/runs/{cut}/output?follow=true");
+    let follow = gateway.request(reqwest::Method::GET, &path);
+    let mut lines = EventSource::open(follow, "").await;
+    assert_eq!(said(&mut lines).await, "a line");
+    assert_eq!(said(&mut lines).await, "the end");
+    assert_eq!(lines.next().await.unwrap().name, "done");
+    for run in [&much, &cut] {
+        gateway.run_becomes(run, "completed").await;
+        let lines = gateway.output(run).await;
+        assert_eq!(lines.last().map(String::as_str), Some("the end"), "{run}");
+    }
+}
+
+#[tokio::test]
+async fn nothing_that_never_began_is_done() {
+    let mut gateway = Docked::start(options()).await;
+    let mut runs = Vec::new();
+    for round in 0u64..4 {
+        for _ in 0..4 {
+            let job = script("echo began; sleep 0.3; echo over", json!({}));
+            runs.push(gateway.start_job(job).await);
+        }
+        // While containers are made, and while some end.
+        tokio::time::sleep(std::time::Duration::from_millis(60 + round * 140)).await;
+        gateway.gateway.kill();
+        gateway.gateway.launch().await;
+    }
+    for run in &runs {
+        let told = gateway.run_becomes(run, "completed").await;
+        assert_eq!(told["job"]["failures"], 0, "{told}");
+        let events = gateway.events(run).await;
+        let ends = events.iter().filter(|event| *event == "job_completed");
+        assert_eq!(ends.count(), 1);
+        // Whoever was killed in the instant between its start and its record begins again.
+        let lines = gateway.output(run).await;
+        let overs = lines.iter().filter(|line| *line == "over").count();
+        assert_eq!(
+            (overs, lines.last().map(String::as_str)),
+            (1, Some("over")),
+            "{lines:?}"
+        );
+    }
+    gateway.nothing_is_left().await;
 }
 
 #[tokio::test]
