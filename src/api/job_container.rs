@@ -10,7 +10,8 @@ use super::error::{ApiError, ErrorCode};
 use super::fields::{Fields, TextRule};
 use super::image_spec;
 use super::job::MAX_TIMEOUT_S;
-use super::service_spec::{MAX_GPUS, MAX_VRAM_GIB};
+use super::ladder::MAX_STEP_S;
+use super::service_spec::{DEFAULT_GRACE_MS, read_gpus, read_vram_mib};
 use super::state::App;
 use crate::domain::container::{ImageSpec, JobContainer};
 use crate::domain::ladder::{Ask, Step};
@@ -18,26 +19,16 @@ use crate::domain::spec::Needs;
 
 /// A day: what trains takes longer than what answers.
 const DEFAULT_TIMEOUT_MS: u64 = 86_400_000;
-const DEFAULT_GRACE_MS: u64 = 10_000;
 const DEFAULT_CHECKPOINT_MS: u64 = 30_000;
-const MAX_STEP_S: f64 = 3_600.0;
 /// Needs are rounded up to this, so that they are few: jobs that need the same wait in one line.
 const NEEDS_STEP_MIB: u64 = 256;
 /// Longest text that is looked at as a signal's name.
 const MAX_SIGNAL_CHARS: usize = 16;
 const SIGNALS: [&str; 4] = ["SIGUSR1", "SIGUSR2", "SIGINT", "SIGHUP"];
-const MEMBERS: [&str; 17] = [
+/// Besides those of an image that say what it is made of.
+const MEMBERS: [&str; 8] = [
     "image",
-    "args",
     "env",
-    "volumes",
-    "shm_size",
-    "ipc",
-    "ulimits",
-    "cpus",
-    "memory",
-    "user",
-    "networks",
     "gpus",
     "vram_gb",
     "timeout_seconds",
@@ -45,6 +36,8 @@ const MEMBERS: [&str; 17] = [
     "checkpoint_signal",
     "checkpoint_seconds",
 ];
+/// Of an image's, what a job has not: it listens nowhere.
+const PORT_MEMBER: &str = "container_port";
 
 /// A container that is made for one job, run to its end and removed.
 #[derive(Serialize, ToSchema)]
@@ -95,7 +88,10 @@ pub struct ContainerJob {
 impl ContainerJob {
     /// Reads it; faults are recorded in `fields`.
     pub fn read(fields: &Fields) -> ContainerJob {
-        fields.forbid_others(&MEMBERS);
+        let of_image = image_spec::MEMBERS.into_iter();
+        let of_image = of_image.filter(|name| *name != PORT_MEMBER);
+        let members: Vec<&str> = MEMBERS.into_iter().chain(of_image).collect();
+        fields.forbid_others(&members);
         if !fields.has("image") {
             fields.missing("image");
         }
@@ -103,9 +99,7 @@ impl ContainerJob {
         image_spec::apply(fields, None, &mut image);
         // It listens nowhere.
         image.port = 0;
-        let vram = fields.float("vram_gb", 0.0..=MAX_VRAM_GIB).unwrap_or(0.0);
-        let vram_mib = (vram * 1_024.0).ceil() as u64;
-        let gpus = fields.int("gpus", 0..=MAX_GPUS).unwrap_or(0);
+        let vram_mib = read_vram_mib(fields).unwrap_or(0);
         let seconds = |name, default| {
             let given = fields.seconds_as_ms(name, 0.0..=MAX_STEP_S);
             given.unwrap_or(default)
@@ -122,7 +116,7 @@ impl ContainerJob {
             image,
             needs: Needs {
                 vram_mib: vram_mib.next_multiple_of(NEEDS_STEP_MIB),
-                gpus: u32::try_from(gpus).unwrap_or(u32::MAX),
+                gpus: read_gpus(fields).unwrap_or(0),
             },
             stopping: JobContainer::new(ask.map(|ask| Step::Checkpoint { ask, ms }), grace_ms),
             timeout_ms: timeout_ms.unwrap_or(DEFAULT_TIMEOUT_MS),

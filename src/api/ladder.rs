@@ -12,7 +12,7 @@ use crate::domain::spec::ServiceSpec;
 
 const MAX_STEPS: usize = 8;
 /// Longest step, in seconds.
-const MAX_STEP_S: f64 = 3_600.0;
+pub const MAX_STEP_S: f64 = 3_600.0;
 const DRAIN_MS: u64 = 30_000;
 const CHECKPOINT_MS: u64 = 10_000;
 const MEMORY_MS: u64 = 60_000;

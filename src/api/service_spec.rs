@@ -21,11 +21,11 @@ const MAX_VARIABLES: usize = 128;
 const MAX_VARIABLE_NAME_CHARS: usize = 128;
 const MAX_VARIABLE_CHARS: usize = 32_768;
 /// 16 TiB: more than any machine's GPUs have.
-pub const MAX_VRAM_GIB: f64 = 16_384.0;
+const MAX_VRAM_GIB: f64 = 16_384.0;
 /// More GPUs than one host has.
-pub const MAX_GPUS: u64 = 64;
+const MAX_GPUS: u64 = 64;
 const MAX_CONCURRENCY: u64 = 1_024;
-const DEFAULT_GRACE_MS: u64 = 10_000;
+pub const DEFAULT_GRACE_MS: u64 = 10_000;
 const DEFAULT_STARTUP_MS: u64 = 120_000;
 const DAY_S: f64 = 86_400.0;
 
@@ -132,8 +132,8 @@ fn apply_contract(fields: &Fields, spec: &mut ServiceSpec) {
     if let Some(text) = fields.text("description", TextRule::prose(MAX_DESCRIPTION_CHARS)) {
         spec.description = text;
     }
-    if let Some(gib) = fields.float("vram_gb", 0.0..=MAX_VRAM_GIB) {
-        spec.vram_mib = (gib * 1_024.0).ceil() as u64;
+    if let Some(mib) = read_vram_mib(fields) {
+        spec.vram_mib = mib;
     }
     match fields
         .text("progress_mode", TextRule::name(MAX_NAME_CHARS))
@@ -155,8 +155,8 @@ fn apply_contract(fields: &Fields, spec: &mut ServiceSpec) {
 }
 
 fn apply_ours(fields: &Fields, spec: &mut ServiceSpec) {
-    if let Some(gpus) = fields.int("gpus", 0..=MAX_GPUS) {
-        spec.gpus = gpus as u32;
+    if let Some(gpus) = read_gpus(fields) {
+        spec.gpus = gpus;
     }
     if let Some(concurrency) = fields.int("concurrency", 1..=MAX_CONCURRENCY) {
         spec.concurrency = concurrency as u32;
@@ -286,6 +286,17 @@ fn read_command(fields: &Fields) -> Option<Vec<String>> {
         return None;
     }
     Some(argv)
+}
+
+/// GPU memory in MiB, rounded up.
+pub fn read_vram_mib(fields: &Fields) -> Option<u64> {
+    let gib = fields.float("vram_gb", 0.0..=MAX_VRAM_GIB)?;
+    Some((gib * 1_024.0).ceil() as u64)
+}
+
+/// Whole GPUs.
+pub fn read_gpus(fields: &Fields) -> Option<u32> {
+    fields.int("gpus", 0..=MAX_GPUS).map(|gpus| gpus as u32)
 }
 
 /// Environment variables.

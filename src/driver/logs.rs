@@ -204,32 +204,15 @@ impl Logs {
 
     /// Opened so that each write goes to the end, even after a cut; readable by the gateway's user only.
     pub(super) fn open(&self, service: &ServiceName) -> Result<File, LogError> {
-        let path = self.inner.path(service, "log")?;
-        let open = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(&path);
-        open.map_err(|source| LogError::File {
-            path: path.display().to_string(),
-            source,
-        })
+        self.inner
+            .open(service, "log", OpenOptions::new().append(true))
     }
 
     /// Where it is kept how far a log follows what is written elsewhere.
     pub(super) fn open_position(&self, service: &ServiceName) -> Result<File, LogError> {
-        let path = self.inner.path(service, "log.position")?;
-        let open = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .open(&path);
-        open.map_err(|source| LogError::File {
-            path: path.display().to_string(),
-            source,
-        })
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).truncate(false);
+        self.inner.open(service, "log.position", &mut options)
     }
 
     /// Cuts every log that has grown too large, for ever.
@@ -275,6 +258,21 @@ impl Inner {
             return Err(LogError::BadName(service.clone()));
         }
         Ok(self.dir.join(format!("{service}.{extension}")))
+    }
+
+    /// Made when it is not there.
+    fn open(
+        &self,
+        service: &ServiceName,
+        extension: &str,
+        options: &mut OpenOptions,
+    ) -> Result<File, LogError> {
+        let path = self.path(service, extension)?;
+        let open = options.create(true).mode(0o600).open(&path);
+        open.map_err(|source| LogError::File {
+            path: path.display().to_string(),
+            source,
+        })
     }
 
     fn unusable(&self, source: io::Error) -> LogError {

@@ -7,7 +7,7 @@ use super::ladder::{self, stop_job};
 use super::{container, placement, start};
 use crate::domain::event::{Event, JobStopCause, RequeueCause, StartCause, StopCause};
 use crate::domain::ids::{RunId, ServiceName};
-use crate::domain::ladder::StepOutcome;
+use crate::domain::ladder::{Step, StepOutcome};
 use crate::domain::settings::Settings;
 use crate::domain::spec::Worker;
 use crate::domain::spec::{Grant, Target};
@@ -68,7 +68,9 @@ fn next_deadline(
         instance.phase,
         InstancePhase::Draining { .. } | InstancePhase::Ready
     );
-    let waits = may_leave && instance.active.is_empty();
+    // Who could move nothing there does not wait for that room.
+    let may_sleep = service.spec.ladder.iter().any(Step::fills_host);
+    let waits = may_leave && may_sleep && instance.active.is_empty();
     at.filter(|at| *at > now)
         .or_else(|| waits.then(|| ladder::host_wait_ends(state, now))?)
 }
